@@ -1,0 +1,72 @@
+# Needs python3 (3.11 or later, with venv), make and a C compiler; `make help` lists the targets.
+#
+#   PYTHON=path/to/python   use that environment, with fxzero in it, as it is: no .venv, no install
+#   PIP_ARGS="..."          more arguments for pip, such as an index that has CPU builds of torch
+#   PYTEST_ARGS="..."       more arguments for pytest, such as -k budget
+#   WORKERS=N               test processes at a time (default 2)
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+ifdef PYTHON
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(STAMP)
+endif
+
+# The repository root must not be on sys.path: kernels/ would be importable as top-level `kernels`,
+# which other libraries look for.
+export PYTHONSAFEPATH := 1
+
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
+FXZERO := $(PY) \
+  -c "import sys; from fxzero.cli import main; sys.argv[0] = 'fxzero'; sys.exit(main())"
+
+.PHONY: help demo test test-quick test-all lint bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) \
+	  | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+
+demo: $(READY)  ## plan and train a small model under a byte budget
+	$(FXZERO) demo
+
+test: $(READY)  ## run all tests that need no CUDA device
+	$(PYTEST) -n $(WORKERS) -m "not cuda" $(PYTEST_ARGS)
+
+test-quick: $(READY)  ## the same without the slow ones
+	$(PYTEST) -n $(WORKERS) -m "not slow and not cuda" $(PYTEST_ARGS)
+
+test-all: $(READY)  ## run every test, one at a time; those marked cuda are skipped without a device
+	$(PYTEST) $(PYTEST_ARGS)
+
+lint: $(READY)  ## ruff check, ruff format --check, mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+# A benchmark may import a helper that lies beside it, hence no PYTHONSAFEPATH here.
+bench: $(READY)  ## run benchmarks/bench_*.py
+	@shopt -s nullglob; files=(benchmarks/bench_*.py); \
+	if [ $${#files[@]} -eq 0 ]; then echo "no benchmarks/bench_*.py" >&2; exit 1; fi; \
+	for f in "$${files[@]}"; do echo "== $$f"; env -u PYTHONSAFEPATH $(PY) "$$f" || exit 1; done
+
+clean:  ## remove .venv, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+	  || { echo "fxzero needs Python 3.11 or later; python3 is $$(python3 -V 2>&1)" >&2; exit 1; }
+	rm -rf $(VENV)
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[test]"
+	@touch $@

@@ -1,0 +1,163 @@
+"""The only file that touches private torch names.
+
+Everything else imports what it needs from here, so a torch release that moves a name breaks one
+file.  ``tests/test_torch_contract.py`` states what each function must do on a supported torch
+(2.11 to 2.13).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+__all__ = [
+    "DATA_DEPENDENT_ERRORS",
+    "FakeTensor",
+    "FakeTensorMode",
+    "run_and_save_rng_state",
+    "run_with_rng_state",
+]
+
+DATA_DEPENDENT_ERRORS: tuple[type[Exception], ...] = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+)
+
+
+def flatten_one_level(
+    value: Any,
+) -> tuple[list[Any], list[str], Callable[[Sequence[Any]], Any]] | None:
+    """Children, their key names and a rebuild function of a pytree container; None if not one."""
+    children_with_path, spec = pytree.tree_flatten_with_path(
+        value, is_leaf=lambda item: item is not value
+    )
+    if spec.is_leaf():
+        return None
+    names = [pytree.keystr(path) for path, _ in children_with_path]
+    children = [child for _, child in children_with_path]
+    return children, names, lambda items: pytree.tree_unflatten(list(items), spec)
+
+
+def export_joint(
+    module: torch.nn.Module,
+    inputs: Sequence[torch.Tensor],
+    decompositions: dict[Any, Callable[..., Any]] | None,
+) -> fx.GraphModule:
+    """Joint forward and backward graph of a module that takes and returns flat tensors.
+
+    Placeholders and outputs carry ``meta["desc"]`` (read them with ``describe_input`` and
+    ``describe_output``); nodes traced for the backward carry ``is_backward_node``.
+    """
+    with contextlib.ExitStack() as stack:
+        joint = aot_export_joint_with_descriptors(
+            stack, module, tuple(inputs), decompositions=decompositions
+        )
+        graph_module: fx.GraphModule = joint.graph_module
+        return graph_module
+
+
+def describe_input(node: fx.Node) -> tuple[str, str | int]:
+    """What a joint graph's placeholder is: ("parameter" | "buffer", name), ("input" | "tangent", i).
+
+    The number is the position among the module's inputs, or among its outputs for a tangent.
+    """
+    from torch._functorch._aot_autograd import descriptors
+
+    desc = node.meta["desc"]
+    if isinstance(desc, descriptors.ParamAOTInput):
+        return "parameter", desc.target
+    if isinstance(desc, descriptors.BufferAOTInput):
+        return "buffer", desc.target
+    if isinstance(desc, descriptors.PlainAOTInput):
+        return "input", desc.idx
+    if isinstance(desc, descriptors.TangentAOTInput):
+        kind, which = _describe_output_desc(desc.output)
+        assert kind == "output", desc
+        return "tangent", which
+    raise NotImplementedError(f"input {desc!r}")
+
+
+def describe_outputs(joint: fx.GraphModule) -> list[tuple[str, Any]]:
+    """What each output of a joint graph is.
+
+    ("output", i), ("mutation", input description), ("gradient", input description), or
+    ("absent", None) where an input has no gradient.
+    """
+    (output,) = joint.graph.find_nodes(op="output")
+    return [_describe_output_desc(desc) for desc in output.meta["desc"]]
+
+
+def _describe_output_desc(desc: Any) -> tuple[str, Any]:
+    from torch._functorch._aot_autograd import descriptors
+
+    if desc is None:
+        return "absent", None
+    if isinstance(desc, descriptors.PlainAOTOutput):
+        return "output", desc.idx
+    if isinstance(desc, descriptors.InputMutationAOTOutput):
+        return "mutation", _describe_input_desc(desc.mutated_input)
+    if isinstance(desc, descriptors.GradAOTOutput):
+        return "gradient", _describe_input_desc(desc.grad_of)
+    raise NotImplementedError(f"output {desc!r}")
+
+
+def _describe_input_desc(desc: Any) -> tuple[str, str | int]:
+    from torch._functorch._aot_autograd import descriptors
+
+    if isinstance(desc, descriptors.ParamAOTInput):
+        return "parameter", desc.target
+    if isinstance(desc, descriptors.BufferAOTInput):
+        return "buffer", desc.target
+    if isinstance(desc, descriptors.PlainAOTInput):
+        return "input", desc.idx
+    raise NotImplementedError(f"input {desc!r}")
+
+
+def is_backward_node(node: fx.Node) -> bool:
+    """Whether a joint graph's node was traced while the backward ran."""
+    return node.meta.get("partitioner_tag") == "is_backward"
+
+
+def backward_keeps_graph() -> bool:
+    """Inside a backward: whether the caller asked for ``retain_graph=True``."""
+    keeps: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    return keeps
+
+
+def saved_tensor_hook_in_force() -> Any:
+    """The innermost saved-tensor pack hook, or None.  ``torch.utils.checkpoint`` installs one."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks[0] if hooks else None
+
+
+@contextlib.contextmanager
+def annotate(**marks: Any) -> Iterator[None]:
+    """Nodes traced inside carry ``marks`` in ``meta["custom"]``; outside a trace, nothing."""
+    from torch.fx import traceback
+
+    with traceback.annotate(marks):
+        yield
+
+
+def fake_mode_of(tensors: Sequence[Any]) -> FakeTensorMode | None:
+    """The mode that made the first fake tensor among ``tensors``."""
+    for tensor in tensors:
+        if isinstance(tensor, FakeTensor):
+            mode: FakeTensorMode = tensor.fake_mode
+            return mode
+    return None

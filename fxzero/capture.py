@@ -1,0 +1,311 @@
+"""Any ``nn.Module`` with example inputs -> one joint forward and backward graph.
+
+Two steps, both upstream's: ``torch.export`` (non-strict: the model's Python runs as it is, so logging and
+odd containers do not matter) turns the module into a forward graph over flat tensors, and AOTAutograd
+traces that graph with its backward.  Between them weights that are one tensor under several
+names become one name.
+
+    model(**batch) -> Output(loss, logits)
+    joint(parameters, buffers, inputs, tangents) -> [loss, logits, buffer updates, gradients]
+
+When the model returns a scalar, gradients are expected to flow from scalars only: a large output such as the
+logits then costs no tangent.  ``differentiable`` names another set of outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import logging
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxzero import _torch
+from fxzero.errors import CaptureError, DeviceError
+from fxzero.graph import TrainGraph
+from fxzero.structure import Structure, flatten
+
+log = logging.getLogger(__name__)
+
+_PREFIX = "model."
+_LIBRARY_ROOTS = (
+    str(Path(torch.__file__).parent),
+    str(Path(__file__).resolve().parent),
+    sysconfig.get_paths()["stdlib"] + "/",
+)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A traced model: the joint graph and the way from Python values to its flat tensors.
+
+    Attributes:
+        graph: the joint TrainGraph.
+        inputs: structure of (args, kwargs).
+        outputs: structure of the model's return value.
+        constants: tensors the model made while it was traced, by the graph's buffer name.
+        differentiable: positions of outputs for which the graph takes a tangent.
+    """
+
+    graph: TrainGraph
+    inputs: Structure
+    outputs: Structure
+    constants: dict[str, torch.Tensor]
+    differentiable: tuple[int, ...]
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    differentiable: Sequence[int] | None = None,
+    decompositions: dict[Any, Callable[..., Any]] | None = None,
+) -> Capture:
+    """Trace ``model(*args, **kwargs)`` and its backward.
+
+    A model on the meta device is traced on fake tensors and costs no memory.
+
+    Args:
+        differentiable: output positions (among the tensors of the return value, depth first)
+            that will receive gradients; None: all scalars, or every floating output if there is none.
+        decompositions: operators to break up while tracing, as ``torch.export`` understands them.
+
+    Raises:
+        CaptureError: control flow on tensor values, dynamic shapes, or an operator without a fake
+            implementation; the message names the user's line.
+        DeviceError: inputs and parameters on different devices.
+    """
+    leaves, inputs = flatten((args, dict(kwargs or {})))
+    _check_devices(model, leaves, inputs)
+    model, leaves = _on_fake_tensors(model, leaves)
+    traced = _Traced(model, inputs, differentiable)
+    with _named_errors(model), torch.enable_grad():
+        exported = torch.export.export(traced, tuple(leaves), strict=False)
+        forward = exported.module(check_guards=False)
+        names = _unify_tied_weights(forward)
+        if not traced.record.differentiable:
+            raise CaptureError(
+                f"{type(model).__name__} returns nothing that requires a gradient\n"
+                "  call it under torch.no_grad() for inference, or give a parameter requires_grad=True"
+            )
+        joint = _torch.export_joint(forward, leaves, decompositions)
+    constants = {
+        name: tensor
+        for name, tensor in forward.named_buffers()
+        if name in names and not name.startswith(_PREFIX)
+    }
+    graph = TrainGraph.from_joint(joint, rename=lambda name: name.removeprefix(_PREFIX))
+    _refuse_dynamic_values(graph)
+    assert traced.record.outputs is not None
+    return Capture(graph, inputs, traced.record.outputs, constants, traced.record.differentiable)
+
+
+class _Record:
+    """What a trace finds out on the way."""
+
+    outputs: Structure | None = None
+    differentiable: tuple[int, ...] = ()
+
+
+class _Traced(nn.Module):
+    """The model as a function from flat tensors to flat tensors."""
+
+    def __init__(
+        self, model: nn.Module, inputs: Structure, differentiable: Sequence[int] | None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self.inputs = inputs
+        self.wanted = differentiable
+        self.record = _Record()
+
+    def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args, kwargs = self.inputs.fill(leaves)
+        with _CheckpointMarks():
+            result = self.model(*args, **kwargs)
+        outputs, self.record.outputs = flatten(result)
+        self.record.differentiable = _choose_differentiable(outputs, self.wanted)
+        return tuple(
+            tensor if index in self.record.differentiable else tensor.detach()
+            for index, tensor in enumerate(outputs)
+        )
+
+
+def _choose_differentiable(
+    outputs: Sequence[torch.Tensor], wanted: Sequence[int] | None
+) -> tuple[int, ...]:
+    able = [i for i, t in enumerate(outputs) if t.requires_grad and t.is_floating_point()]
+    if wanted is not None:
+        return tuple(i for i in able if i in wanted)
+    scalars = tuple(i for i in able if outputs[i].ndim == 0)
+    return scalars or tuple(able)
+
+
+class _CheckpointMarks(torch.overrides.TorchFunctionMode):
+    """Marks what runs inside ``torch.utils.checkpoint``, whose hooks a graph does not show."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        region = _checkpoint_region(_torch.saved_tensor_hook_in_force())
+        if region is None:
+            return func(*args, **(kwargs or {}))
+        with _torch.annotate(fxzero_checkpoint=region):
+            return func(*args, **(kwargs or {}))
+
+
+def _checkpoint_region(hook: Any) -> int | None:
+    if getattr(hook, "__module__", None) != "torch.utils.checkpoint":
+        return None
+    return id(hook)
+
+
+def _check_devices(model: nn.Module, leaves: Sequence[torch.Tensor], inputs: Structure) -> None:
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1:
+        return
+    (device,) = devices
+    for leaf, path in zip(leaves, inputs.paths, strict=True):
+        if leaf.device != device and leaf.ndim > 0 and not isinstance(leaf, _torch.FakeTensor):
+            raise DeviceError(
+                f"input {path} lies on {leaf.device}, the parameters of "
+                f"{type(model).__name__} on {device}\n"
+                f'  move it: batch.to("{device}"), or the model: model.to("{leaf.device}")'
+            )
+
+
+def _on_fake_tensors(
+    model: nn.Module, leaves: list[torch.Tensor]
+) -> tuple[nn.Module, list[torch.Tensor]]:
+    """A model on the meta device becomes one on fake CPU tensors, sharing nothing with it."""
+    tensors = [*model.parameters(), *model.buffers(), *leaves]
+    if not any(t.is_meta for t in tensors) or _torch.fake_mode_of(tensors) is not None:
+        return model, leaves
+    with _torch.FakeTensorMode(allow_non_fake_inputs=True):
+        memo: dict[int, Any] = {id(t): _fake_like(t) for t in tensors}
+        return copy.deepcopy(model, memo), [memo[id(leaf)] for leaf in leaves]
+
+
+def _fake_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Must run under a FakeTensorMode."""
+    fake = torch.empty_strided(
+        tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu"
+    ).requires_grad_(tensor.requires_grad)
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def _unify_tied_weights(forward: fx.GraphModule) -> set[str]:
+    """One name per tensor: reads of a second name of a weight become reads of its first."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for name, tensor in [
+        *forward.named_parameters(remove_duplicate=False),
+        *forward.named_buffers(remove_duplicate=False),
+    ]:
+        names[name] = first.setdefault(id(tensor), name)
+    for node in forward.graph.find_nodes(op="get_attr"):
+        node.target = names.get(node.target, node.target)
+    for name, kept in names.items():
+        if name != kept:
+            owner, _, attribute = name.rpartition(".")
+            delattr(forward.get_submodule(owner), attribute)
+    forward.recompile()
+    return set(names.values())
+
+
+def _refuse_dynamic_values(graph: TrainGraph) -> None:
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            where = user_line(node)
+            raise CaptureError(
+                f"the value of a tensor becomes a Python number or a shape ({node.target})\n"
+                f"  at {where or 'an unknown line'}\n  {_ADVICE}"
+            )
+
+
+_ADVICE = (
+    "keep it a tensor: torch.where instead of `if`, a mask instead of a boolean index, "
+    "or compute it outside the model and pass it in"
+)
+
+
+@contextmanager
+def _named_errors(model: nn.Module) -> Iterator[None]:
+    """Whatever tracing raises becomes a CaptureError that names the user's own line."""
+    try:
+        yield
+    except (CaptureError, DeviceError):
+        raise
+    except Exception as error:
+        where = _user_frame(error)
+        data_dependent = _caused_by(error, _torch.DATA_DEPENDENT_ERRORS)
+        what = (
+            "its control flow or a shape depends on the value of a tensor"
+            if data_dependent
+            else f"{type(error).__name__}: {_first_line(error)}"
+        )
+        advice = (
+            _ADVICE
+            if data_dependent
+            else "run the model eagerly with the same inputs to see whether it works there; if it "
+            "does, move the line out of forward"
+        )
+        raise CaptureError(
+            f"cannot trace {type(model).__name__}: {what}\n  at {where}\n  {advice}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _caused_by(error: BaseException | None, kinds: tuple[type[Exception], ...]) -> bool:
+    while error is not None:
+        if isinstance(error, kinds) or type(error).__name__ in ("UserError",):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _user_frame(error: BaseException) -> str:
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    for item in reversed(chain):
+        for frame in reversed(traceback.extract_tb(item.__traceback__)):
+            if is_user_file(frame.filename):
+                return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+    return "a line outside your code"
+
+
+def is_user_file(filename: str) -> bool:
+    """Whether a source file belongs to the model's author and not to torch, Python or fxzero."""
+    return not filename.startswith((*_LIBRARY_ROOTS, "<"))
+
+
+def user_line(node: fx.Node) -> str | None:
+    """'model.py:41 in forward: x = self.w1(x)' for a node: the innermost line of the user's code."""
+    frames = []
+    for line in (node.meta.get("stack_trace") or "").splitlines():
+        stripped = line.strip()
+        if stripped.startswith('File "'):
+            path, number, function = stripped[6:].split(", ", 2)
+            frames.append((path.rstrip('"'), int(number[5:]), function[3:]))
+    for path, number, function in reversed(frames):
+        if is_user_file(path):
+            code = linecache.getline(path, number).strip()
+            return f"{Path(path).name}:{number} in {function}: {code}"
+    return None

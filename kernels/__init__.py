@@ -1,0 +1,1 @@
+"""Kernels, imported as ``fxzero.kernels``: one file a kernel family. Nothing but this docstring."""

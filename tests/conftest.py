@@ -1,0 +1,33 @@
+"""What all tests share: a clean sys.path, a fixed seed, one thread, no CUDA tests without CUDA."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# With the repository root on sys.path, kernels/ is found as top-level `kernels` and transformers
+# takes it for the library of that name.
+_ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]
+
+# Same examples on every run; test machines are too uneven for a deadline per example.
+settings.register_profile("fxzero", deadline=None, derandomize=True)
+settings.load_profile("fxzero")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _deterministic_torch() -> None:
+    """Seed torch and keep it on one thread."""
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
