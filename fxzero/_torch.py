@@ -145,6 +145,13 @@ def saved_tensor_hook_in_force() -> Any:
     return hooks[0] if hooks else None
 
 
+def keep_annotations() -> contextlib.AbstractContextManager[Any]:
+    """Traces made inside keep the marks of ``annotate``."""
+    from torch.fx import traceback
+
+    return traceback.preserve_node_meta()
+
+
 @contextlib.contextmanager
 def annotate(**marks: Any) -> Iterator[None]:
     """Nodes traced inside carry ``marks`` in ``meta["custom"]``; outside a trace, nothing."""

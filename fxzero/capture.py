@@ -88,7 +88,7 @@ def capture(
     _check_devices(model, leaves, inputs)
     model, leaves = _on_fake_tensors(model, leaves)
     traced = _Traced(model, inputs, differentiable)
-    with _named_errors(model), torch.enable_grad():
+    with _named_errors(model), torch.enable_grad(), _torch.keep_annotations():
         exported = torch.export.export(traced, tuple(leaves), strict=False)
         forward = exported.module(check_guards=False)
         names = _unify_tied_weights(forward)

@@ -1,0 +1,61 @@
+"""fxzero: a query planner for training.  Give it a module and a number of bytes.
+
+    model = fxzero.compile(model, memory_budget="22GiB")
+
+Names are imported when they are first used, so that ``fxzero --help`` does not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "compile": "fxzero.compiler",
+    "plan": "fxzero.planner",
+    "measure": "fxzero.measurement",
+    "explain": "fxzero.explanation",
+    "name": "fxzero.naming",
+    "Measurement": "fxzero.measurement",
+    "Plan": "fxzero.plans",
+    "BudgetError": "fxzero.errors",
+    "CaptureError": "fxzero.errors",
+    "FxzeroError": "fxzero.errors",
+    "UsageError": "fxzero.errors",
+}
+
+if TYPE_CHECKING:
+    from fxzero.compiler import compile
+    from fxzero.errors import BudgetError, CaptureError, FxzeroError, UsageError
+    from fxzero.explanation import explain
+    from fxzero.measurement import Measurement, measure
+    from fxzero.naming import name
+    from fxzero.planner import plan
+    from fxzero.plans import Plan
+
+__all__ = [
+    "BudgetError",
+    "CaptureError",
+    "FxzeroError",
+    "Measurement",
+    "Plan",
+    "UsageError",
+    "__version__",
+    "compile",
+    "explain",
+    "measure",
+    "name",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fxzero' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,292 @@
+"""The Plan: every decision of a compilation and every number that justifies it, as one document.
+
+Solvers write a Plan, passes carry it out, reports are views of it.  It is a tree of frozen dataclasses
+that goes to JSON and back without loss, holds no tensor and no code, and is therefore safe to load
+from a stranger: ``Plan.load`` reads data and checks every field.
+
+All sizes are bytes, all times seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fxzero.errors import PlanError
+
+SCHEMA_VERSION = 1
+_MAX_FILE_BYTES = 256 * 2**20
+_STATUSES = ("optimal", "feasible", "infeasible", "timeout")
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What was planned: the model's class, its sizes, and the inputs it was traced with."""
+
+    name: str
+    parameters: int
+    parameter_bytes: int
+    trainable_bytes: int
+    buffer_bytes: int
+    inputs: tuple[str, ...]
+    nodes: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, enough to plan again."""
+
+    memory_budget: int | None
+    optimizer: str
+    optimizer_bytes_per_parameter: float
+    recompute: str
+    objective: str
+    inner: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor storage in the report.
+
+    Attributes:
+        name: its node in the graph, or its user's name from ``fxzero.name``.
+        bytes: size of the storage.
+        shape: "float32[8, 64]" of the tensor that made it.
+        module: qualified module that made it, "" when unknown.
+        source: "model.py:41 in forward: x = self.w1(x)", "" when unknown.
+        role: "parameter", "buffer", "gradient", "optimizer", "input", "output", "saved",
+            "recomputed", "temporary", "rng state" or "tangent".
+        reason: why it is where it is, for saved and recomputed values.
+        seconds: modelled time of computing it again; 0 when it cannot be.
+    """
+
+    name: str
+    bytes: int
+    shape: str
+    module: str
+    source: str
+    role: str
+    reason: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rematerialization:
+    """Compute forward node ``node`` again right before backward node ``before``."""
+
+    node: str
+    before: str
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What the passes carry out.
+
+    Attributes:
+        saved: forward nodes whose storage lives from the forward to the backward.
+        recompute: the recomputed nodes in execution order.
+    """
+
+    saved: tuple[str, ...] = ()
+    recompute: tuple[Rematerialization, ...] = ()
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The instant with the most bytes.
+
+    Attributes:
+        phase: "forward", "backward" or "optimizer step".
+        node: the operation running then, "" between operations.
+        source: its line in the user's code.
+        alive: everything alive then, largest first; the sizes sum to ``bytes``.
+    """
+
+    bytes: int
+    phase: str
+    node: str
+    source: str
+    alive: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One device: its peak and the peak's breakdown by role, which sums to it."""
+
+    index: int
+    peak_bytes: int
+    breakdown: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The peak of one part of the step: "forward", "backward", "optimizer step"."""
+
+    name: str
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another thing one could write, and its outcome."""
+
+    change: str
+    peak_bytes: int
+    step_seconds: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A complete plan.
+
+    Attributes:
+        status: "optimal", "feasible" (with ``gap``), "infeasible" or "timeout".
+        gap: proven relative distance from the optimum of the objective; None when not known.
+        peak_bytes: planned peak of everything the step keeps on the device.
+        minimum_budget: the smallest budget for which a plan is found.
+        unplanned_peak_bytes: the peak without any recompute.
+        step_seconds: modelled time of forward and backward, recompute included.
+        recompute_seconds, recompute_flops: the part that is recompute.
+        graph_digest: which graph the decisions belong to.
+        timeline: (position, bytes) after each change, over forward then backward; thinned.
+        notes: what could not be applied, and assumptions that the numbers rest on.
+    """
+
+    schema_version: int
+    fxzero_version: str
+    torch_version: str
+    model: ModelSummary
+    request: Request
+    status: str
+    gap: float | None
+    peak_bytes: int
+    minimum_budget: int
+    unplanned_peak_bytes: int
+    step_seconds: float
+    recompute_seconds: float
+    recompute_flops: int
+    decisions: Decisions
+    peak: Peak
+    ranks: tuple[Rank, ...]
+    phases: tuple[Phase, ...]
+    saved: tuple[Value, ...]
+    recomputed: tuple[Value, ...]
+    alternatives: tuple[Alternative, ...]
+    timeline: tuple[tuple[int, int], ...]
+    graph_digest: str
+    notes: tuple[str, ...] = ()
+    passes: tuple[str, ...] = field(default=())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the planned peak stays within the budget that was asked for."""
+        budget = self.request.memory_budget
+        return self.status != "infeasible" and (budget is None or self.peak_bytes <= budget)
+
+    @property
+    def hash(self) -> str:
+        """Hash of the whole document: equal on every rank that runs the same plan."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """The document as JSON with sorted keys."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Reads a document; raises PlanError for anything that is not a whole Plan."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"not a plan: {error}") from None
+        if not isinstance(data, dict) or "schema_version" not in data:
+            raise PlanError("not a plan: no schema_version")
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise PlanError(
+                f"plan has schema_version {data['schema_version']!r}, this fxzero reads "
+                f"{SCHEMA_VERSION}\n  plan the model again with `fxzero plan`"
+            )
+        plan = _read(cls, data, "plan")
+        assert isinstance(plan, Plan)
+        if plan.status not in _STATUSES:
+            raise PlanError(f"plan.status is {plan.status!r}, expected one of {_STATUSES}")
+        return plan
+
+    def save(self, path: str | Path) -> None:
+        """Writes the JSON document."""
+        Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Reads a JSON document written by ``save``.
+
+        Raises:
+            PlanError: the file is missing, too large, or not a plan.
+        """
+        path = Path(path)
+        try:
+            size = path.stat().st_size
+            if size > _MAX_FILE_BYTES:
+                raise PlanError(f"{path} has {size} bytes, more than a plan can have")
+            return cls.from_json(path.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read plan {path}: {error}") from None
+
+    def to_html(self, path: str | Path) -> None:
+        """Writes one self-contained HTML page."""
+        from fxzero.report.html import render
+
+        Path(path).write_text(render(self))
+
+    def __str__(self) -> str:
+        from fxzero.report.terminal import render
+
+        return render(self)
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """``value`` from JSON as an instance of the annotation ``kind``; PlanError if it is not."""
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(kind, value, where)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        if value is None and type(None) in args:
+            return None
+        (kind,) = [option for option in args if option is not type(None)]
+        return _read(kind, value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise PlanError(f"{where} must be a list, not {type(value).__name__}")
+        if args[-1] is Ellipsis:
+            return tuple(_read(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if len(value) != len(args):
+            raise PlanError(f"{where} must have {len(args)} items, not {len(value)}")
+        return tuple(_read(k, v, where) for k, v in zip(args, value, strict=True))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise PlanError(f"{where} must be an object, not {type(value).__name__}")
+        return {key: _read(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if type(value) is not kind:
+        raise PlanError(f"{where} must be {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise PlanError(f"{where} must be an object, not {type(value).__name__}")
+    hints = typing.get_type_hints(kind)
+    missing = sorted(set(hints) - set(value))
+    unknown = sorted(set(value) - set(hints))
+    if missing or unknown:
+        raise PlanError(f"{where}: missing {missing}, unknown {unknown}")
+    return kind(**{name: _read(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})

@@ -1,0 +1,1 @@
+"""Views of a Plan: terminal text and one self-contained HTML page."""
