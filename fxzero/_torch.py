@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "DATA_DEPENDENT_ERRORS",
@@ -168,3 +169,31 @@ def fake_mode_of(tensors: Sequence[Any]) -> FakeTensorMode | None:
             mode: FakeTensorMode = tensor.fake_mode
             return mode
     return None
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Tensors among the leaves of nested tuples, lists and dictionaries."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+class TransparentDispatchMode(TorchDispatchMode):
+    """A dispatch mode that compiled code runs under instead of falling back to eager."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+
+def profiler_memory(profiler: Any) -> tuple[bool, int]:
+    """(whether Inductor's code ran, peak of CPU bytes allocated since the start) of a profile."""
+    events = profiler.profiler.kineto_results.events()
+    compiled = any("CompiledFxGraph" in event.name() for event in events)
+    memory = sorted(
+        ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"),
+        key=lambda item: item[0],
+    )
+    current = peak = 0
+    for _, change in memory:
+        current += change
+        peak = max(peak, current)
+    return compiled, peak

@@ -1,0 +1,174 @@
+"""Measures the real peak of tensor memory of a function, on CPU and CUDA.
+
+On CUDA the allocator keeps the books.  On CPU every storage that an operator returns is counted when it
+first appears and subtracted when it is freed; memory that existed before counts if the function can reach it
+(through its closure, arguments or globals) or touches it.  Compiled code allocates behind the
+dispatcher's back, so when it ran the profiler's allocation record decides instead, which also
+counts scratch memory inside operators.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fxzero import _torch
+from fxzero.structure import flatten
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one call of a function took.
+
+    Attributes:
+        peak_bytes: most bytes alive at once, memory from before the call included.
+        seconds: wall-clock time of the call, measuring included.
+        output: what the function returned.
+        baseline_bytes: memory of the function's own that existed before the call.
+        method: "tensors", "allocator" (profiler record) or "cuda".
+    """
+
+    peak_bytes: int
+    seconds: float
+    output: Any
+    baseline_bytes: int
+    method: str
+
+
+def measure(fn: Callable[[], Any]) -> Measurement:
+    """Calls ``fn()`` once and reports the peak of its tensor memory in bytes."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return _measure_cuda(fn)
+    return _measure_cpu(fn)
+
+
+def _measure_cuda(fn: Callable[[], Any]) -> Measurement:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    output = fn()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return Measurement(torch.cuda.max_memory_allocated(), seconds, output, before, "cuda")
+
+
+def _measure_cpu(fn: Callable[[], Any]) -> Measurement:
+    counter = StorageCounter(_reachable_tensors(fn))
+    baseline = counter.current
+    start = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, counter:
+        output = fn()
+    seconds = time.perf_counter() - start
+    ran_compiled, allocated = _torch.profiler_memory(profiler)
+    if ran_compiled:
+        return Measurement(baseline + allocated, seconds, output, baseline, "allocator")
+    return Measurement(counter.peak, seconds, output, baseline, "tensors")
+
+
+class StorageCounter(_torch.TransparentDispatchMode):
+    """Bytes of the storages that operators touch inside the ``with`` block.
+
+    Attributes:
+        current: bytes alive now.
+        peak: most bytes alive at once so far.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self._seen: dict[int, int] = {}
+        for tensor in known:
+            self._count(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for tensor in _torch.tensors_in((args, kwargs)):
+            self._count(tensor, existed=True)
+        result = func(*args, **kwargs)
+        for tensor in _torch.tensors_in(result):
+            self._count(tensor)
+        return result
+
+    def _count(self, tensor: torch.Tensor, existed: bool = False) -> None:
+        if isinstance(tensor, _torch.FakeTensor) or tensor.device.type == "meta":
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        known = self._seen.get(key)
+        if known is None:
+            weakref.finalize(storage, self._free, key)
+        elif known == size:
+            return
+        self._seen[key] = size
+        self.current += size - (known or 0)
+        # What was there before the first look at it was there at the peak as well.
+        self.peak = self.peak + size if existed and known is None else max(self.peak, self.current)
+
+    def _free(self, key: int) -> None:
+        self.current -= self._seen.pop(key, 0)
+
+
+def _reachable_tensors(fn: Callable[[], Any]) -> list[torch.Tensor]:
+    """Tensors that ``fn`` holds: closure, bound arguments, and globals that its code names."""
+    found: dict[int, torch.Tensor] = {}
+    for value in _held_values(fn):
+        for tensor in _tensors_of(value):
+            found[id(tensor)] = tensor
+    return list(found.values())
+
+
+def _held_values(fn: Any) -> list[Any]:
+    values: list[Any] = []
+    if isinstance(fn, functools.partial):
+        return [*_held_values(fn.func), *fn.args, *fn.keywords.values()]
+    if isinstance(fn, types.MethodType):
+        return [fn.__self__, *_held_values(fn.__func__)]
+    if not isinstance(fn, types.FunctionType):
+        return [fn]
+    for cell in fn.__closure__ or ():
+        try:
+            values.append(cell.cell_contents)
+        except ValueError:  # a cell that is not filled yet
+            continue
+    names = dict.fromkeys(_global_names(fn.__code__))
+    values += [fn.__globals__[name] for name in names if name in fn.__globals__]
+    values += [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+    nested = [v for v in values if isinstance(v, types.FunctionType) and v is not fn]
+    for function in nested:
+        values += [
+            cell.cell_contents
+            for cell in function.__closure__ or ()
+            if cell.cell_contents is not function
+        ]
+    return values
+
+
+def _global_names(code: types.CodeType) -> list[str]:
+    """Global names in a function's code, comprehensions and inner functions included."""
+    inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return [*code.co_names, *(name for item in inner for name in _global_names(item))]
+
+
+def _tensors_of(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.nn.Module):
+        tensors = [*value.parameters(), *value.buffers()]
+        return tensors + [p.grad for p in value.parameters() if p.grad is not None]
+    if isinstance(value, torch.optim.Optimizer):
+        tensors = [p for group in value.param_groups for p in group["params"]]
+        gradients = [p.grad for p in tensors if p.grad is not None]
+        return [*tensors, *gradients, *flatten(dict(value.state))[0]]
+    if isinstance(value, types.ModuleType | types.FunctionType | type):
+        return []
+    return flatten(value)[0]

@@ -1,0 +1,126 @@
+"""What changed between two Plans, as text: totals, then the values that grew or shrank most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from fxzero.plans import Plan, Value
+from fxzero.report import wording
+from fxzero.report.folding import pattern
+from fxzero.report.wording import printable
+from fxzero.units import format_bytes, format_seconds
+
+_VALUE_ROWS = 10
+
+
+def diff(before: Plan, after: Plan) -> str:
+    """The changes from ``before`` to ``after``; one line says so if there are none."""
+    lines = [_side("before", before), _side("after", after)]
+    if before == after:
+        return "\n".join([*lines, "the plans are equal"])
+    sections = (_settings, _totals, _values, _notes)
+    for section in sections:
+        block = list(section(before, after))
+        lines += ["", *block] if block else []
+    return "\n".join(printable(line) for line in lines)
+
+
+def _side(which: str, plan: Plan) -> str:
+    budget = wording.budget_text(plan)
+    facts = [f"plan {plan.hash[:8]}", plan.model.name, plan.request.device, budget]
+    facts += [wording.verdict(plan), wording.solved(plan)]
+    return f"{which:<7} " + "  ".join(fact for fact in facts if fact)
+
+
+def _settings(before: Plan, after: Plan) -> Iterator[str]:
+    if before.graph_digest != after.graph_digest:
+        yield "the graphs differ: another model, other inputs, or another torch"
+    for name, read in _SETTINGS:
+        if read(before) != read(after):
+            yield f"{name:<28} {read(before)} -> {read(after)}"
+
+
+_SETTINGS: tuple[tuple[str, Callable[[Plan], str]], ...] = (
+    ("model", lambda plan: plan.model.name),
+    ("inputs", lambda plan: ", ".join(plan.model.inputs)),
+    ("optimizer", lambda plan: plan.request.optimizer),
+    ("recompute policy", lambda plan: plan.request.recompute),
+    ("objective", lambda plan: plan.request.objective),
+    ("inner", lambda plan: plan.request.inner),
+    ("device", lambda plan: plan.request.device),
+    ("torch", lambda plan: plan.torch_version),
+    ("fxzero", lambda plan: plan.fxzero_version),
+    ("passes", lambda plan: ", ".join(plan.passes)),
+)
+
+
+def _totals(before: Plan, after: Plan) -> Iterator[str]:
+    quantities: list[tuple[str, Callable[[Plan], float | None], Callable[[float], str]]] = [
+        ("budget", lambda p: p.request.memory_budget, format_bytes),
+        ("peak", lambda p: p.peak_bytes, format_bytes),
+        ("peak without recompute", lambda p: p.unplanned_peak_bytes, format_bytes),
+        ("smallest budget with a plan", lambda p: p.minimum_budget, format_bytes),
+        ("step", lambda p: p.step_seconds, format_seconds),
+        ("recompute", lambda p: p.recompute_seconds, format_seconds),
+        ("recomputed work", lambda p: p.recompute_flops, wording.format_flops),
+        ("recomputed values", lambda p: len(p.decisions.recompute), str),
+        ("saved values", lambda p: len(p.decisions.saved), str),
+    ]
+    for name, read, text in quantities:
+        old, new = read(before), read(after)
+        if old == new:
+            continue
+        sides = " -> ".join("none" if side is None else text(side) for side in (old, new))
+        change = "" if old is None or new is None or not old else f"  ({_percent(old, new)})"
+        yield f"{name:<28} {sides}{change}"
+
+
+def _percent(old: float, new: float) -> str:
+    return f"{100 * (new - old) / old:+.1f} %"
+
+
+def _values(before: Plan, after: Plan) -> Iterator[str]:
+    """Bytes by place and role, over what is alive at the peak, saved or recomputed."""
+    for title, read in _LISTS:
+        old, new = _sizes(read(before)), _sizes(read(after))
+        changes = [
+            (new.get(key, 0) - old.get(key, 0), key)
+            for key in dict.fromkeys([*old, *new])
+            if old.get(key, 0) != new.get(key, 0)
+        ]
+        if not changes:
+            continue
+        changes.sort(key=lambda change: -abs(change[0]))
+        yield title
+        for size, key in changes[:_VALUE_ROWS]:
+            role, place = key
+            yield (
+                f" {wording.signed_bytes(size):>9}  {role:<10}  {place}  "
+                f"{format_bytes(old.get(key, 0))} -> {format_bytes(new.get(key, 0))}"
+            )
+        if len(changes) > _VALUE_ROWS:
+            yield f" and {len(changes) - _VALUE_ROWS} smaller changes"
+
+
+_LISTS: tuple[tuple[str, Callable[[Plan], Iterable[Value]]], ...] = (
+    ("alive at the peak", lambda plan: plan.peak.alive),
+    ("saved", lambda plan: plan.saved),
+    ("recomputed", lambda plan: plan.recomputed),
+)
+
+
+def _sizes(values: Iterable[Value]) -> dict[tuple[str, str], int]:
+    sizes: dict[tuple[str, str], int] = {}
+    for value in values:
+        key = (value.role, pattern(value))
+        sizes[key] = sizes.get(key, 0) + value.bytes
+    return sizes
+
+
+def _notes(before: Plan, after: Plan) -> Iterator[str]:
+    for note in before.notes:
+        if note not in after.notes:
+            yield f"note gone: {note}"
+    for note in after.notes:
+        if note not in before.notes:
+            yield f"note new: {note}"

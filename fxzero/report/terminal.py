@@ -1,0 +1,136 @@
+"""A Plan as plain text: the verdict in the first line, then what is where, why, and at what price.
+
+No colours, ASCII only, equal layers folded, so that it reads the same in a log file and in a pull
+request.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+
+from fxzero.plans import Plan, Rank, Value
+from fxzero.report import wording
+from fxzero.report.folding import Row, fold
+from fxzero.report.wording import printable, share
+from fxzero.units import format_bytes, format_count, format_seconds
+
+_ALIVE_ROWS = 12
+_RECOMPUTED_ROWS = 8
+_BREAKDOWN_COLUMNS = 6
+_PLACE_WIDTH = 42
+
+
+def render(plan: Plan, width: int = 100) -> str:
+    """The whole report, no line longer than ``width``."""
+    sections = (_heading, _ranks, _alive, _recomputed, _alternatives, _notes)
+    blocks = ["\n".join(_clip(line, width) for line in section(plan, width)) for section in sections]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _heading(plan: Plan, width: int) -> Iterator[str]:
+    model = plan.model
+    facts = [plan.request.device, wording.budget_text(plan), wording.verdict(plan)]
+    rest = "  ".join(fact for fact in [*facts, wording.solved(plan)] if fact)
+    start = f"fxzero {plan.fxzero_version} plan {plan.hash[:8]}  "
+    yield start + _clip(model.name, max(8, width - len(start) - len(rest) - 2)) + "  " + rest
+    yield (
+        f"model   {format_count(model.parameters)} parameters ({format_bytes(model.parameter_bytes)})"
+        f", {plan.request.optimizer}, inputs {', '.join(model.inputs)}"
+    )
+    yield (
+        f"peak    {format_bytes(plan.peak_bytes)}; "
+        f"{format_bytes(plan.unplanned_peak_bytes)} without recompute; "
+        f"smallest budget with a plan {format_bytes(plan.minimum_budget)}"
+    )
+    yield f"step    {format_seconds(plan.step_seconds)} modelled, forward and backward"
+
+
+def _ranks(plan: Plan, width: int) -> Iterator[str]:
+    roles = wording.roles_of(plan)
+    largest = sorted(roles, key=lambda r: -max(rank.breakdown.get(r, 0) for rank in plan.ranks))
+    shown = [role for role in roles if role in largest[:_BREAKDOWN_COLUMNS]]
+    columns = [*shown, *(["other"] if len(roles) > len(shown) else []), "peak"]
+    budget = plan.request.memory_budget
+    header = "rank    " + "".join(f"{column:>11}" for column in columns)
+    yield header + ("  of budget" if budget else "")
+    for name, rank in _equal_ranks(plan.ranks):
+        sizes = [rank.breakdown.get(role, 0) for role in shown]
+        if "other" in columns:
+            sizes.append(rank.peak_bytes - sum(sizes))
+        cells = "".join(f"{format_bytes(size):>11}" for size in [*sizes, rank.peak_bytes])
+        yield f"{name:<8}" + cells + (f"{share(rank.peak_bytes, budget):>11}" if budget else "")
+    yield "phases  " + "   ".join(f"{p.name} {format_bytes(p.peak_bytes)}" for p in plan.phases)
+
+
+def _equal_ranks(ranks: Sequence[Rank]) -> Iterator[tuple[str, Rank]]:
+    """Neighbours that hold the same bytes are one row: '0-7'."""
+    start = 0
+    for end in range(1, len(ranks) + 1):
+        first = ranks[start]
+        if end < len(ranks) and ranks[end].breakdown == first.breakdown:
+            continue
+        last = ranks[end - 1]
+        yield f"{first.index}-{last.index}" if end - start > 1 else f"{first.index}", first
+        start = end
+
+
+def _alive(plan: Plan, width: int) -> Iterator[str]:
+    peak = plan.peak
+    roles = max((len(value.role) for value in peak.alive), default=0)
+
+    def cells(row: Row) -> str:
+        return f"{share(row.total_bytes, peak.bytes):>6}  {row.role:<{roles}}"
+
+    where = [peak.phase, peak.node, wording.short_source(peak.source)]
+    yield "alive at the peak: " + ", ".join(part for part in where if part)
+    yield from _table(peak.alive, cells, _ALIVE_ROWS)
+
+
+def _recomputed(plan: Plan, width: int) -> Iterator[str]:
+    yield wording.recompute_price(plan)
+    yield from _table(
+        plan.recomputed, lambda row: f"{format_seconds(row.seconds):>8}", _RECOMPUTED_ROWS
+    )
+
+
+def _table(values: Sequence[Value], cells: Callable[[Row], str], limit: int) -> Iterator[str]:
+    """Bytes, cells, place and source line of the largest rows, and what the others sum to."""
+    rows = fold(values)
+    shown, others = rows[:limit], rows[limit:]
+    width = min(_PLACE_WIDTH, max((len(row.label) for row in shown), default=0))
+    for row in shown:
+        label = _keep_end(row.label, width)
+        source = wording.short_source(row.source)
+        yield f" {format_bytes(row.total_bytes):>8}  {cells(row)}  {label:<{width}}  {source}"
+    if others:
+        size = format_bytes(sum(row.total_bytes for row in others))
+        yield f" {size:>8}  in {sum(row.count for row in others)} smaller values"
+
+
+def _alternatives(plan: Plan, width: int) -> Iterator[str]:
+    if not plan.alternatives:
+        return
+    yield "alternatives"
+    for other in plan.alternatives:
+        peak, step = format_bytes(other.peak_bytes), format_seconds(other.step_seconds)
+        yield f" {peak:>8}  {step:>8}  {'fits' if other.fits else '    '}  {other.change}"
+
+
+def _notes(plan: Plan, width: int) -> Iterator[str]:
+    if not plan.notes:
+        return
+    yield "notes"
+    for note in plan.notes:
+        yield from textwrap.wrap(
+            printable(note), width, initial_indent=" - ", subsequent_indent="   "
+        )
+
+
+def _keep_end(text: str, width: int) -> str:
+    return text if len(text) <= width else "..." + text[len(text) - width + 3 :]
+
+
+def _clip(text: str, width: int) -> str:
+    text = printable(text).rstrip()
+    return text if len(text) <= width else text[: width - 3].rstrip() + "..."

@@ -1,0 +1,98 @@
+"""The sentences that all views of a Plan share, so that they never tell it differently."""
+
+from __future__ import annotations
+
+import re
+
+from fxzero.plans import Plan
+from fxzero.units import format_bytes, format_count, format_seconds
+
+_ROLES = (
+    "parameter",
+    "buffer",
+    "gradient",
+    "optimizer",
+    "input",
+    "saved",
+    "recomputed",
+    "temporary",
+    "output",
+    "rng state",
+    "tangent",
+)
+_FUNCTION = re.compile(r" in [^:]*:")
+
+
+def verdict(plan: Plan) -> str:
+    """'FITS, 7.30 GiB headroom', 'DOES NOT FIT, 1.20 GiB short' or 'no budget'."""
+    budget = plan.request.memory_budget
+    if budget is None:
+        return f"no budget, peak {format_bytes(plan.peak_bytes)}"
+    if plan.fits:
+        return f"FITS, {format_bytes(budget - plan.peak_bytes)} headroom"
+    needed = plan.minimum_budget if plan.status == "infeasible" else plan.peak_bytes
+    return f"DOES NOT FIT, {format_bytes(needed - budget)} short"
+
+
+def budget_text(plan: Plan) -> str:
+    """'budget 64.0 GiB', or '' without one."""
+    budget = plan.request.memory_budget
+    return "" if budget is None else f"budget {format_bytes(budget)}"
+
+
+def solved(plan: Plan) -> str:
+    """The solver's status and what it proved: 'optimal', 'feasible, gap 1.2 %'."""
+    if plan.status == "optimal" or plan.status == "infeasible":
+        return plan.status
+    return f"{plan.status}, gap " + ("unknown" if plan.gap is None else share(plan.gap, 1))
+
+
+def recompute_price(plan: Plan) -> str:
+    """'recompute 60 values: peak -2.10 GiB, +41.0 ms (4.1 % of the step), +1.20 TFLOP'."""
+    recomputed = len(plan.decisions.recompute)
+    if not recomputed:
+        return "recompute nothing"
+    freed = plan.unplanned_peak_bytes - plan.peak_bytes
+    return (
+        f"recompute {count(recomputed, 'value')}: "
+        f"peak {signed_bytes(-freed)}, +{format_seconds(plan.recompute_seconds)} "
+        f"({share(plan.recompute_seconds, plan.step_seconds)} of the step), "
+        f"+{format_flops(plan.recompute_flops)}"
+    )
+
+
+def count(number: int, noun: str) -> str:
+    """'1 value', '12 values'."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def signed_bytes(size: int) -> str:
+    return f"{'+' if size > 0 else ''}{format_bytes(size)}"
+
+
+def format_flops(count: float) -> str:
+    """'1.20 TFLOP', '512 FLOP'."""
+    number, _, prefix = format_count(count).partition(" ")
+    return f"{number} {prefix.replace('B', 'G')}FLOP"
+
+
+def share(part: float, whole: float) -> str:
+    """'8.1 %' of the whole; '-' where there is no whole."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+
+def roles_of(plan: Plan) -> list[str]:
+    """The roles that hold any bytes on any rank, in reading order."""
+    held = {role for rank in plan.ranks for role, size in rank.breakdown.items() if size}
+    return [role for role in _ROLES if role in held] + sorted(held - set(_ROLES))
+
+
+def printable(text: str) -> str:
+    """One line of ASCII: a plan file may hold anything, terminal escapes included."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text)
+
+
+def short_source(source: str) -> str:
+    """'model.py:41 x = self.w1(x)' from 'model.py:41 in forward: x = self.w1(x)'."""
+    return _FUNCTION.sub("", source, count=1)

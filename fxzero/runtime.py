@@ -1,0 +1,130 @@
+"""Runs a compiled training step as one autograd node.
+
+The forward graph runs inside ``torch.autograd.Function.forward`` and hands the saved values to the node;
+the backward graph consumes them, each freed at its last use, and returns the gradients to autograd,
+which accumulates them as it does for any model: optimizers, hooks and ``torch.autograd.grad`` work.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxzero import _torch
+from fxzero.errors import RuntimeStateError
+from fxzero.execution import BoxedFunction
+
+
+@dataclass(frozen=True)
+class Executable:
+    """A forward and a backward that can run, and how their lists of tensors line up.
+
+    Attributes:
+        forward: takes parameters, buffers and inputs; returns outputs, then saved values.
+        backward: takes saved values, then tangents; returns gradients.
+        output_count: how many of the forward's results are model outputs.
+        differentiable: positions of outputs that have a tangent.
+        saved_inputs: for each saved value, its position among the inputs, or None if it was computed.
+        gradients: for each input, its position among the gradients, or None.
+        on_backward: called at the start of each backward with (outputs still alive, positions of
+            outputs that received a gradient).
+    """
+
+    forward: BoxedFunction
+    backward: BoxedFunction
+    output_count: int
+    differentiable: tuple[int, ...]
+    saved_inputs: tuple[int | None, ...]
+    gradients: tuple[int | None, ...]
+    on_backward: Callable[[bool, tuple[int, ...]], None]
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Model outputs for ``inputs`` (parameters, buffers, inputs), attached to autograd."""
+        outputs = _Step.apply(self, *inputs)  # type: ignore[no-untyped-call]
+        return list(outputs)
+
+
+class _Saved:
+    """Values between a forward and its backward.
+
+    Plain references instead of ``save_for_backward``: the backward gives each one up at its last use,
+    while autograd would keep all of them until it returns.
+    """
+
+    def __init__(self, values: list[Any], inputs: list[torch.Tensor]) -> None:
+        self.values: list[Any] | None = values
+        self.inputs = inputs
+        self.versions = [tensor._version for tensor in inputs]
+
+    def take(self, keep: bool) -> list[Any]:
+        if self.values is None:
+            raise RuntimeStateError(
+                "backward ran a second time, but its saved values are freed after the first\n"
+                "  call the first one with retain_graph=True"
+            )
+        for tensor, version in zip(self.inputs, self.versions, strict=True):
+            if tensor._version != version:
+                raise RuntimeStateError(
+                    f"a tensor of shape {list(tensor.shape)} that the backward needs was modified in "
+                    f"place after the forward (version {tensor._version}, expected {version})\n"
+                    "  call optimizer.step() and in-place updates after backward()"
+                )
+        values = list(self.values)
+        if not keep:
+            self.values = None
+            self.inputs = []
+            self.versions = []
+        return values
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, executable: Executable, *inputs: torch.Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        results = executable.forward(list(inputs))
+        outputs = results[: executable.output_count]
+        saved = results[executable.output_count :]
+        results.clear()
+        _detach_outputs(saved, outputs)
+        positions = [i for i in executable.saved_inputs if i is not None]
+        ctx.saved = _Saved(saved, [inputs[i] for i in positions])
+        ctx.executable = executable
+        ctx.shapes = [(t.shape, t.dtype, t.device) for t in outputs]
+        ctx.outputs = [weakref.ref(t) for t in outputs if t.ndim > 0]
+        differentiable = set(executable.differentiable)
+        ctx.mark_non_differentiable(
+            *(t for i, t in enumerate(outputs) if i not in differentiable and t.is_floating_point())
+        )
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        executable: Executable = ctx.executable
+        received = tuple(i for i, g in enumerate(gradients) if g is not None)
+        executable.on_backward(any(ref() is not None for ref in ctx.outputs), received)
+        arguments = ctx.saved.take(keep=_torch.backward_keeps_graph())
+        for index in executable.differentiable:
+            gradient = gradients[index]
+            if gradient is None:
+                shape, dtype, device = ctx.shapes[index]
+                gradient = torch.zeros(shape, dtype=dtype, device=device)
+            arguments.append(gradient)
+            del gradient
+        results = executable.backward(arguments)
+        return (
+            None,
+            *(None if position is None else results[position] for position in executable.gradients),
+        )
+
+
+def _detach_outputs(saved: list[Any], outputs: list[torch.Tensor]) -> None:
+    """A saved value that is also an output must not keep its own autograd node alive."""
+    identities = {id(output) for output in outputs}
+    for index, value in enumerate(saved):
+        if id(value) in identities:
+            saved[index] = value.detach()

@@ -1,0 +1,286 @@
+"""A model named on the command line -> a module on the meta device with inputs that fit it.
+
+Three kinds of names, tried in this order:
+
+    gpt2                    a preset: a configuration that ships with fxzero
+    path/to/config.json     a Hugging Face configuration; no weights are read
+    package.module:factory  a function of yours that returns (module, inputs)
+
+Nothing is downloaded, and whatever the size of the model it costs no memory, unless a factory
+cannot run under ``torch.device("meta")``.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import inspect
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxzero.errors import UsageError
+from fxzero.structure import flatten
+
+log = logging.getLogger(__name__)
+
+_PRESETS = Path(__file__).parent / "presets"
+_DEFAULT_BATCH, _DEFAULT_SEQ = 1, 1024
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model in training mode and one call of it: ``model(*args, **kwargs)``."""
+
+    name: str
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def load_model(
+    spec: str, *, batch: int | None = None, seq: int | None = None, dtype: str | None = None
+) -> Source:
+    """The model that ``spec`` names, and its inputs, on the meta device.
+
+    Args:
+        spec: a preset, a path to a config.json, or ``package.module:factory``.
+        batch, seq, dtype: sizes of the inputs and dtype of the weights. None: 1, 1024 or what the
+            model can take, and the dtype that the configuration names. A factory gets those that
+            were given as keyword arguments.
+
+    Raises:
+        UsageError: the model cannot be found or built, or cannot have such inputs.
+    """
+    for name, size in (("batch", batch), ("seq", seq)):
+        if size is not None and size < 1:
+            raise UsageError(f"{name}={size} must be positive")
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"dtype={dtype!r} is not one of {', '.join(_DTYPES)}")
+    if spec in presets():
+        return _from_config(spec, _PRESETS / f"{spec}.json", batch, seq, dtype)
+    if spec.endswith(".json") or os.sep in spec:
+        return _from_config(spec, Path(spec), batch, seq, dtype)
+    if ":" in spec:
+        return _from_factory(spec, batch, seq, dtype)
+    nearest = difflib.get_close_matches(spec, presets(), n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise UsageError(
+        f"no model {spec!r}{hint}\n"
+        f"  presets: {', '.join(presets())}\n"
+        "  or write path/to/config.json, or package.module:factory"
+    )
+
+
+def load_factory(spec: str) -> Source:
+    """The module and inputs that a factory returns, as they are: real tensors if it makes such.
+
+    Raises:
+        UsageError: as ``load_model``.
+    """
+    if ":" not in spec:
+        raise UsageError(f"{spec!r} is not a factory: write package.module:factory")
+    return _call(spec, _find_factory(spec), {})
+
+
+def presets() -> list[str]:
+    """Names of the configurations that ship with fxzero."""
+    return sorted(path.stem for path in _PRESETS.glob("*.json"))
+
+
+# Factories
+
+
+def _from_factory(spec: str, batch: int | None, seq: int | None, dtype: str | None) -> Source:
+    factory = _find_factory(spec)
+    options = {"batch": batch, "seq": seq, "dtype": dtype and _DTYPES[dtype]}
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if not _takes(factory, name):
+            raise UsageError(
+                f"--{name} has no effect: {spec} takes no argument {name!r}\n"
+                f"  leave it out, or add the argument to the factory"
+            )
+    try:
+        with torch.device("meta"):
+            return _on_meta(_call(spec, factory, given))
+    except UsageError as error:
+        log.info("%s does not run under torch.device('meta'), trying without: %s", spec, error)
+    return _on_meta(_call(spec, factory, given))
+
+
+def _find_factory(spec: str) -> Callable[..., Any]:
+    module_name, _, attribute = spec.partition(":")
+    if not sys.flags.safe_path and "" not in sys.path:
+        sys.path.insert(0, "")  # a console script does not look into the working directory
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise UsageError(f"cannot import {module_name!r}: {_described(error)}") from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        nearest = difflib.get_close_matches(attribute, vars(module), n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise UsageError(f"{module_name!r} has no function {attribute!r}{hint}")
+    return factory
+
+
+def _takes(factory: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(factory).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _call(spec: str, factory: Callable[..., Any], options: dict[str, Any]) -> Source:
+    try:
+        result = factory(**options)
+    except Exception as error:
+        raise UsageError(f"{spec} raised {_described(error)}") from error
+    match result:
+        case (nn.Module() as model, tuple() | list() as args, dict() as kwargs):
+            return Source(spec, model.train(), tuple(args), kwargs)
+        case (nn.Module() as model, dict() as kwargs):
+            return Source(spec, model.train(), (), kwargs)
+        case (nn.Module() as model, tuple() | list() as args):
+            return Source(spec, model.train(), tuple(args), {})
+        case (nn.Module() as model, torch.Tensor() as tensor):
+            return Source(spec, model.train(), (tensor,), {})
+    raise UsageError(
+        f"{spec} returned {type(result).__name__}, expected (module, inputs) "
+        "or (module, args, kwargs)"
+    )
+
+
+def _on_meta(source: Source) -> Source:
+    """The same with every tensor on the meta device; tensors that were one stay one."""
+    inputs, structure = flatten((source.args, source.kwargs))
+    tensors = [*source.model.parameters(), *source.model.buffers(), *inputs]
+    memo: dict[int, Any] = {id(tensor): _meta_like(tensor) for tensor in tensors}
+    args, kwargs = structure.fill([memo[id(tensor)] for tensor in inputs])
+    return Source(source.name, copy.deepcopy(source.model, memo), args, kwargs)
+
+
+def _meta_like(tensor: torch.Tensor) -> torch.Tensor:
+    meta = torch.empty_strided(
+        tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta"
+    ).requires_grad_(tensor.requires_grad)
+    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+
+
+# Hugging Face configurations
+
+
+def _from_config(
+    name: str, path: Path, batch: int | None, seq: int | None, dtype: str | None
+) -> Source:
+    data = _read_config(path)
+    try:
+        import transformers
+        from transformers import CONFIG_MAPPING
+    except ImportError as error:
+        raise UsageError(f"{name} needs transformers: {_described(error)}") from error
+    kind = data.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UsageError(
+            f"{path}: model_type {kind!r} is not known to transformers {transformers.__version__}"
+        )
+    if "quantization_config" in data:
+        raise UsageError(f"{path}: training of quantized weights cannot be planned")
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(data)
+        config.use_cache = False
+        task, architecture = _choose_architecture(config, path)
+        weights = _DTYPES[dtype] if dtype else config.dtype or torch.float32
+        with torch.device("meta"):
+            model = getattr(transformers, architecture)._from_config(config, dtype=weights)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{path}: cannot build the model: {_described(error)}") from error
+    inputs = _image_inputs if task == "image classification" else _token_inputs
+    return Source(name, model.train(), (), inputs(config, batch or _DEFAULT_BATCH, seq, weights))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} holds no configuration, but a {type(data).__name__}")
+    return data
+
+
+def _choose_architecture(config: Any, path: Path) -> tuple[str, str]:
+    """Task and class: the one that the configuration names, else the first task it can train."""
+    from transformers.models.auto import modeling_auto
+
+    tasks = {
+        "sequence to sequence": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "masked language": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "causal language": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "image classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    able = {
+        task: (names,) if isinstance(names, str) else names
+        for task, mapping in tasks.items()
+        if (names := mapping.get(config.model_type))
+        and (task != "sequence to sequence" or config.is_encoder_decoder)
+    }
+    named = (config.architectures or [None])[0]
+    for task, names in able.items():
+        if named in names:
+            return task, named
+    if able and (named is None or named.endswith("Model")):
+        task, names = next(iter(able.items()))
+        return task, names[0]
+    raise UsageError(
+        f"{path}: no inputs are known for {named or config.model_type}, which is none of a causal, "
+        "masked, sequence to sequence or image classification model\n"
+        "  write a factory that returns the model and its inputs: package.module:factory"
+    )
+
+
+def _token_inputs(config: Any, batch: int, seq: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    longest = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(config, "rope_parameters", None)
+    if seq is not None and longest is not None and seq > longest and not rotary:
+        raise UsageError(f"--seq {seq}: {config.model_type} has {longest} positions")
+    seq = seq or min(_DEFAULT_SEQ, longest or _DEFAULT_SEQ)
+    return {
+        name: torch.zeros(batch, seq, dtype=torch.int64, device="meta")
+        for name in ("input_ids", "labels")
+    }
+
+
+def _image_inputs(config: Any, batch: int, seq: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    if seq is not None:
+        raise UsageError(f"--seq {seq} has no effect: {config.model_type} takes images")
+    size = getattr(config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = getattr(config, "num_channels", 3)
+    return {
+        "pixel_values": torch.zeros(batch, channels, height, width, dtype=dtype, device="meta"),
+        "labels": torch.zeros(batch, dtype=torch.int64, device="meta"),
+    }
+
+
+def _described(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"

@@ -1,0 +1,98 @@
+"""Which memory stands behind every value of a graph.
+
+Memory is counted in storages, not tensors: a view costs nothing and keeps its whole base alive.  Every
+tensor leaf of every node is mapped to a storage number; a node whose output shares the memory of one
+of its arguments gets the argument's number.
+
+    x = mm(a, b)          storage 3, 4096 bytes
+    y = x.t()             storage 3
+    o, m, r = norm(y)     storages 4, 5, 6
+    z = getitem(o)        storage 4
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Storages:
+    """The storages of a graph.
+
+    Attributes:
+        of: for each node, the storage number of each tensor leaf of its value, in order.
+        bytes: size by storage number.
+        maker: the node that made each storage.
+    """
+
+    of: dict[fx.Node, tuple[int, ...]]
+    bytes: list[int]
+    maker: list[fx.Node]
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether the node makes no storage of its own (and is not an input)."""
+        mine = self.of.get(node, ())
+        return bool(mine) and all(self.maker[s] is not node for s in mine)
+
+
+def analyse(nodes: Iterable[fx.Node]) -> Storages:
+    """Storages of nodes in order; every node needs ``meta["val"]`` (fake or real tensors)."""
+    of: dict[fx.Node, tuple[int, ...]] = {}
+    sizes: list[int] = []
+    maker: list[fx.Node] = []
+    inputs: dict[int, int] = {}
+    for node in nodes:
+        if node.op == "output":
+            continue
+        if node.target is operator.getitem:
+            of[node] = _select(node, of)
+            continue
+        known = _argument_storages(node, of) if node.op != "placeholder" else inputs
+        numbers = []
+        for leaf in tensor_leaves(node.meta.get("val")):
+            key = _identity(leaf)
+            number = known.get(key)
+            if number is None:
+                number = known[key] = len(sizes)
+                sizes.append(leaf.untyped_storage().nbytes())
+                maker.append(node)
+            numbers.append(number)
+        of[node] = tuple(numbers)
+    return Storages(of, sizes, maker)
+
+
+def tensor_leaves(value: Any) -> list[torch.Tensor]:
+    """Tensors inside a node's value; nested tuples are walked in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _identity(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _argument_storages(node: fx.Node, of: dict[fx.Node, tuple[int, ...]]) -> dict[int, int]:
+    known: dict[int, int] = {}
+    for argument in node.all_input_nodes:
+        leaves = tensor_leaves(argument.meta.get("val"))
+        known.update(zip(map(_identity, leaves), of.get(argument, ()), strict=True))
+    return known
+
+
+def _select(node: fx.Node, of: dict[fx.Node, tuple[int, ...]]) -> tuple[int, ...]:
+    """Storages of ``value[i]``: the slice of the parent's leaves that the i-th item holds."""
+    parent, index = node.args
+    assert isinstance(parent, fx.Node) and isinstance(index, int)
+    items = list(parent.meta["val"])
+    index = index % len(items)
+    start = sum(len(tensor_leaves(item)) for item in items[:index])
+    count = len(tensor_leaves(items[index]))
+    return of[parent][start : start + count]

@@ -1,0 +1,254 @@
+"""How many bytes are alive at every instant of a training step.
+
+Walks the two graphs that really run, forward then backward, and keeps the books of their storages: a
+storage is born when a node makes it, and dies after the last node that reads any view of it, unless it
+is a result.  Knows nothing of solvers: it is the judge of their plans.
+
+What the books hold besides activations:
+    parameters, buffers, optimizer state, inputs    always
+    model outputs                                   to the end, if the caller holds them
+    tangents                                        from the loss to the end of the backward
+    gradients                                       from the node that makes them to the end
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxzero.execution import last_uses
+from fxzero.passes.partition import Split
+from fxzero.storages import Storages, analyse
+
+CUDA_GRANULARITY = 512
+
+
+@dataclass(frozen=True)
+class Alive:
+    """A storage that lives at the peak.
+
+    Attributes:
+        node: the graph node that made it (in the forward if it was saved), None for fixed memory.
+        role: as in ``plans.Value.role``.
+        name: name of a parameter or buffer, else the node's.
+    """
+
+    bytes: int
+    role: str
+    name: str
+    node: fx.Node | None
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The life of one training step in bytes.
+
+    Attributes:
+        points: bytes alive while each node runs, forward then backward.
+        forward_nodes: how many of the points belong to the forward.
+        peak_bytes: the largest point.
+        peak_node: the node that runs then.
+        alive: what lives at the peak; sums to ``peak_bytes``.
+        fixed: bytes that live throughout, by role.
+        gradient_bytes: gradients left when the step ends.
+        saved: the storages carried from forward to backward, with their roles.
+    """
+
+    points: tuple[int, ...]
+    forward_nodes: int
+    peak_bytes: int
+    peak_node: fx.Node
+    alive: tuple[Alive, ...]
+    fixed: dict[str, int]
+    gradient_bytes: int
+    saved: tuple[Alive, ...]
+
+    def peak_of(self, phase: str) -> int:
+        """Peak of "forward" or "backward" alone."""
+        points = (
+            self.points[: self.forward_nodes]
+            if phase == "forward"
+            else self.points[self.forward_nodes :]
+        )
+        return max(points, default=0)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the graphs do not show.
+
+    Attributes:
+        optimizer_bytes: optimizer state that lives throughout.
+        outputs_held: whether the caller keeps the model's outputs during the backward.
+        granularity: the allocator rounds sizes up to a multiple of this.
+    """
+
+    optimizer_bytes: int = 0
+    outputs_held: bool = True
+    granularity: int = 1
+
+
+def simulate(split: Split, surroundings: Surroundings) -> Timeline:
+    """The timeline of one training step that runs the two graphs of ``split``."""
+    return _Books(split, surroundings).run()
+
+
+class _Books:
+    def __init__(self, split: Split, surroundings: Surroundings) -> None:
+        self.split = split
+        self.around = surroundings
+        self.forward = analyse(split.forward.graph.nodes)
+        self.backward = analyse(split.backward.graph.nodes)
+        self.alive: dict[object, Alive] = {}
+        self.total = 0
+        self.points: list[int] = []
+        self.peak = -1
+        self.peak_node: fx.Node | None = None
+        self.peak_alive: tuple[Alive, ...] = ()
+        self.fixed: dict[str, int] = {}
+
+    def run(self) -> Timeline:
+        self._open_fixed()
+        results = _results(self.split.forward)
+        outputs = results[: self.split.output_count]
+        saved = results[self.split.output_count :]
+        saved_entries = self._run_forward(outputs, saved)
+        forward_nodes = len(self.points)
+        gradient_bytes = self._run_backward(outputs, saved)
+        assert self.peak_node is not None
+        return Timeline(
+            points=tuple(self.points),
+            forward_nodes=forward_nodes,
+            peak_bytes=self.peak,
+            peak_node=self.peak_node,
+            alive=tuple(sorted(self.peak_alive, key=lambda a: -a.bytes)),
+            fixed=self.fixed,
+            gradient_bytes=gradient_bytes,
+            saved=saved_entries,
+        )
+
+    def _open_fixed(self) -> None:
+        for role, node in zip(
+            self.split.inputs, self.split.forward.graph.find_nodes(op="placeholder"), strict=True
+        ):
+            for storage in self.forward.of[node]:
+                key = ("f", storage)
+                if key not in self.alive:
+                    self._birth(key, self.forward, storage, role.kind, role.name or node.name)
+                    self.fixed[role.kind] = self.fixed.get(role.kind, 0) + self.alive[key].bytes
+        if self.around.optimizer_bytes:
+            self.alive["optimizer"] = Alive(
+                self.around.optimizer_bytes, "optimizer", "optimizer state", None
+            )
+            self.total += self.around.optimizer_bytes
+            self.fixed["optimizer"] = self.around.optimizer_bytes
+        self.permanent = set(self.alive)
+
+    def _run_forward(self, outputs: list[fx.Node], saved: list[fx.Node]) -> tuple[Alive, ...]:
+        roles = {("f", s): "saved" for node in saved for s in self.forward.of[node]}
+        roles |= {("f", s): "output" for node in outputs for s in self.forward.of[node]}
+        self._walk(self.split.forward.graph, self.forward, "f", roles, set(roles))
+        return tuple(
+            self.alive[key]
+            for key in {("f", s): None for node in saved for s in self.forward.of[node]}
+            if key not in self.permanent
+        )
+
+    def _run_backward(self, outputs: list[fx.Node], saved: list[fx.Node]) -> int:
+        held = {("f", s) for node in outputs for s in self.forward.of[node]}
+        placeholders = list(self.split.backward.graph.find_nodes(op="placeholder"))
+        carried: dict[int, object] = {}
+        for node, placeholder in zip(saved, placeholders, strict=False):
+            for mine, theirs in zip(
+                self.forward.of[node], self.backward.of[placeholder], strict=True
+            ):
+                carried[theirs] = ("f", mine)
+        if not self.around.outputs_held:
+            for key in held - set(carried.values()) - self.permanent:
+                self._death(key)
+            held = set()
+        tangents = placeholders[len(saved) :]
+        for node in tangents:
+            for storage in self.backward.of[node]:
+                self._birth(("b", storage), self.backward, storage, "tangent", node.name)
+        keep = held | {("b", s) for node in tangents for s in self.backward.of[node]}
+        gradients = {
+            carried.get(s, ("b", s))
+            for node in _results(self.split.backward)
+            for s in self.backward.of[node]
+        }
+        roles = dict.fromkeys(gradients, "gradient")
+        self._walk(
+            self.split.backward.graph, self.backward, "b", roles, keep | gradients, carried
+        )
+        return sum(self.alive[key].bytes for key in gradients - self.permanent)
+
+    def _walk(
+        self,
+        graph: fx.Graph,
+        storages: Storages,
+        phase: str,
+        roles: dict[object, str],
+        keep: set[object],
+        carried: dict[int, object] | None = None,
+    ) -> None:
+        carried = carried or {}
+        references: dict[object, int] = {}
+        for node in graph.nodes:
+            for storage in storages.of.get(node, ()):
+                key = carried.get(storage, (phase, storage))
+                references[key] = references.get(key, 0) + 1
+        dying = last_uses(graph)
+        for node in graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            for storage in storages.of.get(node, ()):
+                if storages.maker[storage] is node:
+                    key = (phase, storage)
+                    self._birth(key, storages, storage, roles.get(key, _role(node)), node.name)
+            self._record(node)
+            for dead in dying.get(node, ()):
+                for storage in storages.of.get(dead, ()):
+                    key = carried.get(storage, (phase, storage))
+                    references[key] -= 1
+                    if references[key] == 0 and key not in keep and key not in self.permanent:
+                        self._death(key)
+
+    def _birth(self, key: object, storages: Storages, number: int, role: str, name: str) -> None:
+        if key in self.alive:
+            return
+        size = storages.bytes[number]
+        size = -(-size // self.around.granularity) * self.around.granularity
+        self.alive[key] = Alive(size, role, name, storages.maker[number])
+        self.total += size
+
+    def _death(self, key: object) -> None:
+        entry = self.alive.pop(key, None)
+        if entry is not None:
+            self.total -= entry.bytes
+
+    def _record(self, node: fx.Node) -> None:
+        self.points.append(self.total)
+        if self.total > self.peak:
+            self.peak, self.peak_node = self.total, node
+            self.peak_alive = tuple(self.alive.values())
+
+
+def _role(node: fx.Node) -> str:
+    if node.meta.get("rng_state"):
+        return "rng state"
+    return "recomputed" if "recomputed_from" in node.meta else "temporary"
+
+
+def _results(module: fx.GraphModule) -> list[fx.Node]:
+    (output,) = module.graph.find_nodes(op="output")
+    return list(output.args[0])
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the distinct storages behind ``tensors``."""
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(sizes.values())

@@ -1,0 +1,20 @@
+"""What a pass may look at besides the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fxzero.plans import Decisions
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """Decisions of the Plan.  Passes take their decisions from here and make none.
+
+    Attributes:
+        decisions: what to save and what to recompute where.
+        device: "cpu" or "cuda": which random stream an operator draws from.
+    """
+
+    decisions: Decisions = field(default_factory=Decisions)
+    device: str = "cpu"

@@ -1,0 +1,105 @@
+"""Cuts a scheduled joint graph into the forward and the backward that run.
+
+Whatever the backward reads from the forward becomes an extra output of the forward and an input of the
+backward.  The order of nodes is kept: the executed order is the planned one.
+
+Invariant: the forward returns [model outputs, saved values]; the backward takes [saved values,
+tangents] and returns one gradient per input that has one.
+
+    joint:     x, w, dy -> h = mm(x, w); y = relu(h); dh = ge(h, dy); dw = mm(t(x), dh) -> y, dw
+    forward:   x, w -> h = mm(x, w); y = relu(h) -> y, h
+    backward:  x, h, dy -> dh = ge(h, dy); dw = mm(t(x), dh) -> dw
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxzero.graph import InputRole, TrainGraph
+
+
+@dataclass(frozen=True)
+class Split:
+    """A forward and a backward graph that run one after the other.
+
+    Attributes:
+        forward: takes parameters, buffers and inputs; returns model outputs, then saved values.
+        backward: takes saved values, then tangents; returns gradients.
+        inputs: roles of the forward's placeholders.
+        output_count: how many of the forward's results are model outputs.
+        saved: names of the forward nodes (or placeholders) behind the backward's first inputs.
+        tangents: model output positions behind the backward's last inputs.
+        gradients: for each placeholder of the forward, its position among the backward's results,
+            or None.
+    """
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    inputs: tuple[InputRole, ...]
+    output_count: int
+    saved: tuple[str, ...]
+    tangents: tuple[int, ...]
+    gradients: tuple[int | None, ...]
+
+
+def partition(graph: TrainGraph) -> Split:
+    """Splits a graph on which every pass has run."""
+    placeholders = list(graph.pairs())
+    tangents = [(role, node) for role, node in placeholders if role.kind == "tangent"]
+    arguments = [(role, node) for role, node in placeholders if role.kind != "tangent"]
+    body = [n for n in graph.graph.nodes if n.op in ("call_function", "get_attr")]
+    backward_body = [n for n in body if _runs_in_backward(graph, n)]
+    forward_body = [n for n in body if not _runs_in_backward(graph, n)]
+    outputs = [value for role, value in graph.result_pairs() if role.kind == "output"]
+    gradients = {
+        role.of: value
+        for role, value in graph.result_pairs()
+        if role.kind == "gradient" and value is not None
+    }
+    tangent_nodes = [node for _, node in tangents]
+    saved = _read_from_outside(backward_body, list(gradients.values()), tangent_nodes)
+    positions = {role: index for index, role in enumerate(gradients)}
+    return Split(
+        forward=_extract(graph, [n for _, n in arguments], forward_body, [*outputs, *saved]),
+        backward=_extract(
+            graph, [*saved, *tangent_nodes], backward_body, list(gradients.values())
+        ),
+        inputs=tuple(role for role, _ in arguments),
+        output_count=len(outputs),
+        saved=tuple(node.name for node in saved),
+        tangents=tuple(role.index for role, _ in tangents),
+        gradients=tuple(positions.get(role) for role, _ in arguments),
+    )
+
+
+def _runs_in_backward(graph: TrainGraph, node: fx.Node) -> bool:
+    return graph.is_backward(node)
+
+
+def _read_from_outside(
+    body: Iterable[fx.Node], results: Iterable[fx.Node], own_inputs: list[fx.Node]
+) -> list[fx.Node]:
+    """Nodes that ``body`` or ``results`` read and nobody in ``body`` makes, in order of first use."""
+    own = {*own_inputs, *body}
+    found: dict[fx.Node, None] = {}
+    for node in body:
+        found.update((source, None) for source in node.all_input_nodes if source not in own)
+    found.update((node, None) for node in results if node not in own)
+    return list(found)
+
+
+def _extract(
+    graph: TrainGraph, inputs: list[fx.Node], body: list[fx.Node], results: list[fx.Node]
+) -> fx.GraphModule:
+    extracted = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = extracted.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node in body:
+        copies[node] = extracted.node_copy(node, copies.__getitem__)
+    extracted.output(tuple(copies[node] for node in results))
+    return fx.GraphModule(graph.module, extracted)

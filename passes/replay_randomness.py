@@ -1,0 +1,87 @@
+"""Recomputed random operators replay the forward's draw.
+
+For each random operator with clones, the forward copy also returns the generator's state from before
+the draw, and each clone runs under that state.  The state is saved for the backward like any value.
+
+Invariant: a random operator drawn once in the forward draws the same numbers in every clone, and the
+generator ends where it would without recompute.
+
+    forward:   m = dropout(x)                s, m = run_and_save_rng_state(dropout, x)
+    backward:  m' = dropout(x')        ->    m' = run_with_rng_state(s, dropout, x')
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+
+import torch
+from torch import fx
+
+from fxzero import _torch
+from fxzero.graph import TrainGraph
+from fxzero.passes.context import PassContext
+from fxzero.passes.rematerialize import CLONE_OF
+
+
+def replay_randomness_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
+    """Shares one saved generator state between a random operator and its clones."""
+    clones: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in graph.graph.nodes:
+        if CLONE_OF in node.meta and is_random(node):
+            clones[node.meta[CLONE_OF]].append(node)
+    originals = [n for n in graph.graph.nodes if n.name in clones and CLONE_OF not in n.meta]
+    for original in originals:
+        state = _save_state(graph.graph, original, context)
+        for clone in clones[original.name]:
+            _run_with_state(graph.graph, clone, state)
+    graph.graph.lint()
+    graph.module.recompile()
+    return graph
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the node draws random numbers."""
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    )
+
+
+def rng_state_bytes(device: str) -> int:
+    """Bytes of one saved generator state; the state of a CUDA generator lives on the host."""
+    return torch.get_rng_state().numel() if device == "cpu" else 0
+
+
+def _save_state(graph: fx.Graph, node: fx.Node, context: PassContext) -> fx.Node:
+    """Replaces ``node`` by its state-saving form; returns the state node."""
+    state_bytes = torch.get_rng_state().numel() if context.device == "cpu" else 16
+    value = node.meta["val"]
+    fake_mode = _torch.fake_mode_of([value] if isinstance(value, torch.Tensor) else list(value))
+    assert fake_mode is not None, f"{node} has no fake value"
+    with fake_mode:
+        state_value = torch.empty(state_bytes, dtype=torch.uint8, device="cpu")
+    with graph.inserting_before(node):
+        pair = graph.call_function(
+            _torch.run_and_save_rng_state, (node.target, *node.args), dict(node.kwargs)
+        )
+        state = graph.call_function(operator.getitem, (pair, 0))
+        result = graph.call_function(operator.getitem, (pair, 1))
+    pair.meta = {**node.meta, "val": (state_value, value)}
+    state.meta = {**node.meta, "val": state_value, "rng_state": True}
+    result.meta = dict(node.meta)
+    name = node.name
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    result.name = name
+    return state
+
+
+def _run_with_state(graph: fx.Graph, clone: fx.Node, state: fx.Node) -> None:
+    with graph.inserting_before(clone):
+        replay = graph.call_function(
+            _torch.run_with_rng_state, (state, clone.target, *clone.args), dict(clone.kwargs)
+        )
+    replay.meta = dict(clone.meta)
+    clone.replace_all_uses_with(replay)
+    graph.erase_node(clone)
