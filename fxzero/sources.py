@@ -132,8 +132,8 @@ def _find_factory(spec: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise UsageError(f"cannot import {module_name!r}: {_described(error)}") from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
+    factory: Callable[..., Any] | None = getattr(module, attribute, None)
+    if factory is None or not callable(factory):
         nearest = difflib.get_close_matches(attribute, vars(module), n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise UsageError(f"{module_name!r} has no function {attribute!r}{hint}")

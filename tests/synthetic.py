@@ -47,7 +47,10 @@ def gpt_plan(*, budget: int | None = 5120 * MiB, recomputed: int = 10, **changes
         *(_activation(i, "ln_1", f"native_layer_norm_{2 * i}", 24) for i in range(12)),
         *(_activation(i, "attn", f"scaled_dot_product_{i}", 24) for i in range(12)),
     ]
-    kept = [*saved, *(_as(v, "saved", "needed by mul in backward", 0.0) for v in cheap[recomputed:])]
+    kept = [
+        *saved,
+        *(_as(v, "saved", "needed by mul in backward", 0.0) for v in cheap[recomputed:]),
+    ]
     logits = Value("mm", 1571 * MiB, "float32[8, 1024, 50257]", "lm_head", _HEAD, "temporary")
     alive = tuple(sorted([*fixed, *kept, logits], key=lambda value: -value.bytes))
     breakdown: dict[str, int] = {}
@@ -151,7 +154,6 @@ def _timeline(peak: int) -> tuple[tuple[int, int], ...]:
     low, half = 1400 * MiB, 700
     up = [(i, low + (peak - low) * i // half) for i in range(0, half, 5)]
     down = [
-        (half + i, peak - (peak - low) * i // half + (i % 3) * 30 * MiB)
-        for i in range(5, half, 5)
+        (half + i, peak - (peak - low) * i // half + (i % 3) * 30 * MiB) for i in range(5, half, 5)
     ]
     return (*up, (half, peak), *down)

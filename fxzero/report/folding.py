@@ -81,9 +81,7 @@ def _row(group: Sequence[Value]) -> Row:
     first = group[0]
     single = len(group) == 1 and not first.module
     return Row(
-        place=first.name
-        if single
-        else _merge([_place(value) for value in group], _LAYER, _ranges),
+        place=first.name if single else _merge([_place(value) for value in group], _LAYER, _ranges),
         count=len(group),
         bytes=first.bytes,
         shape=first.shape,

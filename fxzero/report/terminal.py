@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
-from fxzero.plans import Plan, Rank, Value
+from fxzero.plans import Plan, Value
 from fxzero.report import wording
 from fxzero.report.folding import Row, fold
 from fxzero.report.wording import printable, share
@@ -24,7 +24,9 @@ _PLACE_WIDTH = 42
 def render(plan: Plan, width: int = 100) -> str:
     """The whole report, no line longer than ``width``."""
     sections = (_heading, _ranks, _alive, _recomputed, _alternatives, _notes)
-    blocks = ["\n".join(_clip(line, width) for line in section(plan, width)) for section in sections]
+    blocks = [
+        "\n".join(_clip(line, width) for line in section(plan, width)) for section in sections
+    ]
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -34,9 +36,10 @@ def _heading(plan: Plan, width: int) -> Iterator[str]:
     rest = "  ".join(fact for fact in [*facts, wording.solved(plan)] if fact)
     start = f"fxzero {plan.fxzero_version} plan {plan.hash[:8]}  "
     yield start + _clip(model.name, max(8, width - len(start) - len(rest) - 2)) + "  " + rest
+    parameters = f"{format_count(model.parameters)} parameters"
     yield (
-        f"model   {format_count(model.parameters)} parameters ({format_bytes(model.parameter_bytes)})"
-        f", {plan.request.optimizer}, inputs {', '.join(model.inputs)}"
+        f"model   {parameters} ({format_bytes(model.parameter_bytes)}), "
+        f"{plan.request.optimizer}, inputs {', '.join(model.inputs)}"
     )
     yield (
         f"peak    {format_bytes(plan.peak_bytes)}; "
@@ -54,25 +57,13 @@ def _ranks(plan: Plan, width: int) -> Iterator[str]:
     budget = plan.request.memory_budget
     header = "rank    " + "".join(f"{column:>11}" for column in columns)
     yield header + ("  of budget" if budget else "")
-    for name, rank in _equal_ranks(plan.ranks):
+    for name, rank in wording.equal_ranks(plan.ranks):
         sizes = [rank.breakdown.get(role, 0) for role in shown]
         if "other" in columns:
             sizes.append(rank.peak_bytes - sum(sizes))
         cells = "".join(f"{format_bytes(size):>11}" for size in [*sizes, rank.peak_bytes])
         yield f"{name:<8}" + cells + (f"{share(rank.peak_bytes, budget):>11}" if budget else "")
     yield "phases  " + "   ".join(f"{p.name} {format_bytes(p.peak_bytes)}" for p in plan.phases)
-
-
-def _equal_ranks(ranks: Sequence[Rank]) -> Iterator[tuple[str, Rank]]:
-    """Neighbours that hold the same bytes are one row: '0-7'."""
-    start = 0
-    for end in range(1, len(ranks) + 1):
-        first = ranks[start]
-        if end < len(ranks) and ranks[end].breakdown == first.breakdown:
-            continue
-        last = ranks[end - 1]
-        yield f"{first.index}-{last.index}" if end - start > 1 else f"{first.index}", first
-        start = end
 
 
 def _alive(plan: Plan, width: int) -> Iterator[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 
-from fxzero.plans import Plan
+from fxzero.plans import Plan, Rank
 from fxzero.units import format_bytes, format_count, format_seconds
 
-_ROLES = (
+ROLES = (
     "parameter",
     "buffer",
     "gradient",
@@ -81,11 +82,22 @@ def share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
-
 def roles_of(plan: Plan) -> list[str]:
     """The roles that hold any bytes on any rank, in reading order."""
     held = {role for rank in plan.ranks for role, size in rank.breakdown.items() if size}
-    return [role for role in _ROLES if role in held] + sorted(held - set(_ROLES))
+    return [role for role in ROLES if role in held] + sorted(held - set(ROLES))
+
+
+def equal_ranks(ranks: Sequence[Rank]) -> Iterator[tuple[str, Rank]]:
+    """Neighbours that hold the same bytes are one row: '0-7'."""
+    start = 0
+    for end in range(1, len(ranks) + 1):
+        first = ranks[start]
+        if end < len(ranks) and ranks[end].breakdown == first.breakdown:
+            continue
+        last = ranks[end - 1]
+        yield f"{first.index}-{last.index}" if end - start > 1 else f"{first.index}", first
+        start = end
 
 
 def printable(text: str) -> str:

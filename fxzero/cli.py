@@ -1,0 +1,224 @@
+"""The ``fxzero`` command.
+
+Results go to stdout, log and errors to stderr.  Exit codes: 0 fits or fine, 1 a verification
+failed, 2 usage, 3 does not fit, 4 a bug of ours.  ``FXZERO_DEBUG=1`` adds tracebacks.  Nothing here
+imports torch before a command runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from fxzero import __version__
+from fxzero.errors import BudgetError, FxzeroError, InternalError
+
+if TYPE_CHECKING:
+    from fxzero.plans import Plan
+
+_OK, _NOT_VERIFIED, _USAGE, _DOES_NOT_FIT, _BUG, _INTERRUPTED = 0, 1, 2, 3, 4, 130
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code; the console script's entry point."""
+    try:
+        return cli.main(args, prog_name="fxzero", standalone_mode=False) or _OK
+    except click.ClickException as error:
+        error.show()
+        return _USAGE
+    except click.Abort:
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _OK
+    except Exception as error:
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    """One clear message on stderr."""
+    if os.environ.get("FXZERO_DEBUG") == "1":
+        traceback.print_exception(error)
+    if isinstance(error, FxzeroError) and not isinstance(error, InternalError):
+        click.echo(f"fxzero: {error}", err=True)
+        return _DOES_NOT_FIT if isinstance(error, BudgetError) else _USAGE
+    click.echo(f"fxzero: {type(error).__name__}: {error}", err=True)
+    click.echo("  this is a bug of fxzero; please report it", err=True)
+    if reproducer := getattr(error, "reproducer", None):
+        click.echo(f"  with {reproducer}, which `fxzero replay` runs again", err=True)
+    elif os.environ.get("FXZERO_DEBUG") != "1":
+        click.echo("  with the traceback that FXZERO_DEBUG=1 shows", err=True)
+    return _BUG
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def cli() -> None:
+    """Plan, explain and check the memory of a PyTorch training step.
+
+    MODEL is a preset (gpt2, llama-3-8b, vit-base, ...), a path to a Hugging Face config.json, or
+    package.module:factory, a function that returns a module and its example inputs.
+    """
+
+
+def _model_options(command: _Command) -> _Command:
+    """MODEL and everything that decides what is planned."""
+    for decorate in reversed(
+        [
+            click.argument("model"),
+            click.option("--batch", type=int, help="Examples per step.  [default: 1]"),
+            click.option("--seq", type=int, help="Tokens per example.  [default: up to 1024]"),
+            click.option(
+                "--dtype",
+                type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+                help="Of the weights.  [default: the configuration's]",
+            ),
+            click.option(
+                "--memory-budget", metavar="SIZE", help='Such as "22GiB".  [default: no limit]'
+            ),
+            click.option("--optimizer", default="adamw", show_default=True, metavar="NAME"),
+            click.option(
+                "--recompute",
+                type=click.Choice(["auto", "none", "full"]),
+                default="auto",
+                show_default=True,
+            ),
+            click.option(
+                "--objective",
+                type=click.Choice(["time", "flops"]),
+                default="time",
+                show_default=True,
+                help="What to spend least of.",
+            ),
+        ]
+    ):
+        command = decorate(command)
+    return command
+
+
+def _make_plan(
+    model: str, batch: int | None, seq: int | None, dtype: str | None, **options: Any
+) -> Plan:
+    from fxzero.planner import plan
+    from fxzero.sources import load_model
+
+    source = load_model(model, batch=batch, seq=seq, dtype=dtype)
+    if "transformers" in sys.modules:  # its advice on configurations is not about the plan
+        sys.modules["transformers"].logging.set_verbosity_error()
+    return plan(source.model, source.args, kwargs=source.kwargs, name=source.name, **options)
+
+
+def _code(plan: Plan) -> int:
+    return _OK if plan.fits else _DOES_NOT_FIT
+
+
+@cli.command()
+@_model_options
+@click.option("--json", type=click.Path(path_type=Path), help="Write the plan to this file.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page to this file.")
+def plan(json: Path | None, html: Path | None, **options: Any) -> int:
+    """Report the memory of a training step, and what to recompute so that it fits."""
+    made = _make_plan(**options)
+    click.echo(str(made))
+    if json:
+        _write(json, made.save)
+    if html:
+        _write(html, made.to_html)
+    return _code(made)
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
+    click.echo(f"wrote {path}", err=True)
+
+
+@cli.command()
+@_model_options
+def explain(**options: Any) -> int:
+    """List every saved and recomputed value: bytes, module, source line, reason."""
+    from fxzero.explanation import explain_plan
+
+    made = _make_plan(**options)
+    click.echo(explain_plan(made))
+    return _code(made)
+
+
+@cli.command()
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+def diff(before: Path, after: Path) -> None:
+    """Show what changed between two plan files."""
+    from fxzero.plans import Plan
+    from fxzero.report.diff import diff as differences
+
+    click.echo(differences(Plan.load(before), Plan.load(after)))
+
+
+@cli.command()
+def passes() -> None:
+    """List the passes in the order in which they run."""
+    from fxzero.passes.pipeline import PASSES
+
+    width = max(len(item.name) for item in PASSES)
+    for item in PASSES:
+        click.echo(f"{item.name:<{width}}  {item.numerics:<7}  {item.summary}")
+
+
+@cli.command()
+@click.argument("model", metavar="package.module:factory")
+@click.option("--memory-budget", metavar="SIZE", help='Such as "22GiB".  [default: no limit]')
+@click.option(
+    "--inner", type=click.Choice(["inductor", "eager"]), help="[default: what is present]"
+)
+def verify(model: str, memory_budget: str | None, inner: str | None) -> int:
+    """Run a compiled step against eager PyTorch: loss, gradients, randomness, peak.
+
+    Exits with 1 if they differ.
+    """
+    import fxzero
+    from fxzero.sources import load_factory
+
+    source = load_factory(model)
+    example = None if source.kwargs else source.args  # keywords are captured at the first call
+    compiled = fxzero.compile(source.model, example, memory_budget=memory_budget, inner=inner)
+    result = compiled.verify(*source.args, **source.kwargs)
+    click.echo(str(result))
+    return _OK if result.ok else _NOT_VERIFIED
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def replay(directory: Path) -> None:
+    """Run a failed pass again from the DIRECTORY that its error names."""
+    from fxzero.passes.runner import replay as run_again
+
+    click.echo(run_again(directory))
+
+
+@cli.command()
+def doctor() -> None:
+    """Show versions, devices and compilers, and whether this torch is supported."""
+    from fxzero.report.environment import describe_environment
+
+    click.echo(describe_environment())
+
+
+@cli.command()
+@click.option("--memory-budget", metavar="SIZE", help="[default: one that is tight for the model]")
+@click.option("--steps", type=int, default=20, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Write plan and page to this folder.")
+def demo(memory_budget: str | None, steps: int, out: Path | None) -> None:
+    """Plan and train a small model under a byte budget."""
+    from fxzero.demo import run
+
+    run(memory_budget=memory_budget, steps=steps, out=out)
