@@ -106,12 +106,13 @@ def _model_options(command: _Command) -> _Command:
 def _make_plan(
     model: str, batch: int | None, seq: int | None, dtype: str | None, **options: Any
 ) -> Plan:
-    from fxzero.planner import plan
     from fxzero.sources import load_model
 
     source = load_model(model, batch=batch, seq=seq, dtype=dtype)
     if "transformers" in sys.modules:  # its advice on configurations is not about the plan
         sys.modules["transformers"].logging.set_verbosity_error()
+    from fxzero.planner import plan
+
     return plan(source.model, source.args, kwargs=source.kwargs, name=source.name, **options)
 
 
