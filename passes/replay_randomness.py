@@ -6,8 +6,8 @@ the draw, and each clone runs under that state.  The state is saved for the back
 Invariant: a random operator drawn once in the forward draws the same numbers in every clone, and the
 generator ends where it would without recompute.
 
-    forward:   m = dropout(x)                s, m = run_and_save_rng_state(dropout, x)
-    backward:  m' = dropout(x')        ->    m' = run_with_rng_state(s, dropout, x')
+    forward:   m = dropout(x)                s, m = draw(dropout, x)
+    backward:  m' = dropout(x')        ->    m' = draw_again(s, dropout, x')
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import defaultdict
 import torch
 from torch import fx
 
-from fxzero import _torch
+from fxzero import _torch, randomness
 from fxzero.graph import TrainGraph
 from fxzero.passes.context import PassContext
 from fxzero.passes.rematerialize import CLONE_OF
@@ -63,7 +63,7 @@ def _save_state(graph: fx.Graph, node: fx.Node, context: PassContext) -> fx.Node
         state_value = torch.empty(state_bytes, dtype=torch.uint8, device="cpu")
     with graph.inserting_before(node):
         pair = graph.call_function(
-            _torch.run_and_save_rng_state, (node.target, *node.args), dict(node.kwargs)
+            randomness.draw, (node.target, *node.args), dict(node.kwargs)
         )
         state = graph.call_function(operator.getitem, (pair, 0))
         result = graph.call_function(operator.getitem, (pair, 1))
@@ -80,7 +80,7 @@ def _save_state(graph: fx.Graph, node: fx.Node, context: PassContext) -> fx.Node
 def _run_with_state(graph: fx.Graph, clone: fx.Node, state: fx.Node) -> None:
     with graph.inserting_before(clone):
         replay = graph.call_function(
-            _torch.run_with_rng_state, (state, clone.target, *clone.args), dict(clone.kwargs)
+            randomness.draw_again, (state, clone.target, *clone.args), dict(clone.kwargs)
         )
     replay.meta = dict(clone.meta)
     clone.replace_all_uses_with(replay)

@@ -18,7 +18,6 @@ from fxzero.units import format_bytes, format_count, format_seconds
 _ALIVE_ROWS = 12
 _RECOMPUTED_ROWS = 8
 _BREAKDOWN_COLUMNS = 6
-_PLACE_WIDTH = 42
 
 
 def render(plan: Plan, width: int = 100) -> str:
@@ -75,25 +74,30 @@ def _alive(plan: Plan, width: int) -> Iterator[str]:
 
     where = [peak.phase, peak.node, wording.short_source(peak.source)]
     yield "alive at the peak: " + ", ".join(part for part in where if part)
-    yield from _table(peak.alive, cells, _ALIVE_ROWS)
+    yield from _table(peak.alive, cells, _ALIVE_ROWS, width)
 
 
 def _recomputed(plan: Plan, width: int) -> Iterator[str]:
     yield wording.recompute_price(plan)
     yield from _table(
-        plan.recomputed, lambda row: f"{format_seconds(row.seconds):>8}", _RECOMPUTED_ROWS
+        plan.recomputed, lambda row: f"{format_seconds(row.seconds):>8}", _RECOMPUTED_ROWS, width
     )
 
 
-def _table(values: Sequence[Value], cells: Callable[[Row], str], limit: int) -> Iterator[str]:
+def _table(
+    values: Sequence[Value], cells: Callable[[Row], str], limit: int, width: int
+) -> Iterator[str]:
     """Bytes, cells, place and source line of the largest rows, and what the others sum to."""
     rows = fold(values)
     shown, others = rows[:limit], rows[limit:]
-    width = min(_PLACE_WIDTH, max((len(row.label) for row in shown), default=0))
-    for row in shown:
-        label = _keep_end(row.label, width)
-        source = wording.short_source(row.source)
-        yield f" {format_bytes(row.total_bytes):>8}  {cells(row)}  {label:<{width}}  {source}"
+    starts = [f" {format_bytes(row.total_bytes):>8}  {cells(row)}  " for row in shown]
+    sources = [wording.short_source(row.source) for row in shown]
+    # Code may be cut at the right, its file and line not.
+    lines = max((len(source.partition(" ")[0]) for source in sources), default=0)
+    room = max(24, width - max(map(len, starts), default=0) - lines - len("  ..."))
+    places = min(room, max((len(row.label) for row in shown), default=0))
+    for start, row, source in zip(starts, shown, sources, strict=True):
+        yield f"{start}{_shorten(row.label, places):<{places}}  {source}"
     if others:
         size = format_bytes(sum(row.total_bytes for row in others))
         yield f" {size:>8}  in {sum(row.count for row in others)} smaller values"
@@ -118,8 +122,12 @@ def _notes(plan: Plan, width: int) -> Iterator[str]:
         )
 
 
-def _keep_end(text: str, width: int) -> str:
-    return text if len(text) <= width else "..." + text[len(text) - width + 3 :]
+def _shorten(text: str, width: int) -> str:
+    """Cut in the middle: the ends name the part of the model and the operator."""
+    if len(text) <= width:
+        return text
+    kept = width - 3
+    return f"{text[: kept // 3]}...{text[len(text) - kept + kept // 3 :]}"
 
 
 def _clip(text: str, width: int) -> str:

@@ -1,0 +1,105 @@
+"""Modelled time of one operator: the larger of its arithmetic and its memory traffic.
+
+A roofline model (Williams et al., CACM 2009): seconds = launch + max(FLOPs / peak, bytes / bandwidth).
+Only ratios between operators matter to the solver; absolute times carry the error of the hardware
+description.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from fxzero.storages import tensor_leaves
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device as the cost model sees it.
+
+    Attributes:
+        flops: dense floating-point operations a second by bytes per element (2 or 4).
+        bandwidth: bytes a second to and from device memory.
+        launch: seconds that any operator takes.
+    """
+
+    name: str
+    flops: dict[int, float]
+    bandwidth: float
+    launch: float
+
+
+CPU = Hardware("cpu", {2: 5e10, 4: 5e10}, 1.0e10, 3e-6)
+CUDA = Hardware("cuda", {2: 4.0e14, 4: 4.0e13}, 2.0e12, 4e-6)
+
+
+def hardware_for(device: str) -> Hardware:
+    """The default description of a device type: "cpu" or "cuda"."""
+    return CUDA if device == "cuda" else CPU
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """Modelled price of running a node once."""
+
+    seconds: float
+    flops: int
+
+
+def node_cost(node: fx.Node, hardware: Hardware) -> NodeCost:
+    """Price of one node; inputs and pure index operations are free."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return NodeCost(0.0, 0)
+    outputs = tensor_leaves(node.meta.get("val"))
+    inputs = [leaf for source in node.all_input_nodes for leaf in _leaves(source)]
+    flops = count_flops(node)
+    traffic = sum(t.numel() * t.element_size() for t in (*outputs, *inputs))
+    width = 2 if outputs and outputs[0].element_size() <= 2 else 4
+    seconds = hardware.launch + max(flops / hardware.flops[width], traffic / hardware.bandwidth)
+    return NodeCost(seconds, flops)
+
+
+def count_flops(node: fx.Node) -> int:
+    """Floating-point operations of matrix products, convolutions and attention; 0 for the rest."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    packet = node.target._overloadpacket
+    formula = flop_registry.get(packet) or _EXTRA_FORMULAS.get(packet)
+    if formula is None:
+        return 0
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+
+
+def _leaves(node: fx.Node) -> list[torch.Tensor]:
+    value = node.meta.get("val")
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+def _cpu_flash_attention_flops(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _cpu_flash_attention_backward_flops(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *_: Any,
+    **__: Any,
+) -> int:
+    # Five products of the size of the forward's two (Dao et al., 2022).
+    return int(2.5 * sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+_EXTRA_FORMULAS: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_flash_attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        _cpu_flash_attention_backward_flops
+    ),
+}

@@ -1,0 +1,227 @@
+"""The recompute problem of a training graph in numbers: what the solver sees.
+
+Values are storages (views are free), operators are the forward nodes that make storages, and the backward is
+a list of steps that read storages and have a base memory no decision changes.
+
+    forward:  op 0 makes storage 3 (reads 0), op 1 makes 4 and 5 (reads 3), ...
+    backward: step 0 reads {5, 3}, base 812 bytes; step 1 reads {4}, base 900 bytes; ...
+
+Plain data without graph objects: it can be hashed, printed, and solved by anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxzero.cost import Hardware, node_cost
+from fxzero.graph import TrainGraph
+from fxzero.passes.replay_randomness import is_random, rng_state_bytes
+from fxzero.storages import Storages, analyse
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A forward operator.
+
+    Attributes:
+        name: its graph node.
+        position: its place among the forward's steps.
+        reads: storages it needs.
+        makes: storages it makes.
+        seconds, flops: price of running it once more.
+        state_bytes: saved for replaying its random numbers if it is recomputed.
+        recomputable: whether running it again gives the same values and no side effect.
+    """
+
+    name: str
+    position: int
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    seconds: float
+    flops: int
+    state_bytes: int
+    recomputable: bool
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Which forward values to keep for the backward, under a bound on bytes at every instant.
+
+    Attributes:
+        bytes: size of every forward storage.
+        operators: forward operators in order.
+        maker: for each storage the operator that makes it, or -1 for what is always there.
+        death: for each storage the last forward position that needs it.
+        forward_steps: number of forward positions.
+        steps: names of the backward nodes in order.
+        reads: forward storages that each backward step reads.
+        base: bytes at each backward step that no decision changes (fixed memory included).
+        base_after: the same after each step, when what it used last is gone.
+        base_before: the same before the first step.
+        fixed: bytes that live throughout.
+        outputs: storages returned to the caller.
+        outputs_held: whether the caller keeps them during the backward.
+        must_save, must_recompute: storages settled by tags.
+    """
+
+    bytes: tuple[int, ...]
+    operators: tuple[Operator, ...]
+    maker: tuple[int, ...]
+    death: tuple[int, ...]
+    forward_steps: int
+    steps: tuple[str, ...]
+    reads: tuple[tuple[int, ...], ...]
+    base: tuple[int, ...]
+    base_after: tuple[int, ...]
+    base_before: int
+    fixed: int
+    outputs: frozenset[int]
+    outputs_held: bool
+    must_save: frozenset[int]
+    must_recompute: frozenset[int]
+
+
+def build_problem(
+    graph: TrainGraph,
+    *,
+    hardware: Hardware,
+    device: str,
+    fixed_bytes: int,
+    outputs_held: bool,
+    granularity: int = 1,
+    policy: Mapping[str, str] | None = None,
+) -> Problem:
+    """The problem of a captured joint graph.
+
+    Args:
+        fixed_bytes: parameters, buffers, inputs and optimizer state.
+        policy: "save" or "recompute" by node name, for values that a user or a tag has settled.
+    """
+    nodes = [n for n in graph.graph.nodes if n.op in ("call_function", "get_attr")]
+    forward = [n for n in nodes if not graph.is_backward(n)]
+    backward = [n for n in nodes if graph.is_backward(n)]
+    storages = analyse(graph.graph.nodes)
+    sizes = tuple(-(-size // granularity) * granularity for size in storages.bytes)
+    operators, maker = _operators(forward, storages, hardware, device)
+    results = {"output": frozenset[int](), "gradient": frozenset[int]()}
+    for role, value in graph.result_pairs():
+        if role.kind in results and isinstance(value, fx.Node):
+            results[role.kind] |= frozenset(storages.of[value])
+    outputs = frozenset(s for s in results["output"] if maker[s] >= 0)
+    tangents = {
+        s for role, node in graph.pairs() if role.kind == "tangent" for s in storages.of[node]
+    }
+    tangent_bytes = sum(sizes[s] for s in tangents)
+    base, after = _backward_base(backward, storages, sizes, results["gradient"], tangent_bytes)
+    settled = {"save": set[int](), "recompute": set[int]()}
+    for node in forward:
+        if (choice := (policy or {}).get(node.name)) is not None:
+            settled[choice].update(s for s in storages.of.get(node, ()) if maker[s] >= 0)
+    return Problem(
+        bytes=sizes,
+        operators=operators,
+        maker=maker,
+        death=_deaths(forward, storages, graph),
+        forward_steps=len(forward),
+        steps=tuple(node.name for node in backward),
+        reads=tuple(_forward_reads(node, storages, maker) for node in backward),
+        base=tuple(fixed_bytes + b for b in base),
+        base_after=tuple(fixed_bytes + b for b in after),
+        base_before=fixed_bytes + tangent_bytes,
+        fixed=fixed_bytes,
+        outputs=outputs,
+        outputs_held=outputs_held,
+        must_save=frozenset(settled["save"]),
+        must_recompute=frozenset(settled["recompute"] - settled["save"]),
+    )
+
+
+def _operators(
+    forward: list[fx.Node], storages: Storages, hardware: Hardware, device: str
+) -> tuple[tuple[Operator, ...], tuple[int, ...]]:
+    maker = [-1] * len(storages.bytes)
+    operators: list[Operator] = []
+    for position, node in enumerate(forward):
+        makes = tuple(dict.fromkeys(s for s in storages.of[node] if storages.maker[s] is node))
+        if not makes or node.op == "get_attr":
+            continue
+        for storage in makes:
+            maker[storage] = len(operators)
+        price = node_cost(node, hardware)
+        reads = {s for source in node.all_input_nodes for s in storages.of[source]}
+        operators.append(
+            Operator(
+                name=node.name,
+                position=position,
+                reads=tuple(sorted(s for s in reads if maker[s] >= 0)),
+                makes=makes,
+                seconds=price.seconds,
+                flops=price.flops,
+                state_bytes=rng_state_bytes(device) if is_random(node) else 0,
+                recomputable=is_recomputable(node),
+            )
+        )
+    return tuple(operators), tuple(maker)
+
+
+def is_recomputable(node: fx.Node) -> bool:
+    """Whether an operator may run twice: no mutation, no communication, no unseeded randomness."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target._schema.is_mutable or target.namespace in ("_c10d_functional", "c10d"):
+        return False
+    return torch.Tag.nondeterministic_bitwise not in target.tags
+
+
+def _deaths(forward: list[fx.Node], storages: Storages, graph: TrainGraph) -> tuple[int, ...]:
+    death = [-1] * len(storages.bytes)
+    for position, node in enumerate(forward):
+        for source in (node, *node.all_input_nodes):
+            for storage in storages.of[source]:
+                death[storage] = position
+    for role, value in graph.result_pairs():
+        if role.kind in ("output", "mutation") and isinstance(value, fx.Node):
+            for storage in storages.of[value]:
+                death[storage] = len(forward) - 1
+    return tuple(death)
+
+
+def _forward_reads(
+    node: fx.Node, storages: Storages, maker: tuple[int, ...]
+) -> tuple[int, ...]:
+    reads = {s for source in node.all_input_nodes for s in storages.of[source] if maker[s] >= 0}
+    return tuple(sorted(reads))
+
+
+def _backward_base(
+    backward: list[fx.Node],
+    storages: Storages,
+    sizes: tuple[int, ...],
+    gradients: frozenset[int],
+    tangent_bytes: int,
+) -> tuple[list[int], list[int]]:
+    """Bytes of gradients, tangents and backward temporaries during and after each backward step."""
+    last: dict[int, int] = {}
+    made = {s for node in backward for s in storages.of[node] if storages.maker[s] is node}
+    for step, node in enumerate(backward):
+        for source in (node, *node.all_input_nodes):
+            for storage in storages.of[source]:
+                if storage in made:
+                    last[storage] = step
+    dying: dict[int, list[int]] = {}
+    for storage, step in last.items():
+        if storage not in gradients:
+            dying.setdefault(step, []).append(storage)
+    alive = tangent_bytes
+    base, after = [], []
+    for step, node in enumerate(backward):
+        alive += sum(sizes[s] for s in set(storages.of[node]) if storages.maker[s] is node)
+        base.append(alive)
+        alive -= sum(sizes[s] for s in dying.get(step, ()))
+        after.append(alive)
+    return base, after

@@ -1,0 +1,48 @@
+"""Draws random numbers once and the same ones again.
+
+The two functions stand in graphs as operators: the first runs a random operator and returns the
+generator's state from before it, the second runs an operator from such a state and leaves the generator where
+it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def draw(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+    """(state of the generator, result of the operator)."""
+    device = _device(args)
+    state = torch.get_rng_state() if device is None else torch.cuda.get_rng_state(device)
+    return state, operator(*args, **kwargs)
+
+
+def draw_again(
+    state: torch.Tensor, operator: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The operator's result from a generator in ``state``; the stream does not move."""
+    device = _device(args)
+    if device is None:
+        current = torch.get_rng_state()
+        torch.set_rng_state(state)
+        try:
+            return operator(*args, **kwargs)
+        finally:
+            torch.set_rng_state(current)
+    current = torch.cuda.get_rng_state(device)
+    torch.cuda.set_rng_state(state, device)
+    try:
+        return operator(*args, **kwargs)
+    finally:
+        torch.cuda.set_rng_state(current, device)
+
+
+def _device(args: tuple[Any, ...]) -> torch.device | None:
+    """The CUDA device whose generator the operator uses; None for the CPU's."""
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            return value.device if value.is_cuda else None
+    return None
