@@ -113,18 +113,18 @@ rank      parameter   gradient  optimizer      saved  temporary       peak  of b
 phases  forward 4.50 GiB   backward 4.62 GiB   optimizer step 1.93 GiB
 
 alive at the peak: backward, _log_softmax_backward_data, modeling_gpt2.py:712 logits = self.lm_he...
- 1.53 GiB  33.2 %  temporary  lm_head mm                                  modeling_gpt2.py:712 lo...
- 1.12 GiB  24.4 %  saved      transformer.h.0-11.mlp.c_fc addmm (x12)     modeling_gpt2.py:244 hi...
+ 1.53 GiB  33.2 %  temporary  lm_head mm                                     modeling_gpt2.py:712...
+ 1.12 GiB  24.4 %  saved      transformer.h.0-11.mlp.c_fc addmm (x12)        modeling_gpt2.py:244...
   294 MiB   6.2 %  optimizer  transformer.wte.weight state
-  288 MiB   6.1 %  saved      ...mer.h.0-11.ln_1 native_layer_norm (x12)  modeling_gpt2.py:281 hi...
-  288 MiB   6.1 %  saved      ...er.h.0-11.attn scaled_dot_product (x12)  modeling_gpt2.py:224 at...
+  288 MiB   6.1 %  saved      transformer.h.0-11.ln...tive_layer_norm (x12)  modeling_gpt2.py:281...
+  288 MiB   6.1 %  saved      transformer.h.0-11.at...led_dot_product (x12)  modeling_gpt2.py:224...
   216 MiB   4.6 %  optimizer  transformer.h.0-11.mlp.c_fc.weight (x12)
-  192 MiB   4.1 %  saved      transformer.h.10-11.mlp.act mul (x2)        modeling_gpt2.py:245 hi...
-  168 MiB   3.6 %  optimizer  ...sformer.h.0-11.attn.c_attn.weight (x12)
+  192 MiB   4.1 %  saved      transformer.h.10-11.mlp.act mul (x2)           modeling_gpt2.py:245...
+  168 MiB   3.6 %  optimizer  transformer.h.0-11.attn.c_attn.weight (x12)
   147 MiB   3.1 %  parameter  transformer.wte.weight
   147 MiB   3.1 %  gradient   transformer.wte.weight gradient
   108 MiB   2.3 %  parameter  transformer.h.0-11.mlp.c_fc.weight (x12)
- 84.0 MiB   1.8 %  parameter  ...sformer.h.0-11.attn.c_attn.weight (x12)
+ 84.0 MiB   1.8 %  parameter  transformer.h.0-11.attn.c_attn.weight (x12)
  72.0 MiB  in 24 smaller values
 
 recompute 10 values: peak -960 MiB, +80.0 ms (4.0 % of the step), +2.01 GFLOP
@@ -180,6 +180,18 @@ def test_a_long_model_name_does_not_push_the_verdict_out() -> None:
     first = str(plan).splitlines()[0]
     assert len(first) <= 100
     assert "FITS, 393 MiB headroom  optimal" in first
+
+
+def test_places_and_lines_that_are_too_long_are_cut() -> None:
+    module = "encoder." + "deeply.nested." * 8 + "block.3"
+    long = value("where", module, source="m" * 90 + ".py:12 in forward: y = x")
+    for width in (80, 100):
+        plan = gpt_plan()
+        plan = replace(plan, peak=replace(plan.peak, alive=(long,)), recomputed=(long,))
+        text = terminal.render(plan, width)
+        assert max(map(len, text.splitlines())) <= width
+        assert "encoder." in text
+        assert "block.3 where" in text
 
 
 def test_equal_ranks_are_one_row() -> None:

@@ -127,7 +127,7 @@ def _shorten(text: str, width: int) -> str:
     if len(text) <= width:
         return text
     kept = width - 3
-    return f"{text[: kept // 3]}...{text[len(text) - kept + kept // 3 :]}"
+    return f"{text[: kept // 2]}...{text[len(text) - kept + kept // 2 :]}"
 
 
 def _clip(text: str, width: int) -> str:
