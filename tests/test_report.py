@@ -191,7 +191,7 @@ def test_places_and_lines_that_are_too_long_are_cut() -> None:
         text = terminal.render(plan, width)
         assert max(map(len, text.splitlines())) <= width
         assert "encoder." in text
-        assert "block.3 where" in text
+        assert "3 where" in text
 
 
 def test_equal_ranks_are_one_row() -> None:
