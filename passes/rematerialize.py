@@ -47,6 +47,7 @@ class _Rewrite:
         storages = analyse(graph.graph.nodes)
         self.free = {n for n in nodes.values() if n.op == "call_function" and storages.is_view(n)}
         self.latest: dict[fx.Node, fx.Node] = {}
+        self.unpacked: list[fx.Node] = []
         self.due: dict[str, list[fx.Node]] = defaultdict(list)
         for item in context.decisions.recompute:
             self.due[item.before].append(nodes[item.node])
@@ -69,6 +70,9 @@ class _Rewrite:
             for role, result in zip(roles, self.graph.results, strict=True)
         ]
         output.args = (type(output.args[0])(results),)
+        for item in reversed(self.unpacked):
+            if not item.users:
+                self.graph.graph.erase_node(item)
 
     def _redirect(self, argument: fx.node.Argument, before: fx.Node) -> fx.node.Argument:
         return fx.map_arg(argument, lambda node: self._current(node, before))
@@ -99,7 +103,15 @@ class _Rewrite:
         clone.meta = {**node.meta, CLONE_OF: node.name, "partitioner_tag": "is_backward"}
         self.latest[node] = clone
         self._forget_views_of(node)
+        self._unpack(node, before)
         return clone
+
+    def _unpack(self, node: fx.Node, before: fx.Node) -> None:
+        """Takes a cloned tuple apart at once: the tuple would keep all its items alive."""
+        if isinstance(node.meta["val"], (tuple, list)):
+            for user in list(node.users):
+                if user.target is operator.getitem and not self.graph.is_backward(user):
+                    self.unpacked.append(self._clone(user, before))
 
     def _forget_views_of(self, node: fx.Node) -> None:
         """A new instance of a value makes rebuilt views of its older instance stale."""
