@@ -29,6 +29,7 @@ import torch
 from torch import fx, nn
 
 from fxzero import _torch
+from fxzero.decompositions import eager_exact
 from fxzero.errors import CaptureError, DeviceError
 from fxzero.graph import TrainGraph
 from fxzero.structure import Structure, flatten
@@ -77,7 +78,8 @@ def capture(
     Args:
         differentiable: output positions (among the tensors of the return value, depth first)
             that will receive gradients; None: all scalars, or every floating output if there is none.
-        decompositions: operators to break up while tracing, as ``torch.export`` understands them.
+        decompositions: operators to break up while tracing; None: those that make the graph equal
+            to eager bit for bit.
 
     Raises:
         CaptureError: control flow on tensor values, dynamic shapes, or an operator without a fake
@@ -97,7 +99,8 @@ def capture(
                 f"{type(model).__name__} returns nothing that requires a gradient\n"
                 "  call it under torch.no_grad() for inference, or give a parameter requires_grad=True"
             )
-        joint = _torch.export_joint(forward, leaves, decompositions)
+        table = eager_exact() if decompositions is None else decompositions
+        joint = _torch.export_joint(forward, leaves, table)
     constants = {
         name: tensor
         for name, tensor in forward.named_buffers()

@@ -1,0 +1,63 @@
+"""Operators whose traced form computes something else than eager on the CPU.
+
+Tracing turns every dropout into ``native_dropout``, which the CPU does not use: it multiplies by noise that
+was rounded to the tensor's dtype first.  The two agree bitwise for most probabilities in float32, and never
+in the half precisions.  Where they do not, the graph gets the CPU's own formula; the bool mask, not
+the noise, stays the value that the backward needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+aten = torch.ops.aten
+
+
+def eager_exact() -> dict[Any, Callable[..., Any]]:
+    """Decompositions under which a captured graph equals eager bit for bit."""
+    return {
+        aten.native_dropout.default: _native_dropout,
+        aten.native_dropout_backward.default: _native_dropout_backward,
+    }
+
+
+def _native_dropout(
+    tensor: torch.Tensor, p: float, train: bool | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not train or tensor.device.type != "cpu" or _forward_agrees(tensor.dtype, p):
+        return NotImplemented
+    if p >= 1:
+        return tensor * 0, torch.zeros_like(tensor, dtype=torch.bool)
+    mask = aten.bernoulli.p(torch.empty_like(tensor, dtype=torch.bool), 1 - p)
+    return tensor * _noise(mask, tensor.dtype, 1 / (1 - p)), mask
+
+
+def _native_dropout_backward(
+    gradient: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    if gradient.device.type != "cpu" or _backward_agrees(gradient.dtype, scale):
+        return NotImplemented
+    return gradient * _noise(mask, gradient.dtype, scale)
+
+
+def _noise(mask: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    return mask.to(dtype) if scale == 0 else mask.to(dtype).div(1 / scale)
+
+
+def _forward_agrees(dtype: torch.dtype, p: float) -> bool:
+    return p < 1 and (dtype.itemsize < 4 or _backward_agrees(dtype, 1 / (1 - p)))
+
+
+def _backward_agrees(dtype: torch.dtype, scale: float) -> bool:
+    """Whether scaling by ``scale`` and dividing one by its inverse round to the same number."""
+    if scale == 0:
+        return True
+    if dtype.itemsize < 4:
+        return False
+    if dtype == torch.float64:
+        return True
+    return bool(np.float32(1) / np.float32(1 / scale) == np.float32(scale))
