@@ -1,0 +1,55 @@
+"""A graph as text: one line a node, for dumps, for error messages and for tests.
+
+Fields: name, operator and arguments, value, role (F or B), module, source line.
+
+    relu  aten.relu.default(mm)  float32[8, 64]  F  blocks.0  model.py:41 in forward: relu(x)
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxzero.capture import user_line
+from fxzero.graph import TrainGraph, describe
+
+
+def format_graph(graph: TrainGraph) -> str:
+    """Every node in order: name, operator and arguments, value, role, module, source line."""
+    return "\n".join(format_node(graph, node) for node in graph.graph.nodes) + "\n"
+
+
+def format_node(graph: TrainGraph, node: fx.Node) -> str:
+    """The node's line; fields that are not known are left out."""
+    fields = [node.name, _call(node)]
+    if node.op != "output":
+        role = "B" if graph.is_backward(node) else "F"
+        fields += [describe(node.meta.get("val")), role, module_of(node), user_line(node) or ""]
+    return "  ".join(text for text in fields if text)
+
+
+def module_of(node: fx.Node) -> str:
+    """Qualified name of the innermost module that made the node; "" where that is not known."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    innermost = next(reversed(stack.values()), None)
+    return str(innermost[0]) if innermost else ""
+
+
+def _call(node: fx.Node) -> str:
+    if node.op in ("placeholder", "get_attr"):
+        return node.op
+    name = "output" if node.op == "output" else _operator(node.target)
+    arguments = [_argument(value) for value in node.args]
+    arguments += [f"{key}={_argument(value)}" for key, value in node.kwargs.items()]
+    return f"{name}({', '.join(arguments)})"
+
+
+def _argument(value: object) -> str:
+    """Lists and tuples keep their brackets; functions go by name, for repr has an address in it."""
+    if isinstance(value, (list, tuple)) and type(value).__module__ != "torch":
+        items = ", ".join(_argument(item) for item in value)
+        return f"[{items}]" if isinstance(value, list) else f"({items})"
+    return _operator(value) if callable(value) else str(value)
+
+
+def _operator(target: object) -> str:
+    return getattr(target, "__name__", "") if not hasattr(target, "_schema") else str(target)

@@ -1,0 +1,70 @@
+"""The passes in the order in which they run: a list that prints and that names switch off.
+
+rematerialize runs first: it rebuilds views in the backward, so that write_back sees which buffers
+the backward still reads.  replay_randomness needs the clones that rematerialize makes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from fxzero.errors import unknown_option
+from fxzero.graph import TrainGraph
+from fxzero.passes.context import PassContext
+from fxzero.passes.rematerialize import rematerialize_pass
+from fxzero.passes.replay_randomness import replay_randomness_pass
+from fxzero.passes.write_back import write_back_pass
+
+PassFunction = Callable[[TrainGraph, PassContext], TrainGraph]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass as the runner, the command line and error messages know it.
+
+    Attributes:
+        numerics: "exact" if every result stays bitwise the same, "changes" if not.
+        summary: the first line of the docstring of the module that defines the pass.
+    """
+
+    name: str
+    function: PassFunction
+    numerics: Literal["exact", "changes"]
+    summary: str
+
+
+def make_pass(
+    name: str, function: PassFunction, *, numerics: Literal["exact", "changes"] = "exact"
+) -> Pass:
+    """A pass, with the summary that its own module gives."""
+    docstring = sys.modules[function.__module__].__doc__ or ""
+    return Pass(name, function, numerics, docstring.strip().partition("\n")[0])
+
+
+PASSES: tuple[Pass, ...] = (
+    make_pass("rematerialize", rematerialize_pass),
+    make_pass("write_back", write_back_pass),
+    make_pass("replay_randomness", replay_randomness_pass),
+)
+
+
+def select(disabled: Collection[str]) -> tuple[Pass, ...]:
+    """All passes but those named.
+
+    Raises:
+        UsageError: a name that no pass has.
+    """
+    known = [item.name for item in PASSES]
+    for name in disabled:
+        if name not in known:
+            raise unknown_option(name, known, where="passes to switch off")
+    return tuple(item for item in PASSES if item.name not in disabled)
+
+
+def describe() -> str:
+    """One line a pass: name, numerics, summary."""
+    width = max(len(item.name) for item in PASSES)
+    return "\n".join(f"{p.name:<{width}}  {p.numerics:<7}  {p.summary}" for p in PASSES)
