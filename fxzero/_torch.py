@@ -21,12 +21,15 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "DATA_DEPENDENT_ERRORS",
+    "NO_FAKE_ERRORS",
     "FakeTensor",
     "FakeTensorMode",
     "run_and_save_rng_state",
@@ -37,6 +40,13 @@ DATA_DEPENDENT_ERRORS: tuple[type[Exception], ...] = (
     DataDependentOutputException,
     DynamicOutputShapeException,
     GuardOnDataDependentSymNode,
+)
+
+
+# An operator without a fake implementation, or one that fakes cannot represent.
+NO_FAKE_ERRORS: tuple[type[Exception], ...] = (
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
 )
 
 
@@ -168,6 +178,22 @@ def fake_mode_of(tensors: Sequence[Any]) -> FakeTensorMode | None:
         if isinstance(tensor, FakeTensor):
             mode: FakeTensorMode = tensor.fake_mode
             return mode
+    return None
+
+
+def find_operator(name: str) -> torch._ops.OpOverload | None:
+    """The operator called "aten.mm.default"; None unless the dispatcher knows it.
+
+    Looking one up runs no code: TorchScript's own operators (``aten::save``, ``prim::Print``), which
+    would run at once even on fake tensors, are not the dispatcher's.
+    """
+    try:
+        namespace, packet, overload = name.split(".")
+        found = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    except (ValueError, AttributeError):
+        return None
+    if isinstance(found, torch._ops.OpOverload) and torch._C._dispatch_has_kernel(found.name()):
+        return found
     return None
 
 

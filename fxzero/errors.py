@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
 
 from fxzero.units import format_bytes
 
@@ -122,9 +124,24 @@ class PlanError(FxzeroError, ValueError):
 
 
 class InternalError(FxzeroError):
-    """A bug of ours.  The message names the reproducer file when one could be written."""
+    """A bug of ours.
+
+    Attributes:
+        reproducer: a directory that ``fxzero replay`` runs again, named at the message's end.
+    """
 
     code = "FXZ901"
+
+    def __init__(self, message: str, *, reproducer: Path | None = None) -> None:
+        self.message = message
+        self.reproducer = reproducer
+        if reproducer is not None:
+            message += f"\n  written to {reproducer}\n  run it again: fxzero replay {reproducer}"
+        super().__init__(message)
+
+    def with_reproducer(self, directory: Path) -> Self:
+        """The same error, naming the directory."""
+        return type(self)(self.message, reproducer=directory)
 
 
 class GraphLawError(InternalError):

@@ -214,7 +214,7 @@ class Plan:
                 f"plan has schema_version {data['schema_version']!r}, this fxzero reads "
                 f"{SCHEMA_VERSION}\n  plan the model again with `fxzero plan`"
             )
-        plan = _read(cls, data, "plan")
+        plan = read_value(cls, data, "plan")
         assert isinstance(plan, Plan)
         if plan.status not in _STATUSES:
             raise PlanError(f"plan.status is {plan.status!r}, expected one of {_STATUSES}")
@@ -252,7 +252,7 @@ class Plan:
         return render(self)
 
 
-def _read(kind: Any, value: Any, where: str) -> Any:
+def read_value(kind: Any, value: Any, where: str) -> Any:
     """``value`` from JSON as an instance of the annotation ``kind``; PlanError if it is not."""
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(kind, value, where)
@@ -261,19 +261,19 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         (kind,) = [option for option in args if option is not type(None)]
-        return _read(kind, value, where)
+        return read_value(kind, value, where)
     if origin is tuple:
         if not isinstance(value, list):
             raise PlanError(f"{where} must be a list, not {type(value).__name__}")
         if args[-1] is Ellipsis:
-            return tuple(_read(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+            return tuple(read_value(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
         if len(value) != len(args):
             raise PlanError(f"{where} must have {len(args)} items, not {len(value)}")
-        return tuple(_read(k, v, where) for k, v in zip(args, value, strict=True))
+        return tuple(read_value(k, v, where) for k, v in zip(args, value, strict=True))
     if origin is dict:
         if not isinstance(value, dict):
             raise PlanError(f"{where} must be an object, not {type(value).__name__}")
-        return {key: _read(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {key: read_value(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if kind is float and type(value) in (int, float):
         return float(value)
     if type(value) is not kind:
@@ -289,4 +289,6 @@ def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
     unknown = sorted(set(value) - set(hints))
     if missing or unknown:
         raise PlanError(f"{where}: missing {missing}, unknown {unknown}")
-    return kind(**{name: _read(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+    return kind(
+        **{name: read_value(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}
+    )
