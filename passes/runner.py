@@ -1,7 +1,16 @@
-"""Runs passes over a graph, times them and dumps what they changed."""
+"""Runs passes over a graph: times them, checks and dumps what they leave, keeps what broke them.
+
+Environment:
+    FXZERO_SPEC=1     check the law of ``passes/spec.py`` before the first pass and after each
+    FXZERO_DUMP=DIR   write the graph before and after each pass to DIR
+
+Invariant: a pass that fails, or breaks the law, ends in an InternalError that names a directory
+from which ``fxzero replay`` runs the same passes over the same graph.
+"""
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
@@ -9,17 +18,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import fx
+
+from fxzero.errors import InternalError
 from fxzero.graph import TrainGraph
 from fxzero.passes.context import PassContext
 from fxzero.passes.listing import format_graph
 from fxzero.passes.pipeline import PASSES, Pass
+from fxzero.passes.reproducer import read_reproducer, write_reproducer
+from fxzero.passes.spec import check_graph
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PassReport:
-    """What a pass did: its time, with that of the checks that follow it, and the graph's size."""
+    """What a pass did: its time, with that of the check that follows it, and the graph's size."""
 
     name: str
     seconds: float
@@ -35,28 +49,88 @@ def run_passes(
     check: bool | None = None,
     dump: Path | None = None,
 ) -> tuple[TrainGraph, tuple[PassReport, ...]]:
-    """The graph after all ``passes``, and a report for each of them."""
+    """The graph after all ``passes``, and a report for each of them.
+
+    Args:
+        check: whether to check the graph's law; None: as the environment says.
+        dump: directory for the graph's text around each pass; None: as the environment says.
+
+    Raises:
+        InternalError: a pass failed; a GraphLawError if it left a graph that breaks the law.
+    """
     if check is None:
         check = os.environ.get("FXZERO_SPEC") == "1"
     if dump is None and os.environ.get("FXZERO_DUMP"):
         dump = Path(os.environ["FXZERO_DUMP"])
+    original = _copy(graph)
+    try:
+        return _run(graph, context, passes, check=check, dump=dump)
+    except InternalError as error:
+        try:
+            directory = write_reproducer(dump, original, context, passes, error)
+        except Exception as failure:
+            error.add_note(f"no reproducer was written: {type(failure).__name__}: {failure}")
+            raise error from error.__cause__
+        raise error.with_reproducer(directory) from error.__cause__
+
+
+def replay(path: str | Path) -> str:
+    """Runs a reproducer's passes with all checks on.
+
+    Returns:
+        "passes now" if nothing fails any more.
+
+    Raises:
+        InternalError: it fails, now too.
+        PlanError: the directory holds no reproducer.
+    """
+    directory = Path(path)
+    graph, context, passes = read_reproducer(directory)
+    try:
+        _run(graph, context, passes, check=True, dump=None)
+    except InternalError as error:
+        raise error.with_reproducer(directory) from error.__cause__
+    return "passes now"
+
+
+def _run(
+    graph: TrainGraph,
+    context: PassContext,
+    passes: Sequence[Pass],
+    *,
+    check: bool,
+    dump: Path | None,
+) -> tuple[TrainGraph, tuple[PassReport, ...]]:
+    if check:
+        check_graph(graph, stage="traced", when="before the first pass")
     reports = []
     for number, item in enumerate(passes):
-        start, before = time.perf_counter(), len(graph.graph.nodes)
         text = format_graph(graph) if dump else ""
-        graph = item.function(graph, context)
+        start, before = time.perf_counter(), len(graph.graph.nodes)
+        graph = _apply(item, graph, context)
         if dump:
             _dump(dump, f"{number:02d}-{item.name}", text, format_graph(graph))
-        report = PassReport(item.name, time.perf_counter() - start, before, len(graph.graph.nodes))
-        log.debug(
-            "%s: %.3f s, %d nodes -> %d",
-            report.name,
-            report.seconds,
-            report.nodes_before,
-            report.nodes_after,
-        )
-        reports.append(report)
+        if check:
+            last = number == len(passes) - 1
+            stage = "scheduled" if last else "traced"
+            check_graph(graph, stage=stage, when=f"after pass {item.name}")
+        seconds, after = time.perf_counter() - start, len(graph.graph.nodes)
+        reports.append(PassReport(item.name, seconds, before, after))
+        log.debug("%s: %.3f s, %d -> %d nodes", item.name, seconds, before, after)
     return graph, tuple(reports)
+
+
+def _apply(item: Pass, graph: TrainGraph, context: PassContext) -> TrainGraph:
+    try:
+        return item.function(graph, context)
+    except Exception as error:
+        message = f"pass {item.name} failed: {type(error).__name__}: {error}"
+        raise InternalError(message) from error
+
+
+def _copy(graph: TrainGraph) -> TrainGraph:
+    """Passes rewrite in place; values are shared, for no pass touches those."""
+    return graph.with_module(fx.GraphModule(graph.module, copy.deepcopy(graph.graph)))
 
 
 def _dump(directory: Path, name: str, before: str, after: str) -> None:

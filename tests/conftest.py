@@ -1,5 +1,6 @@
 """What all tests share: a clean sys.path, a fixed seed, one thread, no CUDA tests without CUDA."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from hypothesis import settings
 # takes it for the library of that name.
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]
+
+# Every graph that a test compiles is checked against its law, in child processes too.
+os.environ["FXZERO_SPEC"] = "1"
 
 # Same examples on every run; test machines are too uneven for a deadline per example.
 settings.register_profile("fxzero", deadline=None, derandomize=True)
