@@ -15,8 +15,8 @@ logits then costs no tangent.  ``differentiable`` names another set of outputs.
 from __future__ import annotations
 
 import copy
-import linecache
 import logging
+import re
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -299,16 +299,16 @@ def is_user_file(filename: str) -> bool:
     return not filename.startswith((*_LIBRARY_ROOTS, "<"))
 
 
+_FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in ([^\n]+)(?:\n *(?!File ")([^\n]+))?')
+
+
 def user_line(node: fx.Node) -> str | None:
-    """'model.py:41 in forward: x = self.w1(x)' for a node: the innermost line of the user's code."""
-    frames = []
-    for line in (node.meta.get("stack_trace") or "").splitlines():
-        stripped = line.strip()
-        if stripped.startswith('File "'):
-            path, number, function = stripped[6:].split(", ", 2)
-            frames.append((path.rstrip('"'), int(number[5:]), function[3:]))
-    for path, number, function in reversed(frames):
+    """'model.py:41 in forward: x = self.w1(x)' for a node: the innermost line of the user's code.
+
+    Read from the trace alone: the file need not be there, or be the one that was traced.
+    """
+    for frame in reversed(list(_FRAME.finditer(node.meta.get("stack_trace") or ""))):
+        path, number, function, code = frame.groups(default="")
         if is_user_file(path):
-            code = linecache.getline(path, number).strip()
-            return f"{Path(path).name}:{number} in {function}: {code}"
+            return f"{Path(path).name}:{number} in {function}: {code}".removesuffix(": ")
     return None
