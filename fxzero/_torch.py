@@ -8,6 +8,9 @@ file.  ``tests/test_torch_contract.py`` states what each function must do on a s
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -41,7 +44,6 @@ DATA_DEPENDENT_ERRORS: tuple[type[Exception], ...] = (
     DynamicOutputShapeException,
     GuardOnDataDependentSymNode,
 )
-
 
 # An operator without a fake implementation, or one that fakes cannot represent.
 NO_FAKE_ERRORS: tuple[type[Exception], ...] = (
@@ -202,6 +204,15 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the tensor owns real memory: not fake, not meta, not a wrapper around another."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        and tensor.device.type != "meta"
+        and not torch._is_functional_tensor(tensor)
+    )
+
+
 class TransparentDispatchMode(TorchDispatchMode):
     """A dispatch mode that compiled code runs under instead of falling back to eager."""
 
@@ -223,3 +234,29 @@ def profiler_memory(profiler: Any) -> tuple[bool, int]:
         current += change
         peak = max(peak, current)
     return compiled, peak
+
+
+def has_compiler(device: str) -> bool:
+    """Whether Inductor can generate code for "cpu" (a C++ compiler) or "cuda" (triton)."""
+    if device == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    from torch._inductor import config
+
+    candidates = config.cpp.cxx
+    names = candidates if isinstance(candidates, (tuple, list)) else (candidates,)
+    return any(name and shutil.which(name) for name in (*names, os.environ.get("CXX", "")))
+
+
+def autocast_state() -> tuple[Any, ...]:
+    """What autocast is set to, for CPU and CUDA."""
+    return tuple(
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+    )
+
+
+def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
+    """The table that graphs for Inductor are traced with."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())

@@ -54,6 +54,7 @@ class Capture:
         outputs: structure of the model's return value.
         constants: tensors the model made while it was traced, by the graph's buffer name.
         differentiable: positions of outputs for which the graph takes a tangent.
+        attached: positions of outputs that require a gradient in eager.
     """
 
     graph: TrainGraph
@@ -61,6 +62,7 @@ class Capture:
     outputs: Structure
     constants: dict[str, torch.Tensor]
     differentiable: tuple[int, ...]
+    attached: tuple[int, ...]
 
 
 def capture(
@@ -87,7 +89,7 @@ def capture(
         DeviceError: inputs and parameters on different devices.
     """
     leaves, inputs = flatten((args, dict(kwargs or {})))
-    _check_devices(model, leaves, inputs)
+    check_devices(model, leaves, inputs)
     model, leaves = _on_fake_tensors(model, leaves)
     traced = _Traced(model, inputs, differentiable)
     with _named_errors(model), torch.enable_grad(), _torch.keep_annotations():
@@ -109,7 +111,14 @@ def capture(
     graph = TrainGraph.from_joint(joint, rename=lambda name: name.removeprefix(_PREFIX))
     _refuse_dynamic_values(graph)
     assert traced.record.outputs is not None
-    return Capture(graph, inputs, traced.record.outputs, constants, traced.record.differentiable)
+    return Capture(
+        graph,
+        inputs,
+        traced.record.outputs,
+        constants,
+        traced.record.differentiable,
+        traced.record.attached,
+    )
 
 
 class _Record:
@@ -117,6 +126,7 @@ class _Record:
 
     outputs: Structure | None = None
     differentiable: tuple[int, ...] = ()
+    attached: tuple[int, ...] = ()
 
 
 class _Traced(nn.Module):
@@ -137,21 +147,20 @@ class _Traced(nn.Module):
         with _CheckpointMarks():
             result = self.model(*args, **kwargs)
         outputs, self.record.outputs = flatten(result)
-        self.record.differentiable = _choose_differentiable(outputs, self.wanted)
+        self.record.attached = tuple(
+            i for i, t in enumerate(outputs) if t.requires_grad and t.is_floating_point()
+        )
+        self.record.differentiable = self._choose_differentiable(outputs)
         return tuple(
             tensor if index in self.record.differentiable else tensor.detach()
             for index, tensor in enumerate(outputs)
         )
 
-
-def _choose_differentiable(
-    outputs: Sequence[torch.Tensor], wanted: Sequence[int] | None
-) -> tuple[int, ...]:
-    able = [i for i, t in enumerate(outputs) if t.requires_grad and t.is_floating_point()]
-    if wanted is not None:
-        return tuple(i for i in able if i in wanted)
-    scalars = tuple(i for i in able if outputs[i].ndim == 0)
-    return scalars or tuple(able)
+    def _choose_differentiable(self, outputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
+        attached = self.record.attached
+        if self.wanted is not None:
+            return tuple(i for i in attached if i in self.wanted)
+        return tuple(i for i in attached if outputs[i].ndim == 0) or attached
 
 
 class _CheckpointMarks(torch.overrides.TorchFunctionMode):
@@ -173,7 +182,8 @@ def _checkpoint_region(hook: Any) -> int | None:
     return id(hook)
 
 
-def _check_devices(model: nn.Module, leaves: Sequence[torch.Tensor], inputs: Structure) -> None:
+def check_devices(model: nn.Module, leaves: Sequence[torch.Tensor], inputs: Structure) -> None:
+    """Raises DeviceError if an input lies elsewhere than all the parameters."""
     devices = {p.device for p in model.parameters()}
     if len(devices) != 1:
         return

@@ -102,7 +102,7 @@ class StorageCounter(_torch.TransparentDispatchMode):
         return result
 
     def _count(self, tensor: torch.Tensor, existed: bool = False) -> None:
-        if isinstance(tensor, _torch.FakeTensor) or tensor.device.type == "meta":
+        if not _torch.is_plain(tensor):
             return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()

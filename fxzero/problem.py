@@ -20,7 +20,7 @@ from torch import fx
 from fxzero.cost import Hardware, node_cost
 from fxzero.graph import TrainGraph
 from fxzero.passes.replay_randomness import is_random, rng_state_bytes
-from fxzero.storages import Storages, analyse
+from fxzero.storages import Storages, analyse, is_scalar
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Operator:
         reads: storages it needs.
         makes: storages it makes.
         seconds, flops: price of running it once more.
-        state_bytes: saved for replaying its random numbers if it is recomputed.
+        state_bytes: saved besides if it is recomputed: the random generator's state, and the old
+            values of buffers that it reads and the forward updates.
         recomputable: whether running it again gives the same values and no side effect.
     """
 
@@ -62,9 +63,10 @@ class Problem:
         base: bytes at each backward step that no decision changes (fixed memory included).
         base_after: the same after each step, when what it used last is gone.
         base_before: the same before the first step.
+        base_loss: the same while a loss outside the model is computed.
         fixed: bytes that live throughout.
         outputs: storages returned to the caller.
-        outputs_held: whether the caller keeps them during the backward.
+        held: those of them that the caller keeps during the backward.
         must_save, must_recompute: storages settled by tags.
     """
 
@@ -78,9 +80,10 @@ class Problem:
     base: tuple[int, ...]
     base_after: tuple[int, ...]
     base_before: int
+    base_loss: int
     fixed: int
     outputs: frozenset[int]
-    outputs_held: bool
+    held: frozenset[int]
     must_save: frozenset[int]
     must_recompute: frozenset[int]
 
@@ -92,6 +95,7 @@ def build_problem(
     device: str,
     fixed_bytes: int,
     outputs_held: bool,
+    loss_bytes: int = 0,
     granularity: int = 1,
     policy: Mapping[str, str] | None = None,
 ) -> Problem:
@@ -106,12 +110,13 @@ def build_problem(
     backward = [n for n in nodes if graph.is_backward(n)]
     storages = analyse(graph.graph.nodes)
     sizes = tuple(-(-size // granularity) * granularity for size in storages.bytes)
-    operators, maker = _operators(forward, storages, hardware, device)
+    operators, maker = _operators(forward, storages, hardware, device, _mutated(graph))
     results = {"output": frozenset[int](), "gradient": frozenset[int]()}
     for role, value in graph.result_pairs():
         if role.kind in results and isinstance(value, fx.Node):
             results[role.kind] |= frozenset(storages.of[value])
     outputs = frozenset(s for s in results["output"] if maker[s] >= 0)
+    scalars = {s for value in results_of(graph) if is_scalar(value) for s in storages.of[value]}
     tangents = {
         s for role, node in graph.pairs() if role.kind == "tangent" for s in storages.of[node]
     }
@@ -132,16 +137,30 @@ def build_problem(
         base=tuple(fixed_bytes + b for b in base),
         base_after=tuple(fixed_bytes + b for b in after),
         base_before=fixed_bytes + tangent_bytes,
+        base_loss=fixed_bytes + max(loss_bytes, tangent_bytes),
         fixed=fixed_bytes,
         outputs=outputs,
-        outputs_held=outputs_held,
+        held=outputs if outputs_held else outputs & scalars,
         must_save=frozenset(settled["save"]),
         must_recompute=frozenset(settled["recompute"] - settled["save"]),
     )
 
 
+def results_of(graph: TrainGraph) -> list[fx.Node]:
+    """The nodes of the model's outputs."""
+    return [
+        value
+        for role, value in graph.result_pairs()
+        if role.kind == "output" and isinstance(value, fx.Node)
+    ]
+
+
 def _operators(
-    forward: list[fx.Node], storages: Storages, hardware: Hardware, device: str
+    forward: list[fx.Node],
+    storages: Storages,
+    hardware: Hardware,
+    device: str,
+    mutated: frozenset[fx.Node],
 ) -> tuple[tuple[Operator, ...], tuple[int, ...]]:
     maker = [-1] * len(storages.bytes)
     operators: list[Operator] = []
@@ -161,11 +180,19 @@ def _operators(
                 makes=makes,
                 seconds=price.seconds,
                 flops=price.flops,
-                state_bytes=rng_state_bytes(device) if is_random(node) else 0,
+                state_bytes=(rng_state_bytes(device) if is_random(node) else 0)
+                + sum(storages.bytes[storages.of[b][0]] for b in mutated & set(node.all_input_nodes)),
                 recomputable=is_recomputable(node),
             )
         )
     return tuple(operators), tuple(maker)
+
+
+def _mutated(graph: TrainGraph) -> frozenset[fx.Node]:
+    """Placeholders of buffers that the forward updates."""
+    placeholder = dict(graph.pairs())
+    roles = (role.of for role in graph.outputs if role.kind == "mutation")
+    return frozenset(placeholder[role] for role in roles if role is not None)
 
 
 def is_recomputable(node: fx.Node) -> bool:

@@ -7,7 +7,9 @@ it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,3 +48,32 @@ def _device(args: tuple[Any, ...]) -> torch.device | None:
         if isinstance(value, torch.Tensor):
             return value.device if value.is_cuda else None
     return None
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The generators' states at one moment; CUDA's of the current device, if there is one."""
+
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None
+
+    @classmethod
+    def now(cls) -> RandomState:
+        ready = torch.cuda.is_available() and torch.cuda.is_initialized()
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if ready else None)
+
+    @contextlib.contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Inside, random numbers are those drawn after this moment; the stream does not move."""
+        current = RandomState.now()
+        self.restore()
+        try:
+            yield
+        finally:
+            current.restore()
+
+    def restore(self) -> None:
+        """Sets the generators back to this moment."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)

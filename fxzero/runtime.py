@@ -8,15 +8,28 @@ which accumulates them as it does for any model: optimizers, hooks and ``torch.a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fxzero import _torch
 from fxzero.errors import RuntimeStateError
 from fxzero.execution import BoxedFunction
+from fxzero.randomness import RandomState
+
+
+class Owner(Protocol):
+    """Who learns from what a backward shows."""
+
+    def observe(self, outputs_held: bool, received: tuple[int, ...]) -> None:
+        """Called at the start of each backward: are outputs alive, which received a gradient."""
+
+    def rerun(
+        self, inputs: Sequence[torch.Tensor], state: RandomState, gradients: dict[int, torch.Tensor]
+    ) -> list[torch.Tensor | None]:
+        """Gradients of the inputs when an output without a planned tangent received one."""
 
 
 @dataclass(frozen=True)
@@ -28,24 +41,32 @@ class Executable:
         backward: takes saved values, then tangents; returns gradients.
         output_count: how many of the forward's results are model outputs.
         differentiable: positions of outputs that have a tangent.
-        saved_inputs: for each saved value, its position among the inputs, or None if it was computed.
+        attached: positions of outputs that autograd must know, ``differentiable`` among them.
+        saved_inputs: for each saved value, its position among the inputs, or None if computed.
         gradients: for each input, its position among the gradients, or None.
-        on_backward: called at the start of each backward with (outputs still alive, positions of
-            outputs that received a gradient).
+        reached: for each output with a tangent, the positions of the gradients that depend on it.
+        owner: told what each backward shows.
     """
 
     forward: BoxedFunction
     backward: BoxedFunction
     output_count: int
     differentiable: tuple[int, ...]
+    attached: tuple[int, ...]
     saved_inputs: tuple[int | None, ...]
     gradients: tuple[int | None, ...]
-    on_backward: Callable[[bool, tuple[int, ...]], None]
+    reached: dict[int, frozenset[int]]
+    owner: Owner
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Model outputs for ``inputs`` (parameters, buffers, inputs), attached to autograd."""
         outputs = _Step.apply(self, *inputs)  # type: ignore[no-untyped-call]
         return list(outputs)
+
+    @property
+    def may_rerun(self) -> bool:
+        """Whether a gradient may come through an output that has no tangent."""
+        return self.attached != self.differentiable
 
 
 class _Saved:
@@ -85,6 +106,9 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, executable: Executable, *inputs: torch.Tensor) -> Any:
         ctx.set_materialize_grads(False)
+        ctx.executable = executable
+        if executable.may_rerun:
+            ctx.replay = (inputs, RandomState.now())
         results = executable.forward(list(inputs))
         outputs = results[: executable.output_count]
         saved = results[executable.output_count :]
@@ -92,12 +116,11 @@ class _Step(torch.autograd.Function):
         _detach_outputs(saved, outputs)
         positions = [i for i in executable.saved_inputs if i is not None]
         ctx.saved = _Saved(saved, [inputs[i] for i in positions])
-        ctx.executable = executable
         ctx.shapes = [(t.shape, t.dtype, t.device) for t in outputs]
         ctx.outputs = [weakref.ref(t) for t in outputs if t.ndim > 0]
-        differentiable = set(executable.differentiable)
+        attached = {*executable.attached}
         ctx.mark_non_differentiable(
-            *(t for i, t in enumerate(outputs) if i not in differentiable and t.is_floating_point())
+            *(t for i, t in enumerate(outputs) if i not in attached and t.is_floating_point())
         )
         return tuple(outputs)
 
@@ -105,21 +128,36 @@ class _Step(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         executable: Executable = ctx.executable
-        received = tuple(i for i, g in enumerate(gradients) if g is not None)
-        executable.on_backward(any(ref() is not None for ref in ctx.outputs), received)
-        arguments = ctx.saved.take(keep=_torch.backward_keeps_graph())
-        for index in executable.differentiable:
-            gradient = gradients[index]
-            if gradient is None:
-                shape, dtype, device = ctx.shapes[index]
-                gradient = torch.zeros(shape, dtype=dtype, device=device)
-            arguments.append(gradient)
-            del gradient
-        results = executable.backward(arguments)
-        return (
-            None,
-            *(None if position is None else results[position] for position in executable.gradients),
+        received = {i: g for i, g in enumerate(gradients) if g is not None}
+        held = any(ref() is not None for ref in ctx.outputs)
+        saved = ctx.saved.take(keep=_torch.backward_keeps_graph())
+        if not received.keys() <= set(executable.differentiable):
+            del saved
+            return None, *executable.owner.rerun(*ctx.replay, received)
+        executable.owner.observe(held, tuple(received))
+        return None, *_run_backward(executable, saved, received, ctx.shapes)
+
+
+def _run_backward(
+    executable: Executable,
+    saved: list[Any],
+    received: dict[int, torch.Tensor],
+    shapes: list[Any],
+) -> list[torch.Tensor | None]:
+    """Gradients of all inputs; those that no received gradient reaches are None, as in eager."""
+    missing = [i for i in executable.differentiable if i not in received]
+    for index in executable.differentiable:
+        shape, dtype, device = shapes[index]
+        tangent = received.get(index)
+        saved.append(
+            torch.zeros(shape, dtype=dtype, device=device) if tangent is None else tangent
         )
+    tangent = None
+    results = executable.backward(saved)
+    if missing:
+        reached = frozenset[int]().union(*(executable.reached[i] for i in received))
+        results = [r if i in reached else None for i, r in enumerate(results)]
+    return [None if at is None else results[at] for at in executable.gradients]
 
 
 def _detach_outputs(saved: list[Any], outputs: list[torch.Tensor]) -> None:

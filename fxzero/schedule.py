@@ -27,7 +27,8 @@ class Schedule:
         saved: storages carried from the forward to the backward because they are needed there.
         recompute: (operator, backward step it runs before), in execution order.
         forward: bytes at each forward position.
-        backward: bytes at each backward event, recomputed operators included.
+        backward: bytes at each backward event, recomputed operators included; the first event is a
+            loss outside the model.
         first_event: for each recomputed operator, the backward event at which it runs.
         seconds, flops: total price of the recompute.
         peak: the largest of all bytes.
@@ -52,16 +53,15 @@ class _Scheduler:
     def __init__(self, problem: Problem, saved: Collection[int]) -> None:
         self.problem = problem
         self.wanted = frozenset(saved)
-        self.event = 0
+        self.event = 1
         self.step_events: list[int] = []
         self.recompute: list[tuple[int, int]] = []
         self.first_event: dict[int, int] = {}
         self.kept: set[int] = set()
         self.spans: list[_Span] = []
         self.current: dict[int, _Span] = {}
-        if problem.outputs_held:
-            for storage in problem.outputs:
-                self._open(storage, start=0)
+        for storage in problem.held:
+            self._open(storage, start=0)
 
     def run(self) -> Schedule:
         problem = self.problem
@@ -72,10 +72,9 @@ class _Scheduler:
                 self.current[storage].end = self.event
             self.step_events.append(self.event)
             self.event += 1
-        if problem.outputs_held:
-            for span in self.spans:
-                if span.storage in problem.outputs and span.start == 0:
-                    span.end = self.event - 1
+        for span in self.spans:
+            if span.storage in problem.held and span.start == 0:
+                span.end = self.event - 1
         operators = [problem.operators[index] for index, _ in self.recompute]
         forward, backward = self._forward_bytes(), self._backward_bytes()
         return Schedule(
@@ -158,7 +157,8 @@ class _Scheduler:
         """Base memory at every event; while a value is computed again, what the last step left."""
         problem = self.problem
         result = np.empty(self.event, dtype=np.int64)
-        start, left = 0, problem.base_before
+        result[0] = problem.base_loss
+        start, left = 1, problem.base_before
         for step, at in enumerate(self.step_events):
             result[start:at] = left
             result[at] = problem.base[step]

@@ -9,7 +9,7 @@ Two stages, both judged by the exact schedule of every candidate:
 2. *Upgrades.*  From a candidate within the budget, values are saved in the order of recompute time spared
    per byte, as long as every instant stays within the budget.
 
-``minimum_peak`` does not depend on the budget, so a budget is reachable exactly if it is not below it.
+The smallest peak does not depend on the budget, so a budget is met exactly if it is not below it.
 """
 
 from __future__ import annotations
@@ -38,13 +38,11 @@ class Solution:
     Attributes:
         status: "optimal" when nothing is recomputed, else "feasible".
         gap: 0.0 when optimal, None when no bound is known.
-        minimum_peak: the smallest peak found for this problem under any budget.
     """
 
     schedule: Schedule
     status: str
     gap: float | None
-    minimum_peak: int
 
 
 class Solver:
@@ -88,21 +86,14 @@ class Solver:
     def solve(self, budget: int | None) -> Solution | None:
         """The cheapest schedule found within ``budget`` bytes; None if no candidate fits."""
         if budget is None or self.everything.peak <= budget:
-            return Solution(self.everything, "optimal", 0.0, self._minimum(budget))
+            return Solution(self.everything, "optimal", 0.0)
         fitting = [s for s in self.candidates if s.peak <= budget]
         if not fitting:
             return None
         starts = {id(s): s for s in (*fitting[:_UPGRADED_CANDIDATES], fitting[-1])}
         upgraded = [_upgrade(self, start, budget) for start in starts.values()]
         best = min(upgraded, key=lambda s: (self.price(s), s.peak))
-        return Solution(best, "feasible", None, self.smallest.peak)
-
-    def recompute_all(self) -> Schedule:
-        """Nothing saved but what must be."""
-        return make_schedule(self.problem, self.problem.must_save)
-
-    def _minimum(self, budget: int | None) -> int:
-        return self.smallest.peak
+        return Solution(best, "feasible", None)
 
     def _allowed(self, saved: Iterable[int]) -> frozenset[int]:
         return (frozenset(saved) | self.problem.must_save) - self.problem.must_recompute

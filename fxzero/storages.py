@@ -61,7 +61,7 @@ def analyse(nodes: Iterable[fx.Node]) -> Storages:
             number = known.get(key)
             if number is None:
                 number = known[key] = len(sizes)
-                sizes.append(leaf.untyped_storage().nbytes())
+                sizes.append(_storage_bytes(node, leaf))
                 maker.append(node)
             numbers.append(number)
         of[node] = tuple(numbers)
@@ -73,6 +73,29 @@ def tensor_leaves(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def is_scalar(node: fx.Node) -> bool:
+    """Whether the node's value is one tensor without dimensions."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.ndim == 0
+
+
+# On the CPU these compute the unreduced loss first and return its storage with one element in use.
+_REDUCED_IN_PLACE = {
+    torch.ops.aten.mse_loss.default,
+    torch.ops.aten.smooth_l1_loss.default,
+    torch.ops.aten.huber_loss.default,
+}
+
+
+def _storage_bytes(node: fx.Node, leaf: torch.Tensor) -> int:
+    if node.target in _REDUCED_IN_PLACE and leaf.device.type == "cpu":
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        full: torch.Tensor = source.meta["val"]
+        return full.numel() * full.element_size()
+    return leaf.untyped_storage().nbytes()
 
 
 def _identity(tensor: torch.Tensor) -> int:

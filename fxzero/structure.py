@@ -16,8 +16,8 @@ import copy
 import dataclasses
 import enum
 import types
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ _ATOMS = (
     types.MethodType, types.BuiltinFunctionType, types.ModuleType, torch.dtype, torch.device,
     torch.Size, torch.layout, torch.memory_format, torch.nn.Module, torch.Generator,
 )  # fmt: skip
+
+
+_VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,17 @@ class _Node:
 
 @dataclass(frozen=True)
 class Structure:
-    """The shape of a value with its tensors taken out."""
+    """The shape of a value with its tensors taken out.
+
+    Attributes:
+        paths: where each tensor was, such as "['loss']" or "cache.layers[0].keys".
+        key: hashable summary of containers and constants: equal for calls that trace alike.
+    """
 
     template: Any
     leaf_count: int
     paths: tuple[str, ...]
+    key: tuple[Hashable, ...] = field(compare=False)
 
     def fill(self, leaves: Sequence[Any]) -> Any:
         """The value again, with ``leaves[i]`` where the i-th tensor was."""
@@ -62,21 +71,28 @@ def flatten(value: Any) -> tuple[list[torch.Tensor], Structure]:
     """All tensors inside ``value``, depth first, and the structure that held them."""
     walk = _Walk()
     template = walk.visit(value, "")
-    return walk.leaves, Structure(template, len(walk.leaves), tuple(walk.paths))
+    return walk.leaves, Structure(
+        template, len(walk.leaves), tuple(walk.paths), tuple(walk.key)
+    )
 
 
 class _Walk:
     def __init__(self) -> None:
         self.leaves: list[torch.Tensor] = []
         self.paths: list[str] = []
+        self.key: list[Hashable] = []
         self._leaf_of: dict[int, _Leaf] = {}
         self._active: set[int] = set()
 
     def visit(self, value: Any, path: str) -> Any:
         if isinstance(value, torch.Tensor):
-            return self._leaf(value, path)
+            leaf = self._leaf(value, path)
+            self.key.append((path, leaf.index))
+            return leaf
         if isinstance(value, _ATOMS) or id(value) in self._active:
+            self.key.append((path, value if isinstance(value, _VALUES) else id(value)))
             return value
+        self.key.append((path, type(value)))
         self._active.add(id(value))
         try:
             return self._container(value, path)

@@ -21,7 +21,7 @@ from torch import fx
 
 from fxzero.execution import last_uses
 from fxzero.passes.partition import Split
-from fxzero.storages import Storages, analyse
+from fxzero.storages import Storages, analyse, is_scalar
 
 CUDA_GRANULARITY = 512
 
@@ -47,10 +47,10 @@ class Timeline:
     """The life of one training step in bytes.
 
     Attributes:
-        points: bytes alive while each node runs, forward then backward.
+        points: bytes alive while each node runs: forward, a loss outside the model, backward.
         forward_nodes: how many of the points belong to the forward.
         peak_bytes: the largest point.
-        peak_node: the node that runs then.
+        peak_node: the node that runs then; None for a loss outside the model.
         alive: what lives at the peak; sums to ``peak_bytes``.
         fixed: bytes that live throughout, by role.
         gradient_bytes: gradients left when the step ends.
@@ -60,7 +60,7 @@ class Timeline:
     points: tuple[int, ...]
     forward_nodes: int
     peak_bytes: int
-    peak_node: fx.Node
+    peak_node: fx.Node | None
     alive: tuple[Alive, ...]
     fixed: dict[str, int]
     gradient_bytes: int
@@ -82,12 +82,16 @@ class Surroundings:
 
     Attributes:
         optimizer_bytes: optimizer state that lives throughout.
-        outputs_held: whether the caller keeps the model's outputs during the backward.
+        outputs_held: whether the caller keeps the model's outputs during the backward; scalars, the
+            loss among them, it always does.
+        loss_bytes: what a loss outside the model needs between forward and backward, tangents
+            included; 0 if the model returns the loss.
         granularity: the allocator rounds sizes up to a multiple of this.
     """
 
     optimizer_bytes: int = 0
     outputs_held: bool = True
+    loss_bytes: int = 0
     granularity: int = 1
 
 
@@ -118,7 +122,6 @@ class _Books:
         saved_entries = self._run_forward(outputs, saved)
         forward_nodes = len(self.points)
         gradient_bytes = self._run_backward(outputs, saved)
-        assert self.peak_node is not None
         return Timeline(
             points=tuple(self.points),
             forward_nodes=forward_nodes,
@@ -167,9 +170,13 @@ class _Books:
             ):
                 carried[theirs] = ("f", mine)
         if not self.around.outputs_held:
-            for key in held - set(carried.values()) - self.permanent:
+            dropped = {
+                ("f", s) for n in outputs if not is_scalar(n) for s in self.forward.of[n]
+            }
+            for key in dropped - set(carried.values()) - self.permanent:
                 self._death(key)
-            held = set()
+            held -= dropped
+        self._record_loss()
         tangents = placeholders[len(saved) :]
         for node in tangents:
             for storage in self.backward.of[node]:
@@ -230,7 +237,15 @@ class _Books:
         if entry is not None:
             self.total -= entry.bytes
 
-    def _record(self, node: fx.Node) -> None:
+    def _record_loss(self) -> None:
+        if self.around.loss_bytes:
+            loss = Alive(self.around.loss_bytes, "temporary", "loss outside the model", None)
+            self.alive["loss"] = loss
+            self.total += loss.bytes
+            self._record(None)
+            self._death("loss")
+
+    def _record(self, node: fx.Node | None) -> None:
         self.points.append(self.total)
         if self.total > self.peak:
             self.peak, self.peak_node = self.total, node
@@ -248,7 +263,7 @@ def _results(module: fx.GraphModule) -> list[fx.Node]:
     return list(output.args[0])
 
 
-def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the distinct storages behind ``tensors``."""
+def tensor_bytes(tensors: Iterable[torch.Tensor], granularity: int = 1) -> int:
+    """Bytes of the distinct storages behind ``tensors``, each rounded up."""
     sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(sizes.values())
+    return sum(-(-size // granularity) * granularity for size in sizes.values())

@@ -7,6 +7,7 @@ Fields: name, operator and arguments, value, role (F or B), module, source line.
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from fxzero.capture import user_line
@@ -30,8 +31,8 @@ def format_node(graph: TrainGraph, node: fx.Node) -> str:
 def module_of(node: fx.Node) -> str:
     """Qualified name of the innermost module that made the node; "" where that is not known."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    innermost = next(reversed(stack.values()), None)
-    return str(innermost[0]) if innermost else ""
+    path, _ = next(reversed(stack.values()), ("", None))
+    return "" if path == "model" else str(path).removeprefix("model.")
 
 
 def _call(node: fx.Node) -> str:
@@ -44,12 +45,14 @@ def _call(node: fx.Node) -> str:
 
 
 def _argument(value: object) -> str:
-    """Lists and tuples keep their brackets; functions go by name, for repr has an address in it."""
-    if isinstance(value, (list, tuple)) and type(value).__module__ != "torch":
+    """Like repr, but functions go by name: their repr has an address in it."""
+    if isinstance(value, (list, tuple)):
         items = ", ".join(_argument(item) for item in value)
         return f"[{items}]" if isinstance(value, list) else f"({items})"
     return _operator(value) if callable(value) else str(value)
 
 
 def _operator(target: object) -> str:
-    return getattr(target, "__name__", "") if not hasattr(target, "_schema") else str(target)
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    return str(getattr(target, "__name__", target))

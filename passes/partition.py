@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from fxzero.graph import InputRole, TrainGraph
@@ -34,6 +35,7 @@ class Split:
         tangents: model output positions behind the backward's last inputs.
         gradients: for each placeholder of the forward, its position among the backward's results,
             or None.
+        mutated: names of the buffers that the forward updates.
     """
 
     forward: fx.GraphModule
@@ -43,6 +45,7 @@ class Split:
     saved: tuple[str, ...]
     tangents: tuple[int, ...]
     gradients: tuple[int | None, ...]
+    mutated: tuple[str, ...]
 
 
 def partition(graph: TrainGraph) -> Split:
@@ -72,7 +75,13 @@ def partition(graph: TrainGraph) -> Split:
         saved=tuple(node.name for node in saved),
         tangents=tuple(role.index for role, _ in tangents),
         gradients=tuple(positions.get(role) for role, _ in arguments),
+        mutated=tuple(role.name for role, node in arguments if any(map(is_write, node.users))),
     )
+
+
+def is_write(node: fx.Node) -> bool:
+    """Whether the node writes a new value into a buffer."""
+    return node.target is torch.ops.aten.copy_.default
 
 
 def _runs_in_backward(graph: TrainGraph, node: fx.Node) -> bool:

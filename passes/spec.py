@@ -85,6 +85,13 @@ class Subject:
         return analyse(self.graph.graph.nodes)
 
     @cached_property
+    def mode(self) -> _torch.FakeTensorMode:
+        nodes = self.graph.graph.nodes
+        mode = _torch.fake_mode_of([t for n in nodes for t in tensor_leaves(n.meta.get("val"))])
+        assert mode is not None, "no node has a fake value"
+        return mode
+
+    @cached_property
     def tangents(self) -> set[fx.Node]:
         return {node for role, node in self.graph.pairs() if role.kind == "tangent"}
 
@@ -170,7 +177,7 @@ def values(subject: Subject) -> Iterator[Finding]:
                 yield node, "has no value"
             continue
         try:
-            derived = _derive(node)
+            derived = _derive(node, subject.mode)
         except _torch.NO_FAKE_ERRORS:
             continue
         except Exception as error:
@@ -347,24 +354,19 @@ def _layout(value: Any) -> str:
     return f"{_kind(value)}, strides {strides}"
 
 
-def _derive(node: fx.Node) -> Any:
+def _derive(node: fx.Node, mode: _torch.FakeTensorMode) -> Any:
     """The node's value, computed from its arguments' values."""
     given: Any = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
     args, kwargs = given
     target = node.target
     if target is operator.getitem:
         return args[0][args[1]]
-    if target is randomness.draw:
-        state = node.meta["val"][0]
-        return (state, _on_fakes(args[0], args[1:], kwargs))
-    if target is randomness.draw_again:
-        return _on_fakes(args[1], args[2:], kwargs)
-    return _on_fakes(target, args, kwargs)
-
-
-def _on_fakes(target: Any, args: Any, kwargs: Any) -> Any:
-    mode = _torch.fake_mode_of(tensor_leaves((args, kwargs)))
-    with mode or _torch.FakeTensorMode(), torch.no_grad():
+    with mode, torch.no_grad():
+        if target is randomness.draw:
+            return node.meta["val"][0], args[0](*args[1:], **kwargs)
+        if target is randomness.draw_again:
+            return args[1](*args[2:], **kwargs)
+        assert callable(target)
         return target(*args, **kwargs)
 
 

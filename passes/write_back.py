@@ -1,8 +1,8 @@
 """Buffer updates become writes at the end of the forward.
 
-A traced graph returns the new values of buffers that the model mutates (running statistics, counters).
-This pass writes them with ``copy_`` after the last forward node, and drops them from the outputs.  A
-buffer whose old value the backward reads is cloned before it is written.
+A traced graph returns the new values of buffers that the model mutates (running statistics,
+counters).  This pass writes them with ``copy_`` after the last forward node, and drops them from
+the outputs.  A buffer whose old value the backward reads is cloned before it is written.
 
 Invariant: afterwards no output is a mutation, and each buffer is written once, after its last read.
 
@@ -30,7 +30,7 @@ def write_back_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
         if role.kind == "mutation":
             assert role.of is not None
             target = placeholder_of[role.of]
-            _keep_old_value(graph, target)
+            _keep_old_value(graph, target, first_backward)
             with graph.graph.inserting_before(first_backward):
                 write = graph.graph.call_function(torch.ops.aten.copy_.default, (target, value))
             write.meta = {**value.meta, "val": target.meta["val"], "partitioner_tag": "is_forward"}
@@ -50,13 +50,12 @@ def first_backward_node(graph: TrainGraph) -> fx.Node:
     raise AssertionError("graph without output")
 
 
-def _keep_old_value(graph: TrainGraph, buffer: fx.Node) -> None:
+def _keep_old_value(graph: TrainGraph, buffer: fx.Node, before: fx.Node) -> None:
     """Backward reads of a buffer that will be written read a copy made before."""
     readers = [user for user in buffer.users if graph.is_backward(user)]
     if not readers:
         return
-    forward = [n for n in graph.graph.nodes if n.op == "call_function"]
-    with graph.graph.inserting_before(forward[0]):
+    with graph.graph.inserting_before(before):
         copy = graph.graph.call_function(torch.ops.aten.clone.default, (buffer,))
     value = buffer.meta["val"]
     with value.fake_mode:

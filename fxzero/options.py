@@ -1,0 +1,113 @@
+"""What a user asked for, checked once and then passed around as data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxzero import _torch
+from fxzero.errors import UsageError, unknown_option
+from fxzero.optimizers import profile_optimizer
+from fxzero.policies import check_recompute_option
+from fxzero.units import parse_budget
+
+OBJECTIVES = ("time", "flops")
+INNERS = ("eager", "inductor")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a compilation on one device.
+
+    Attributes:
+        memory_budget: bytes, or None for no limit.
+        optimizer: name, torch.optim class or bytes per parameter.
+        recompute: "auto", "none", "full" or a function of nodes.
+        objective: what recompute is minimised in, "time" or "flops".
+        inner: "eager" or "inductor".
+        strict: whether what cannot be applied is an error instead of a note in the plan.
+    """
+
+    memory_budget: int | None = None
+    optimizer: object = "adamw"
+    recompute: Any = "auto"
+    objective: str = "time"
+    inner: str = "eager"
+    strict: bool = False
+
+
+def check_options(
+    *,
+    device: str,
+    memory_budget: object = None,
+    optimizer: object = "adamw",
+    recompute: Any = "auto",
+    objective: str = "time",
+    inner: str | None = None,
+    strict: bool = False,
+) -> Options:
+    """Options from user input; raises UsageError for the first that cannot be right."""
+    check_recompute_option(recompute)
+    if objective not in OBJECTIVES:
+        raise unknown_option(str(objective), OBJECTIVES, where="objective")
+    profile_optimizer(optimizer, [], device)
+    return Options(
+        memory_budget=parse_budget(memory_budget, device_memory(device)),
+        optimizer=optimizer,
+        recompute=recompute,
+        objective=objective,
+        inner=choose_inner(inner, device),
+        strict=strict,
+    )
+
+
+def choose_inner(inner: str | None, device: str) -> str:
+    """The inner compiler: as asked, else "inductor" where a compiler for ``device`` is present.
+
+    Raises:
+        UsageError: an unknown name, or "inductor" without a compiler.
+    """
+    if inner is not None and inner not in INNERS:
+        raise unknown_option(str(inner), INNERS, where="inner")
+    present = _torch.has_compiler(device)
+    if inner == "inductor" and not present:
+        needed = "triton" if device == "cuda" else "a C++ compiler (set CXX)"
+        raise UsageError(f'inner="inductor" needs {needed}, which was not found; use inner="eager"')
+    return inner or ("inductor" if present else "eager")
+
+
+def call_arguments(
+    example_inputs: Any, kwargs: dict[str, Any] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from the forms in which examples are given."""
+    keywords = dict(kwargs or {})
+    if isinstance(example_inputs, dict):
+        return (), {**example_inputs, **keywords}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), keywords
+    return (example_inputs,), keywords
+
+
+def device_of(tensors: Sequence[torch.Tensor]) -> str:
+    """"cuda" or "cpu": where the first tensor lies; meta and no tensors count as "cpu"."""
+    return "cuda" if tensors and tensors[0].is_cuda else "cpu"
+
+
+def model_device(model: nn.Module) -> str:
+    """``device_of`` the model's parameters and buffers."""
+    return device_of([*model.parameters(), *model.buffers()])
+
+
+def device_memory(device: str) -> int | None:
+    """Bytes of memory of the device; None when it cannot be found out."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -1,0 +1,288 @@
+"""Decides: from a captured graph and a budget to a Plan and the two graphs that carry it out.
+
+    joint graph -> problem -> solver -> decisions -> passes -> forward and backward -> timeline -> Plan
+
+The solver proposes and the timeline disposes: the peak in the Plan is that of the emitted graphs, and if it
+exceeds the budget the solver is asked again with less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxzero.capture import capture
+from fxzero.cost import hardware_for
+from fxzero.errors import BudgetError, PlanError
+from fxzero.graph import InputRole, TrainGraph
+from fxzero.optimizers import profile_optimizer
+from fxzero.options import Options, call_arguments, check_options, device_of, model_device
+from fxzero.passes.context import PassContext
+from fxzero.passes.partition import Split, partition
+from fxzero.passes.runner import run_passes
+from fxzero.plans import Decisions, Plan, Rematerialization
+from fxzero.policies import settled_nodes
+from fxzero.problem import build_problem
+from fxzero.schedule import Schedule
+from fxzero.solver import Solution, Solver
+from fxzero.summary import Facts, summarise
+from fxzero.timeline import CUDA_GRANULARITY, Surroundings, Timeline, simulate, tensor_bytes
+
+_TIGHTENINGS = 4
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """Graphs that carry out decisions, and their timeline."""
+
+    split: Split
+    timeline: Timeline
+    passes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A Plan and the graphs that carry it out."""
+
+    plan: Plan
+    emitted: Emitted
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any = (),
+    *,
+    kwargs: dict[str, Any] | None = None,
+    memory_budget: object = None,
+    optimizer: object = "adamw",
+    recompute: Any = "auto",
+    objective: str = "time",
+    inner: str = "eager",
+    name: str | None = None,
+) -> Plan:
+    """A Plan for training ``model`` on one device, without running it.
+
+    A model on the meta device is planned without allocating anything.
+
+    Args:
+        example_inputs: tuple of positional arguments, one tensor, or a dict of keyword arguments.
+        kwargs: more keyword arguments of the model.
+        memory_budget: "22GiB", bytes, "90%" of the device, or None for no limit.
+        optimizer: name, torch.optim class, or bytes of state per parameter.
+
+    Returns:
+        A Plan; ``plan.fits`` is False and ``plan.status`` "infeasible" when nothing fits.
+
+    Raises:
+        UsageError, CaptureError, DeviceError: see ``fxzero.compile``.
+    """
+    args, keywords = call_arguments(example_inputs, kwargs)
+    options = check_options(
+        device=model_device(model),
+        memory_budget=memory_budget,
+        optimizer=optimizer,
+        recompute=recompute,
+        objective=objective,
+        inner=inner,
+    )
+    captured = capture(model, args, keywords)
+    planner = Planner(captured.graph, options, name or type(model).__name__)
+    try:
+        return planner.decide().plan
+    except BudgetError:
+        return planner.smallest().plan
+
+
+class Planner:
+    """Plans one captured graph for any number of budgets; the graph itself is never changed."""
+
+    def __init__(
+        self,
+        graph: TrainGraph,
+        options: Options,
+        name: str,
+        *,
+        outputs_held: bool = True,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.graph = graph
+        self.options = options
+        self.name = name
+        self.outputs_held = outputs_held
+        self.notes = notes
+        arguments = [(role, node.meta["val"]) for role, node in graph.pairs()]
+        self.device = device_of([value for _, value in arguments])
+        trainable = [v for role, v in arguments if role.kind == "parameter" and v.requires_grad]
+        self.optimizer = profile_optimizer(options.optimizer, trainable, self.device)
+        self.digest = graph.digest()
+        self.granularity = CUDA_GRANULARITY if self.device == "cuda" else 1
+        held = [value for role, value in arguments if role.kind != "tangent"]
+        self.fixed_bytes = self.optimizer.state_bytes + tensor_bytes(held, self.granularity)
+        self.loss_bytes = _outside_loss_bytes(arguments)
+        self.hardware = hardware_for(self.device)
+
+    @cached_property
+    def solver(self) -> Solver:
+        problem = build_problem(
+            self.graph,
+            hardware=self.hardware,
+            device=self.device,
+            fixed_bytes=self.fixed_bytes,
+            outputs_held=self.outputs_held,
+            loss_bytes=self.loss_bytes,
+            granularity=self.granularity,
+            policy=settled_nodes(self.graph, self.options.recompute),
+        )
+        return Solver(problem, objective=self.options.objective)
+
+    def decide(self) -> Decided:
+        """The Plan for the options' budget.
+
+        Raises:
+            BudgetError: nothing found fits.
+        """
+        budget = target = self.options.memory_budget
+        for _ in range(_TIGHTENINGS):
+            solution = self._solve(target)
+            if solution is None:
+                break
+            decided = self._emit(solution)
+            if budget is None or decided.plan.peak_bytes <= budget:
+                return decided
+            assert target is not None
+            target -= decided.plan.peak_bytes - budget
+        assert budget is not None
+        raise self._budget_error(budget)
+
+    def smallest(self) -> Decided:
+        """The Plan with the smallest peak, for reports on budgets that nothing fits."""
+        return self._emit(Solution(self.solver.smallest, "infeasible", None))
+
+    def replay(self, plan: Plan) -> Decided:
+        """Carries out the decisions of a given Plan, without a solver.
+
+        Raises:
+            PlanError: the Plan belongs to another graph.
+        """
+        if plan.graph_digest != self.digest:
+            raise PlanError(
+                f"the plan belongs to graph {plan.graph_digest}, this model traces to "
+                f"{self.digest}\n  it was made for {plan.model.name} with inputs "
+                f"{', '.join(plan.model.inputs)}\n  plan again for this model, these inputs and "
+                "this version of torch"
+            )
+        return Decided(plan, self._carry_out(plan.decisions))
+
+    def observing(self, decided: Decided, *, outputs_held: bool) -> tuple[Planner, Decided]:
+        """A planner that knows the caller's habit, and what ``decided`` comes to under it."""
+        other = Planner(
+            self.graph, self.options, self.name, outputs_held=outputs_held, notes=self.notes
+        )
+        emitted = decided.emitted
+        emitted = replace(emitted, timeline=simulate(emitted.split, other._surroundings()))
+        facts = other._facts(emitted, decided.plan.decisions)
+        plan = summarise(facts, status=decided.plan.status, gap=decided.plan.gap)
+        return other, Decided(plan, emitted)
+
+    def _solve(self, budget: int | None) -> Solution | None:
+        if self.options.recompute == "none":
+            schedule = self.solver.everything
+        elif self.options.recompute == "full":
+            schedule = self.solver.smallest
+        else:
+            return self.solver.solve(budget)
+        fits = budget is None or schedule.peak <= budget
+        return Solution(schedule, "feasible", None) if fits else None
+
+    def _emit(self, solution: Solution) -> Decided:
+        decisions = self._decisions(solution.schedule)
+        emitted = self._carry_out(decisions)
+        facts = self._facts(emitted, decisions)
+        return Decided(summarise(facts, status=solution.status, gap=solution.gap), emitted)
+
+    def _decisions(self, schedule: Schedule) -> Decisions:
+        problem = self.solver.problem
+        makers = {problem.maker[storage] for storage in schedule.saved}
+        return Decisions(
+            saved=tuple(problem.operators[index].name for index in sorted(makers)),
+            recompute=tuple(
+                Rematerialization(problem.operators[index].name, problem.steps[step])
+                for index, step in schedule.recompute
+            ),
+        )
+
+    def _carry_out(self, decisions: Decisions) -> Emitted:
+        context = PassContext(decisions, self.device)
+        graph, reports = run_passes(_copy(self.graph), context)
+        split = partition(graph)
+        timeline = simulate(split, self._surroundings())
+        return Emitted(split, timeline, tuple(report.name for report in reports))
+
+    def _surroundings(self) -> Surroundings:
+        return Surroundings(
+            self.optimizer.state_bytes, self.outputs_held, self.loss_bytes, self.granularity
+        )
+
+    def _facts(self, emitted: Emitted, decisions: Decisions) -> Facts:
+        return Facts(
+            graph=self.graph,
+            digest=self.digest,
+            name=self.name,
+            options=self.options,
+            optimizer=self.optimizer,
+            device=self.device,
+            hardware=self.hardware,
+            decisions=decisions,
+            split=emitted.split,
+            timeline=emitted.timeline,
+            passes=emitted.passes,
+            smallest=self.solver.smallest,
+            everything=self.solver.everything,
+            outputs_held=self.outputs_held,
+            loss_bytes=self.loss_bytes,
+            notes=self.notes,
+        )
+
+    def _budget_error(self, budget: int) -> BudgetError:
+        smallest = self.smallest()
+        plan, timeline = smallest.plan, smallest.emitted.timeline
+        required = plan.minimum_budget
+        alternatives = [(f'memory_budget="{_round_up(required)}"', required)]
+        saved = self.optimizer.state_bytes
+        if saved and required - saved <= budget:
+            alternatives.append(('optimizer="sgd"', required - saved))
+        return BudgetError(
+            budget_bytes=budget,
+            required_bytes=required,
+            fixed={**timeline.fixed, "gradients": timeline.gradient_bytes},
+            alternatives=alternatives,
+        )
+
+
+def _round_up(size: int) -> str:
+    """A budget one can write that is no smaller than ``size``."""
+    mebibytes = size / 2**20
+    return f"{-(-size // 2**20)}MiB" if mebibytes >= 100 else f"{-(-size // 2**10)}KiB"
+
+
+def _outside_loss_bytes(arguments: list[tuple[InputRole, torch.Tensor]]) -> int:
+    """What a loss outside the model takes at most while it is computed and differentiated.
+
+    For cross entropy that is the log-probabilities and two gradients, each of the outputs' size.
+    """
+    tangents = [value for role, value in arguments if role.kind == "tangent"]
+    if any(value.ndim == 0 for value in tangents):
+        return 0
+    return 3 * tensor_bytes(tangents)
+
+
+def _copy(graph: TrainGraph) -> TrainGraph:
+    nodes: dict[fx.Node, fx.Node] = {}
+    copied = fx.Graph()
+    for node in graph.graph.nodes:
+        nodes[node] = copied.node_copy(node, nodes.__getitem__)
+    return graph.with_module(fx.GraphModule(graph.module, copied))

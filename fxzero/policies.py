@@ -1,0 +1,89 @@
+"""What users and their models have settled before the solver: tags on nodes.
+
+Three sources, the later one wins: regions of ``torch.utils.checkpoint`` (recompute what is inside), the
+``recompute`` option as a callable on nodes, and nothing else.  The result names nodes, "save" or
+"recompute".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from fxzero.errors import UsageError
+from fxzero.graph import TrainGraph
+
+RecomputeOption = str | Callable[[fx.Node], Any]
+MODES = ("auto", "none", "full")
+_POLICIES = {
+    CheckpointPolicy.MUST_SAVE: "save",
+    CheckpointPolicy.PREFER_SAVE: None,
+    CheckpointPolicy.MUST_RECOMPUTE: "recompute",
+    CheckpointPolicy.PREFER_RECOMPUTE: None,
+    "save": "save",
+    "recompute": "recompute",
+    None: None,
+}
+
+
+def check_recompute_option(recompute: object) -> None:
+    """Raises UsageError unless ``recompute`` is a known mode or a callable."""
+    if recompute not in MODES and not callable(recompute):
+        raise UsageError(
+            f"recompute={recompute!r} must be one of {', '.join(map(repr, MODES))}, or a function "
+            'from a node to "save", "recompute" or None'
+        )
+
+
+def settled_nodes(graph: TrainGraph, recompute: RecomputeOption) -> dict[str, str]:
+    """"save" or "recompute" by name, for forward nodes that a tag or a user has settled."""
+    settled = _checkpoint_regions(graph)
+    if callable(recompute):
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and not graph.is_backward(node):
+                choice = _policy(recompute(node), node)
+                if choice is not None:
+                    settled[node.name] = choice
+    return settled
+
+
+def name_of(node: fx.Node) -> str | None:
+    """The name that ``fxzero.name`` gave to the node's value."""
+    name: str | None = (node.meta.get("custom") or {}).get("fxzero_name")
+    return name
+
+
+def checkpoint_region(node: fx.Node) -> int | None:
+    """Which ``torch.utils.checkpoint`` region the node belongs to, if any."""
+    region: int | None = (node.meta.get("custom") or {}).get("fxzero_checkpoint")
+    return region
+
+
+def _checkpoint_regions(graph: TrainGraph) -> dict[str, str]:
+    """Nodes inside a checkpoint region whose value no forward node outside of it reads."""
+    settled = {}
+    for node in graph.graph.nodes:
+        region = checkpoint_region(node)
+        if region is None or graph.is_backward(node):
+            continue
+        outside = [
+            user
+            for user in node.users
+            if not graph.is_backward(user) and checkpoint_region(user) != region
+        ]
+        if not outside:
+            settled[node.name] = "recompute"
+    return settled
+
+
+def _policy(answer: Any, node: fx.Node) -> str | None:
+    try:
+        return _POLICIES[answer]
+    except (KeyError, TypeError):
+        raise UsageError(
+            f"recompute(node) returned {answer!r} for {node.name}; expected "
+            '"save", "recompute", None or a torch CheckpointPolicy'
+        ) from None

@@ -1,0 +1,302 @@
+"""Writes the Plan: turns decisions, graphs and their timeline into the document that people read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxzero import __version__
+from fxzero.capture import user_line
+from fxzero.cost import Hardware, node_cost
+from fxzero.graph import TrainGraph, describe
+from fxzero.optimizers import OptimizerProfile
+from fxzero.options import Options
+from fxzero.passes.partition import Split
+from fxzero.passes.rematerialize import CLONE_OF
+from fxzero.plans import (
+    SCHEMA_VERSION,
+    Alternative,
+    Decisions,
+    ModelSummary,
+    Peak,
+    Phase,
+    Plan,
+    Rank,
+    Request,
+    Value,
+)
+from fxzero.policies import name_of
+from fxzero.schedule import Schedule
+from fxzero.timeline import Alive, Timeline
+from fxzero.units import format_bytes, format_seconds
+
+_TIMELINE_POINTS = 2000
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything a Plan is written from."""
+
+    graph: TrainGraph
+    digest: str
+    name: str
+    options: Options
+    optimizer: OptimizerProfile
+    device: str
+    hardware: Hardware
+    decisions: Decisions
+    split: Split
+    timeline: Timeline
+    passes: tuple[str, ...]
+    smallest: Schedule
+    everything: Schedule
+    outputs_held: bool
+    loss_bytes: int
+    notes: tuple[str, ...]
+
+
+def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
+    """The Plan document for ``facts``."""
+    timeline = facts.timeline
+    step_bytes = _optimizer_step_bytes(facts)
+    peak = _optimizer_peak(facts, step_bytes) if step_bytes > timeline.peak_bytes else _peak(facts)
+    recomputed = _recomputed(facts)
+    seconds = {node: node_cost(node, facts.hardware) for node in _steps(facts.split)}
+    recompute = [cost for node, cost in seconds.items() if CLONE_OF in node.meta]
+    step_seconds = sum(cost.seconds for cost in seconds.values())
+    recompute_seconds = sum(cost.seconds for cost in recompute)
+    return Plan(
+        schema_version=SCHEMA_VERSION,
+        fxzero_version=__version__,
+        torch_version=torch.__version__,
+        model=_model_summary(facts),
+        request=_request(facts),
+        status=status,
+        gap=gap,
+        peak_bytes=peak.bytes,
+        minimum_budget=max(facts.smallest.peak, step_bytes),
+        unplanned_peak_bytes=max(facts.everything.peak, step_bytes),
+        step_seconds=step_seconds,
+        recompute_seconds=recompute_seconds,
+        recompute_flops=sum(cost.flops for cost in recompute),
+        decisions=facts.decisions,
+        peak=peak,
+        ranks=(Rank(0, peak.bytes, _breakdown(peak.alive)),),
+        phases=(
+            Phase("forward", timeline.peak_of("forward")),
+            Phase("backward", timeline.peak_of("backward")),
+            Phase("optimizer step", step_bytes),
+        ),
+        saved=_saved(facts),
+        recomputed=recomputed,
+        alternatives=_alternatives(facts, step_bytes, step_seconds - recompute_seconds),
+        timeline=_thin(timeline.points),
+        graph_digest=facts.digest,
+        notes=_notes(facts),
+        passes=facts.passes,
+    )
+
+
+def _steps(split: Split) -> list[fx.Node]:
+    graphs = (split.forward.graph, split.backward.graph)
+    return [n for graph in graphs for n in graph.nodes if n.op == "call_function"]
+
+
+def _optimizer_step_bytes(facts: Facts) -> int:
+    """Bytes in the optimizer step: everything fixed, all gradients, the update's temporaries."""
+    timeline = facts.timeline
+    return (
+        sum(timeline.fixed.values()) + timeline.gradient_bytes + facts.optimizer.transient_bytes
+    )
+
+
+def _model_summary(facts: Facts) -> ModelSummary:
+    values = [(role, node.meta["val"]) for role, node in facts.graph.pairs()]
+    parameters = [value for role, value in values if role.kind == "parameter"]
+    buffers = [value for role, value in values if role.kind == "buffer"]
+    return ModelSummary(
+        name=facts.name,
+        parameters=sum(p.numel() for p in parameters),
+        parameter_bytes=_size(parameters),
+        trainable_bytes=_size(p for p in parameters if p.requires_grad),
+        buffer_bytes=_size(buffers),
+        inputs=tuple(describe(value) for role, value in values if role.kind == "input"),
+        nodes=len(facts.graph.graph.nodes),
+    )
+
+
+def _size(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _request(facts: Facts) -> Request:
+    options = facts.options
+    recompute = options.recompute if isinstance(options.recompute, str) else "function"
+    return Request(
+        memory_budget=options.memory_budget,
+        optimizer=facts.optimizer.name,
+        optimizer_bytes_per_parameter=facts.optimizer.bytes_per_parameter,
+        recompute=recompute,
+        objective=options.objective,
+        inner=options.inner,
+        device=facts.device,
+    )
+
+
+def _peak(facts: Facts) -> Peak:
+    timeline = facts.timeline
+    node = timeline.peak_node
+    backward = timeline.points.index(timeline.peak_bytes) >= timeline.forward_nodes
+    return Peak(
+        bytes=timeline.peak_bytes,
+        phase="backward" if backward else "forward",
+        node=str(node.target) if node is not None else "loss outside the model",
+        source=(user_line(node) or "") if node is not None else "",
+        alive=tuple(_value(entry, facts) for entry in timeline.alive if entry.bytes),
+    )
+
+
+def _optimizer_peak(facts: Facts, step_bytes: int) -> Peak:
+    timeline = facts.timeline
+    fixed = [entry for entry in timeline.alive if entry.role in timeline.fixed]
+    values = [_value(entry, facts) for entry in fixed if entry.bytes]
+    gradients = Value("gradients", timeline.gradient_bytes, "", "", "", "gradient")
+    update = Value("update", facts.optimizer.transient_bytes, "", "", "", "temporary")
+    alive = sorted((*values, gradients, update), key=lambda value: -value.bytes)
+    return Peak(step_bytes, "optimizer step", facts.optimizer.name, "", tuple(alive))
+
+
+def _value(entry: Alive, facts: Facts, reason: str = "", seconds: float = 0.0) -> Value:
+    node = entry.node
+    if node is None:
+        return Value(entry.name, entry.bytes, "", "", "", entry.role, reason)
+    return Value(
+        name=name_of(node) or entry.name,
+        bytes=entry.bytes,
+        shape=_shape(node),
+        module=module_of(node),
+        source=user_line(node) or "",
+        role=entry.role,
+        reason=reason,
+        seconds=seconds,
+    )
+
+
+def _shape(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        value = next((item for item in value if isinstance(item, torch.Tensor)), None)
+    return describe(value) if value is not None else ""
+
+
+def module_of(node: fx.Node) -> str:
+    """Qualified name of the module whose forward made the node; "" when unknown."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    path = [entry[0] for entry in stack.values()]
+    name = path[-1] if path else ""
+    return "" if name == "model" else str(name).removeprefix("model.")
+
+
+def _saved(facts: Facts) -> tuple[Value, ...]:
+    values = []
+    for entry in sorted(facts.timeline.saved, key=lambda item: -item.bytes):
+        assert entry.node is not None
+        cost = node_cost(entry.node, facts.hardware)
+        reason = _why_saved(entry, cost.seconds, facts)
+        values.append(_value(entry, facts, reason, cost.seconds))
+    return tuple(values)
+
+
+def _why_saved(entry: Alive, seconds: float, facts: Facts) -> str:
+    if entry.role == "rng state":
+        return "replays the random numbers of a recomputed operator"
+    if entry.role == "output" and facts.outputs_held:
+        return "a model output, which the caller holds anyway"
+    if facts.options.memory_budget is None:
+        return "the backward reads it, and no budget asks for recompute"
+    return f"the budget has room for it; computing it again takes at least {format_seconds(seconds)}"
+
+
+def _recomputed(facts: Facts) -> tuple[Value, ...]:
+    clones: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in _steps(facts.split):
+        if CLONE_OF in node.meta:
+            clones[node.meta[CLONE_OF]].append(node)
+    wanted = {item.node for item in facts.decisions.recompute}
+    values = []
+    for name in wanted:
+        for node in clones[name]:
+            cost = node_cost(node, facts.hardware)
+            size = sum(_own_bytes(node))
+            entry = Alive(size, "recomputed", name, node)
+            reason = f"not kept: {format_bytes(size)} for {format_seconds(cost.seconds)}"
+            values.append(_value(entry, facts, reason, cost.seconds))
+    return tuple(sorted(values, key=lambda value: (-value.bytes, value.name)))
+
+
+def _own_bytes(node: fx.Node) -> list[int]:
+    value = node.meta.get("val")
+    items: Sequence[object] = value if isinstance(value, (tuple, list)) else [value]
+    return [i.untyped_storage().nbytes() for i in items if isinstance(i, torch.Tensor)]
+
+
+def _breakdown(alive: Sequence[Value]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for value in alive:
+        sizes[value.role] = sizes.get(value.role, 0) + value.bytes
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def _alternatives(facts: Facts, step_bytes: int, base: float) -> tuple[Alternative, ...]:
+    budget = facts.options.memory_budget
+    options = [
+        ("no recompute", facts.everything),
+        ("the smallest reachable peak", facts.smallest),
+    ]
+    result = []
+    for change, schedule in options:
+        peak = max(schedule.peak, step_bytes)
+        fits = budget is None or peak <= budget
+        result.append(Alternative(change, peak, base + schedule.seconds, fits))
+    if facts.optimizer.state_bytes:
+        peak = max(facts.smallest.peak - facts.optimizer.state_bytes, 0)
+        fits = budget is None or peak <= budget
+        result.append(
+            Alternative('optimizer="sgd", smallest peak', peak, base + facts.smallest.seconds, fits)
+        )
+    return tuple(result)
+
+
+def _thin(points: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """At most about 2,000 (position, bytes) pairs that keep every stretch's highest point."""
+    width = max(1, -(-len(points) // _TIMELINE_POINTS))
+    stretches = (points[i : i + width] for i in range(0, len(points), width))
+    return tuple((i * width, max(stretch)) for i, stretch in enumerate(stretches))
+
+
+def _notes(facts: Facts) -> tuple[str, ...]:
+    notes = list(facts.notes)
+    notes.append(
+        "the caller is taken to hold the model's outputs during the backward"
+        if facts.outputs_held
+        else "the caller was seen to drop the model's outputs before the backward"
+    )
+    if facts.loss_bytes:
+        notes.append(
+            f"the model returns no loss; one outside of it is taken to need "
+            f"{format_bytes(facts.loss_bytes)}, three times the outputs"
+        )
+    notes.append(
+        "memory inside operators (convolution and attention workspaces) is not counted"
+    )
+    if facts.options.inner == "inductor":
+        notes.append(
+            "Inductor fuses operators and reuses buffers, so what it measures is at or below the "
+            "planned peak, typically by 5 to 35 %; its memory is planned as if every operator ran alone"
+        )
+    notes.append(f"step times come from a roofline model of {facts.hardware.name}")
+    return tuple(notes)

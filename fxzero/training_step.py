@@ -1,0 +1,187 @@
+"""One captured graph of a compiled model: its plan, what runs it, and what running it has shown.
+
+Two facts cannot be known before the first backward: whether the caller keeps the model's outputs meanwhile, and
+which outputs gradients come from.  The plan starts from the safe assumptions (kept; scalars, or all
+outputs if there are none) and follows what is observed:
+
+    outputs dropped             the peak in the plan is lowered at once; the next call plans anew
+    fewer gradients than planned   missing ones count as zero, parameters reached by none get None
+    a gradient nobody planned for  this step runs once more from its inputs with the same random numbers
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxzero import _torch
+from fxzero.capture import capture
+from fxzero.errors import RuntimeStateError
+from fxzero.graph import InputRole, describe
+from fxzero.inner import compile_split
+from fxzero.options import Options
+from fxzero.planner import Decided, Planner
+from fxzero.plans import Plan
+from fxzero.randomness import RandomState
+from fxzero.structure import flatten
+
+log = logging.getLogger(__name__)
+
+# Share of the budget that must be gained for a plan to be made anew.
+_SLACK = 0.02
+
+Source = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+
+
+class TrainingStep:
+    """A model's training step for one combination of input shapes and modes.
+
+    Attributes:
+        shapes: the input shapes, for messages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        options: Options,
+        given: Plan | None,
+    ) -> None:
+        self.options = options
+        self.given = given
+        self.shapes = ", ".join(describe(leaf) for leaf in flatten((args, kwargs))[0])
+        self._model = model
+        self._outputs_held: bool | None = None
+        self._gradients_settled = False
+        self._stale = False
+        self._recapture(args, kwargs, None)
+
+    @property
+    def plan(self) -> Plan:
+        return self._decided.plan
+
+    def run(self, leaves: Sequence[torch.Tensor]) -> Any:
+        """The model's return value for flat inputs, attached to autograd."""
+        if self._stale:
+            self._stale = False
+            self._adopt(self._planner.decide())
+        if self._wanted is not None:
+            args, kwargs = self._captured.inputs.fill(leaves)
+            self._recapture(args, kwargs, self._wanted)
+        tensors = [source(leaves) for source in self._sources]
+        return self._captured.outputs.fill(self._executable(tensors))
+
+    def _recapture(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], differentiable: Sequence[int] | None
+    ) -> None:
+        inductor = self.options.inner == "inductor"
+        self._captured = capture(
+            self._model,
+            args,
+            kwargs,
+            differentiable=differentiable,
+            decompositions=_torch.inductor_decompositions() if inductor else None,
+        )
+        self._wanted: tuple[int, ...] | None = None
+        self._planner = Planner(
+            self._captured.graph,
+            self.options,
+            type(self._model).__name__,
+            outputs_held=self._outputs_held is not False,
+        )
+        replayed = self.given is not None and differentiable is None
+        self._adopt(
+            self._planner.replay(self.given)
+            if replayed and self.given is not None
+            else self._planner.decide()
+        )
+
+    def _adopt(self, decided: Decided) -> None:
+        self._decided = decided
+        split = decided.emitted.split
+        self._executable = compile_split(
+            split, self.options.inner, attached=self._captured.attached, owner=self
+        )
+        self._sources = [self._source(role) for role in split.inputs]
+        log.info("planned %s: peak %d bytes", self.shapes, decided.plan.peak_bytes)
+
+    def _source(self, role: InputRole) -> Source:
+        """How the tensor behind a placeholder is found at each call; weights may be replaced."""
+        if role.kind == "input":
+            return lambda leaves: leaves[role.index]
+        if role.name in self._captured.constants:
+            constant = self._captured.constants[role.name]
+            return lambda leaves: constant
+        owner, _, attribute = role.name.rpartition(".")
+        module = self._model.get_submodule(owner)
+        table = module._parameters if role.kind == "parameter" else module._buffers
+
+        def read(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
+            tensor = table[attribute]
+            assert tensor is not None
+            return tensor
+
+        return read
+
+    def observe(self, outputs_held: bool, received: tuple[int, ...]) -> None:
+        """What a backward has shown: are outputs alive, and which got a gradient."""
+        if outputs_held != self._planner.outputs_held and self._outputs_held is not True:
+            self._planner, self._decided = self._planner.observing(
+                self._decided, outputs_held=outputs_held
+            )
+            self._stale = self.given is None and self._worth_planning_again()
+        self._outputs_held = self._outputs_held is True or outputs_held
+        if not self._gradients_settled and received:
+            self._gradients_settled = True
+            if set(received) < set(self._captured.differentiable) and self.given is None:
+                self._wanted = received
+
+    def _worth_planning_again(self) -> bool:
+        budget, plan = self.options.memory_budget, self._decided.plan
+        if budget is None or not plan.fits:
+            return budget is not None
+        return bool(plan.decisions.recompute) and budget - plan.peak_bytes > _SLACK * budget
+
+    def rerun(
+        self, inputs: Sequence[torch.Tensor], state: RandomState, gradients: dict[int, torch.Tensor]
+    ) -> list[torch.Tensor | None]:
+        """Gradients of the step's inputs when an output outside the plan received one.
+
+        The step runs once more, eagerly, from the same inputs and random numbers.
+        """
+        roles = self._decided.emitted.split.inputs
+        mutated = self._decided.emitted.split.mutated
+        unplanned = [i for i in gradients if i not in self._captured.differentiable]
+        paths = ", ".join(self._captured.outputs.paths[i] for i in unplanned)
+        if mutated:
+            raise RuntimeStateError(
+                f"a gradient came through output {paths}, but only the model's scalars were "
+                f"planned for, and the step cannot run again because it updates {mutated[0]}\n"
+                "  compute the loss inside the model, or return no scalar beside that output"
+            )
+        log.warning(
+            "a gradient came through output %s besides the model's scalars; this step runs again "
+            "and exceeds its planned memory, later steps are planned for it",
+            paths,
+        )
+        self._wanted = tuple(sorted({*self._captured.differentiable, *gradients}))
+        by_index = {role.index: t for role, t in zip(roles, inputs, strict=True) if role.kind == "input"}
+        leaves = {i: t.detach().requires_grad_(t.requires_grad) for i, t in by_index.items()}
+        sources = [
+            leaves[role.index] if role.kind == "input" else tensor
+            for role, tensor in zip(roles, inputs, strict=True)
+        ]
+        args, kwargs = self._captured.inputs.fill([leaves[i] for i in sorted(leaves)])
+        with torch.enable_grad(), state.replayed():
+            outputs, _ = flatten(self._model(*args, **kwargs))
+        wanted = [tensor for tensor in sources if tensor.requires_grad]
+        found = torch.autograd.grad(
+            [outputs[i] for i in gradients], wanted, list(gradients.values()), allow_unused=True
+        )
+        by_id = {id(tensor): gradient for tensor, gradient in zip(wanted, found, strict=True)}
+        return [by_id.get(id(tensor)) for tensor in sources]
