@@ -63,8 +63,10 @@ class TrainGraph:
 
         def role(described: tuple[str, Any]) -> InputRole:
             kind, which = described
-            return InputRole(kind, name=rename(which)) if isinstance(which, str) else InputRole(
-                kind, index=which
+            return (
+                InputRole(kind, name=rename(which))
+                if isinstance(which, str)
+                else InputRole(kind, index=which)
             )
 
         outputs = [
@@ -101,6 +103,12 @@ class TrainGraph:
     def with_module(self, module: fx.GraphModule) -> TrainGraph:
         return replace(self, module=module)
 
+    def copy(self) -> TrainGraph:
+        """The same nodes under the same names, to rewrite; values are shared."""
+        nodes = fx.Graph()
+        nodes.output(nodes.graph_copy(self.graph, {}))
+        return self.with_module(fx.GraphModule(self.module, nodes))
+
     def is_backward(self, node: fx.Node) -> bool:
         """Whether the node runs in the backward; placeholders other than tangents do not."""
         return _torch.is_backward_node(node)
@@ -112,7 +120,9 @@ class TrainGraph:
         for node in self.graph.nodes:
             order[node] = len(order)
             args = fx.map_arg((node.args, node.kwargs), lambda n: f"%{order[n]}")
-            text.update(f"{node.op} {node.target} {args} {describe(node.meta.get('val'))}\n".encode())
+            text.update(
+                f"{node.op} {node.target} {args} {describe(node.meta.get('val'))}\n".encode()
+            )
         text.update(repr((self.inputs, self.outputs)).encode())
         return text.hexdigest()[:16]
 

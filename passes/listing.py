@@ -7,25 +7,32 @@ Fields: name, operator and arguments, value, role (F or B), module, source line.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import fx
 
 from fxzero.capture import user_line
-from fxzero.graph import TrainGraph, describe
+from fxzero.graph import InputRole, TrainGraph, describe
 
 
 def format_graph(graph: TrainGraph) -> str:
-    """Every node in order: name, operator and arguments, value, role, module, source line."""
-    return "\n".join(format_node(graph, node) for node in graph.graph.nodes) + "\n"
+    """Every node in order."""
+    return "\n".join(format_nodes(graph, graph.graph.nodes)) + "\n"
 
 
-def format_node(graph: TrainGraph, node: fx.Node) -> str:
-    """The node's line; fields that are not known are left out."""
-    fields = [node.name, _call(node)]
-    if node.op != "output":
-        role = "B" if graph.is_backward(node) else "F"
-        fields += [describe(node.meta.get("val")), role, module_of(node), user_line(node) or ""]
-    return "  ".join(text for text in fields if text)
+def format_nodes(graph: TrainGraph, nodes: Iterable[fx.Node]) -> list[str]:
+    """A line for each of some nodes; fields that are not known are left out."""
+    inputs = dict(zip(graph.placeholders, graph.inputs, strict=False))
+    lines = []
+    for node in nodes:
+        fields = [node.name, _input(inputs[node]) if node in inputs else _call(node)]
+        if node.op != "output":
+            role = "B" if graph.is_backward(node) else "F"
+            value = describe(node.meta.get("val"))
+            fields += [value, role, module_of(node), user_line(node) or ""]
+        lines.append("  ".join(text for text in fields if text))
+    return lines
 
 
 def module_of(node: fx.Node) -> str:
@@ -33,6 +40,10 @@ def module_of(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     path, _ = next(reversed(stack.values()), ("", None))
     return "" if path == "model" else str(path).removeprefix("model.")
+
+
+def _input(role: InputRole) -> str:
+    return f"{role.kind} {role.name or role.index}"
 
 
 def _call(node: fx.Node) -> str:

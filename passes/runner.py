@@ -10,15 +10,12 @@ from which ``fxzero replay`` runs the same passes over the same graph.
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import fx
 
 from fxzero.errors import InternalError
 from fxzero.graph import TrainGraph
@@ -62,7 +59,7 @@ def run_passes(
         check = os.environ.get("FXZERO_SPEC") == "1"
     if dump is None and os.environ.get("FXZERO_DUMP"):
         dump = Path(os.environ["FXZERO_DUMP"])
-    original = _copy(graph)
+    original = graph.copy()  # passes rewrite in place
     try:
         return _run(graph, context, passes, check=check, dump=dump)
     except InternalError as error:
@@ -126,11 +123,6 @@ def _apply(item: Pass, graph: TrainGraph, context: PassContext) -> TrainGraph:
     except Exception as error:
         message = f"pass {item.name} failed: {type(error).__name__}: {error}"
         raise InternalError(message) from error
-
-
-def _copy(graph: TrainGraph) -> TrainGraph:
-    """Passes rewrite in place; values are shared, for no pass touches those."""
-    return graph.with_module(fx.GraphModule(graph.module, copy.deepcopy(graph.graph)))
 
 
 def _dump(directory: Path, name: str, before: str, after: str) -> None:

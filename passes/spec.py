@@ -25,7 +25,7 @@ from torch import fx
 from fxzero import _torch, randomness
 from fxzero.errors import GraphLawError
 from fxzero.graph import TrainGraph, describe
-from fxzero.passes.listing import format_node, module_of
+from fxzero.passes.listing import format_nodes
 from fxzero.passes.partition import Split
 from fxzero.passes.rematerialize import CLONE_OF
 from fxzero.passes.replay_randomness import is_random
@@ -309,7 +309,7 @@ def known_origins(graph: TrainGraph) -> float:
     """Share of the forward's operations with a source line and a module."""
     subject = Subject(graph, scheduled=False)
     forward = [node for node in subject.calls if not subject.in_backward(node)]
-    known = [node for node in forward if node.meta.get("stack_trace") and module_of(node)]
+    known = [n for n in forward if n.meta.get("stack_trace") and n.meta.get("nn_module_stack")]
     return len(known) / len(forward) if forward else 1.0
 
 
@@ -429,8 +429,5 @@ def _surroundings(graph: TrainGraph, node: fx.Node | None) -> list[str]:
         return []
     at = nodes.index(node)
     shown = nodes[max(at - _CONTEXT_LINES, 0) : at + _CONTEXT_LINES + 1]
-    marked = ("> " if item is node else "  " for item in shown)
-    return [
-        "",
-        *(mark + format_node(graph, item) for mark, item in zip(marked, shown, strict=True)),
-    ]
+    lines = zip(shown, format_nodes(graph, shown), strict=True)
+    return ["", *(f"{'>' if item is node else ' '} {line}" for item, line in lines)]
