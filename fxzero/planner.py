@@ -30,7 +30,7 @@ from fxzero.problem import build_problem
 from fxzero.schedule import Schedule
 from fxzero.solver import Solution, Solver
 from fxzero.summary import Facts, summarise
-from fxzero.timeline import CUDA_GRANULARITY, Surroundings, Timeline, simulate, tensor_bytes
+from fxzero.timeline import CUDA_GRANULARITY, LOSS_SCALARS, Surroundings, Timeline, simulate, tensor_bytes
 
 _TIGHTENINGS = 4
 
@@ -121,8 +121,10 @@ class Planner:
         self.digest = graph.digest()
         self.granularity = CUDA_GRANULARITY if self.device == "cuda" else 1
         held = [value for role, value in arguments if role.kind != "tangent"]
-        self.fixed_bytes = self.optimizer.state_bytes + tensor_bytes(held, self.granularity)
+        held += [node.meta["val"] for node in graph.graph.find_nodes(op="get_attr")]
         self.loss_bytes = _outside_loss_bytes(arguments)
+        self.fixed_bytes = self.optimizer.state_bytes + tensor_bytes(held, self.granularity)
+        self.fixed_bytes += LOSS_SCALARS if self.loss_bytes else 0
         self.hardware = hardware_for(self.device)
 
     @cached_property

@@ -85,17 +85,27 @@ def is_scalar(node: fx.Node) -> bool:
 _REDUCED_IN_PLACE = {
     torch.ops.aten.mse_loss.default,
     torch.ops.aten.smooth_l1_loss.default,
-    torch.ops.aten.huber_loss.default,
+    torch.ops.aten.binary_cross_entropy.default,
+    torch.ops.aten.soft_margin_loss.default,
 }
 
 
 def _storage_bytes(node: fx.Node, leaf: torch.Tensor) -> int:
+    """Bytes of the storage that the operator really makes; fake tensors err for a few."""
     if node.target in _REDUCED_IN_PLACE and leaf.device.type == "cpu":
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        full: torch.Tensor = source.meta["val"]
-        return full.numel() * full.element_size()
+        source = _first_argument(node)
+        return source.numel() * source.element_size()
+    if node.target is torch.ops.aten.copy.default:
+        # Keeps its first argument's strides by cloning the whole storage behind it.
+        return _first_argument(node).untyped_storage().nbytes()
     return leaf.untyped_storage().nbytes()
+
+
+def _first_argument(node: fx.Node) -> torch.Tensor:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    value: torch.Tensor = source.meta["val"]
+    return value
 
 
 def _identity(tensor: torch.Tensor) -> int:

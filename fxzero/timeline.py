@@ -24,6 +24,8 @@ from fxzero.passes.partition import Split
 from fxzero.storages import Storages, analyse, is_scalar
 
 CUDA_GRANULARITY = 512
+# A loss outside the model and its gradient: scalars that the caller holds.
+LOSS_SCALARS = 32
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class _Books:
         self.around = surroundings
         self.forward = analyse(split.forward.graph.nodes)
         self.backward = analyse(split.backward.graph.nodes)
+        self.alias: dict[object, object] = {}
         self.alive: dict[object, Alive] = {}
         self.total = 0
         self.points: list[int] = []
@@ -142,13 +145,21 @@ class _Books:
                 if key not in self.alive:
                     self._birth(key, self.forward, storage, role.kind, role.name or node.name)
                     self.fixed[role.kind] = self.fixed.get(role.kind, 0) + self.alive[key].bytes
-        if self.around.optimizer_bytes:
-            self.alive["optimizer"] = Alive(
-                self.around.optimizer_bytes, "optimizer", "optimizer state", None
-            )
-            self.total += self.around.optimizer_bytes
-            self.fixed["optimizer"] = self.around.optimizer_bytes
+        for phase, storages in (("f", self.forward), ("b", self.backward)):
+            for node, numbers in storages.of.items():
+                if node.op == "get_attr":
+                    key = ("constant", node.target)
+                    self.alias[phase, numbers[0]] = key
+                    self._birth(key, storages, numbers[0], "buffer", str(node.target))
+        self._add_fixed(self.around.optimizer_bytes, "optimizer", "optimizer state")
+        self._add_fixed(LOSS_SCALARS if self.around.loss_bytes else 0, "output", "loss")
         self.permanent = set(self.alive)
+
+    def _add_fixed(self, size: int, role: str, name: str) -> None:
+        if size:
+            self.alive[name] = Alive(size, role, name, None)
+            self.total += size
+            self.fixed[role] = self.fixed.get(role, 0) + size
 
     def _run_forward(self, outputs: list[fx.Node], saved: list[fx.Node]) -> tuple[Alive, ...]:
         roles = {("f", s): "saved" for node in saved for s in self.forward.of[node]}
@@ -163,17 +174,18 @@ class _Books:
     def _run_backward(self, outputs: list[fx.Node], saved: list[fx.Node]) -> int:
         held = {("f", s) for node in outputs for s in self.forward.of[node]}
         placeholders = list(self.split.backward.graph.find_nodes(op="placeholder"))
-        carried: dict[int, object] = {}
+        carried: set[object] = set()
         for node, placeholder in zip(saved, placeholders, strict=False):
             for mine, theirs in zip(
                 self.forward.of[node], self.backward.of[placeholder], strict=True
             ):
-                carried[theirs] = ("f", mine)
+                self.alias["b", theirs] = ("f", mine)
+                carried.add(("f", mine))
         if not self.around.outputs_held:
             dropped = {
                 ("f", s) for n in outputs if not is_scalar(n) for s in self.forward.of[n]
             }
-            for key in dropped - set(carried.values()) - self.permanent:
+            for key in dropped - carried - self.permanent:
                 self._death(key)
             held -= dropped
         self._record_loss()
@@ -183,14 +195,12 @@ class _Books:
                 self._birth(("b", storage), self.backward, storage, "tangent", node.name)
         keep = held | {("b", s) for node in tangents for s in self.backward.of[node]}
         gradients = {
-            carried.get(s, ("b", s))
+            self._key("b", s)
             for node in _results(self.split.backward)
             for s in self.backward.of[node]
         }
         roles = dict.fromkeys(gradients, "gradient")
-        self._walk(
-            self.split.backward.graph, self.backward, "b", roles, keep | gradients, carried
-        )
+        self._walk(self.split.backward.graph, self.backward, "b", roles, keep | gradients)
         return sum(self.alive[key].bytes for key in gradients - self.permanent)
 
     def _walk(
@@ -200,13 +210,11 @@ class _Books:
         phase: str,
         roles: dict[object, str],
         keep: set[object],
-        carried: dict[int, object] | None = None,
     ) -> None:
-        carried = carried or {}
         references: dict[object, int] = {}
         for node in graph.nodes:
             for storage in storages.of.get(node, ()):
-                key = carried.get(storage, (phase, storage))
+                key = self._key(phase, storage)
                 references[key] = references.get(key, 0) + 1
         dying = last_uses(graph)
         for node in graph.nodes:
@@ -214,15 +222,19 @@ class _Books:
                 continue
             for storage in storages.of.get(node, ()):
                 if storages.maker[storage] is node:
-                    key = (phase, storage)
+                    key = self._key(phase, storage)
                     self._birth(key, storages, storage, roles.get(key, _role(node)), node.name)
             self._record(node)
             for dead in dying.get(node, ()):
                 for storage in storages.of.get(dead, ()):
-                    key = carried.get(storage, (phase, storage))
+                    key = self._key(phase, storage)
                     references[key] -= 1
                     if references[key] == 0 and key not in keep and key not in self.permanent:
                         self._death(key)
+
+    def _key(self, phase: str, storage: int) -> object:
+        """What the books know a storage of the forward ("f") or backward ("b") by."""
+        return self.alias.get((phase, storage), (phase, storage))
 
     def _birth(self, key: object, storages: Storages, number: int, role: str, name: str) -> None:
         if key in self.alive:
