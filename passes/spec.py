@@ -131,9 +131,10 @@ def find_violations(graph: TrainGraph, *, stage: str) -> list[Violation]:
     for check in CHECKS:
         try:
             found += [Violation(check.name, *finding) for finding in check.find(subject)]
-        except Exception as error:  # a graph may be so broken that a check falls over it
-            message = f"cannot be checked: {type(error).__name__}: {error}"
-            found.append(Violation(check.name, None, message))
+        except Exception as error:
+            if not found:  # over a graph known to be broken, later checks may well fall
+                message = f"cannot be checked: {type(error).__name__}: {error}"
+                found.append(Violation(check.name, None, message))
     return found
 
 
@@ -142,7 +143,7 @@ def lint(subject: Subject) -> Iterator[Finding]:
     try:
         subject.graph.graph.lint()
     except Exception as error:
-        yield None, str(error)
+        yield None, str(error).partition("\n")[0]
 
 
 def signature(subject: Subject) -> Iterator[Finding]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +34,12 @@ class Tiny(nn.Module):
 
 
 def tiny() -> TrainGraph:
+    """A fresh copy each time, of one capture."""
+    return _tiny().copy()
+
+
+@functools.cache
+def _tiny() -> TrainGraph:
     return capture(Tiny(), (torch.randn(2, 4),)).graph
 
 
