@@ -1,7 +1,7 @@
 """Cuts a scheduled joint graph into the forward and the backward that run.
 
-Whatever the backward reads from the forward becomes an extra output of the forward and an input of the
-backward.  The order of nodes is kept: the executed order is the planned one.
+Whatever the backward reads from the forward becomes an extra output of the forward and an input of
+the backward.  The order of nodes is kept: the executed order is the planned one.
 
 Invariant: the forward returns [model outputs, saved values]; the backward takes [saved values,
 tangents] and returns one gradient per input that has one.
@@ -67,9 +67,7 @@ def partition(graph: TrainGraph) -> Split:
     positions = {role: index for index, role in enumerate(gradients)}
     return Split(
         forward=_extract(graph, [n for _, n in arguments], forward_body, [*outputs, *saved]),
-        backward=_extract(
-            graph, [*saved, *tangent_nodes], backward_body, list(gradients.values())
-        ),
+        backward=_extract(graph, [*saved, *tangent_nodes], backward_body, list(gradients.values())),
         inputs=tuple(role for role, _ in arguments),
         output_count=len(outputs),
         saved=tuple(node.name for node in saved),
@@ -91,7 +89,7 @@ def _runs_in_backward(graph: TrainGraph, node: fx.Node) -> bool:
 def _read_from_outside(
     body: Iterable[fx.Node], results: Iterable[fx.Node], own_inputs: list[fx.Node]
 ) -> list[fx.Node]:
-    """Nodes that ``body`` or ``results`` read and nobody in ``body`` makes, in order of first use."""
+    """Nodes that ``body`` or ``results`` read and ``body`` does not make, in order of first use."""
     own = {*own_inputs, *body}
     found: dict[fx.Node, None] = {}
     for node in body:

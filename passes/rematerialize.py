@@ -1,11 +1,12 @@
 """Carries out the Plan's recompute decisions: clones forward nodes into the backward.
 
-A value is recomputed right before the backward node that the Plan names, by a clone of its node that
-reads clones or saved values; later backward nodes read the clone.  Views of saved values are rebuilt the
-same way without being asked: they cost nothing, and only their base has to be kept.
+A value is recomputed right before the backward node that the Plan names, by a clone of its node
+that reads clones or saved values; later backward nodes read the clone.  Views of saved values are
+rebuilt the same way without being asked: they cost nothing, and only their base has to be kept.
 
 Invariant: afterwards no backward node reads a forward node other than a saved one or an input, no
-forward node reads a backward node, and every clone names its original in ``meta["recomputed_from"]``.
+forward node reads a backward node, and every clone names its original in
+``meta["recomputed_from"]``.
 
     forward:   a = gelu(x); y = mm(a, w)          a = gelu(x); y = mm(a, w)
     backward:  dw = mm(t(a), dy)            ->    a' = gelu(x); dw = mm(t'(a'), dy)
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from typing import Any
 
 from torch import fx
 
@@ -74,7 +76,7 @@ class _Rewrite:
             if not item.users:
                 self.graph.graph.erase_node(item)
 
-    def _redirect(self, argument: fx.node.Argument, before: fx.Node) -> fx.node.Argument:
+    def _redirect(self, argument: Any, before: fx.Node) -> Any:
         return fx.map_arg(argument, lambda node: self._current(node, before))
 
     def _current(self, node: fx.Node, before: fx.Node) -> fx.Node:

@@ -1,10 +1,11 @@
 """Recomputed random operators replay the forward's draw.
 
-For each random operator with clones, the forward copy also returns the generator's state from before
-the draw, and each clone runs under that state.  The state is saved for the backward like any value.
+For each random operator with clones, the forward copy also returns the generator's state from
+before the draw, and each clone runs under that state.  The state is saved for the backward like
+any value.
 
-Invariant: a random operator drawn once in the forward draws the same numbers in every clone, and the
-generator ends where it would without recompute.
+Invariant: a random operator drawn once in the forward draws the same numbers in every clone, and
+the generator ends where it would without recompute.
 
     forward:   m = dropout(x)                s, m = draw(dropout, x)
     backward:  m' = dropout(x')        ->    m' = draw_again(s, dropout, x')
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -62,9 +65,7 @@ def _save_state(graph: fx.Graph, node: fx.Node, context: PassContext) -> fx.Node
     with fake_mode:
         state_value = torch.empty(state_bytes, dtype=torch.uint8, device="cpu")
     with graph.inserting_before(node):
-        pair = graph.call_function(
-            randomness.draw, (node.target, *node.args), dict(node.kwargs)
-        )
+        pair = _call(graph, randomness.draw, node.target, *node.args, **node.kwargs)
         state = graph.call_function(operator.getitem, (pair, 0))
         result = graph.call_function(operator.getitem, (pair, 1))
     pair.meta = {**node.meta, "val": (state_value, value)}
@@ -79,9 +80,13 @@ def _save_state(graph: fx.Graph, node: fx.Node, context: PassContext) -> fx.Node
 
 def _run_with_state(graph: fx.Graph, clone: fx.Node, state: fx.Node) -> None:
     with graph.inserting_before(clone):
-        replay = graph.call_function(
-            randomness.draw_again, (state, clone.target, *clone.args), dict(clone.kwargs)
+        replay = _call(
+            graph, randomness.draw_again, state, clone.target, *clone.args, **clone.kwargs
         )
     replay.meta = dict(clone.meta)
     clone.replace_all_uses_with(replay)
     graph.erase_node(clone)
+
+
+def _call(graph: fx.Graph, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    return graph.call_function(function, args, kwargs)

@@ -252,7 +252,8 @@ class _Reader:
         if 0 not in shape and last >= items:
             raise PlanError(f"tensor larger than its storage: {record!r:.80}")
         with self.mode:
-            base = self.bases[number][: items * dtype.itemsize].view(dtype)
+            # as_strided and not a slice, which needs a build of torch that knows the device
+            base = self.bases[number].as_strided([items * dtype.itemsize], [1]).view(dtype)
             return base.as_strided(shape, stride, offset)
 
 

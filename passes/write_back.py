@@ -44,10 +44,12 @@ def write_back_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
 
 def first_backward_node(graph: TrainGraph) -> fx.Node:
     """The first operation of the backward, or the output node if there is none."""
-    for node in graph.graph.nodes:
-        if node.op == "output" or (node.op == "call_function" and graph.is_backward(node)):
-            return node
-    raise AssertionError("graph without output")
+    nodes: list[fx.Node] = list(graph.graph.nodes)
+    return next(
+        node
+        for node in nodes
+        if node.op == "output" or (node.op == "call_function" and graph.is_backward(node))
+    )
 
 
 def _keep_old_value(graph: TrainGraph, buffer: fx.Node, before: fx.Node) -> None:
