@@ -216,15 +216,16 @@ def is_plain(tensor: torch.Tensor) -> bool:
 class TransparentDispatchMode(TorchDispatchMode):
     """A dispatch mode that compiled code runs under instead of falling back to eager."""
 
+    supports_higher_order_operators = True
+
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True
 
 
-def profiler_memory(profiler: Any) -> tuple[bool, int]:
-    """(whether Inductor's code ran, peak of CPU bytes allocated since the start) of a profile."""
+def peak_of_allocations(profiler: Any) -> int:
+    """Peak of the CPU bytes allocated since a memory profile started."""
     events = profiler.profiler.kineto_results.events()
-    compiled = any("CompiledFxGraph" in event.name() for event in events)
     memory = sorted(
         ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"),
         key=lambda item: item[0],
@@ -233,7 +234,16 @@ def profiler_memory(profiler: Any) -> tuple[bool, int]:
     for _, change in memory:
         current += change
         peak = max(peak, current)
-    return compiled, peak
+    return peak
+
+
+def is_compiled_callable(value: Any) -> bool:
+    """Whether calling ``value`` runs code compiled by ``torch.compile``."""
+    if isinstance(value, torch.nn.Module) and value._compiled_call_impl is not None:
+        return True
+    return hasattr(value, "_torchdynamo_orig_callable") or isinstance(
+        value, torch._dynamo.eval_frame.OptimizedModule
+    )
 
 
 def has_compiler(device: str) -> bool:
@@ -256,7 +266,51 @@ def autocast_state() -> tuple[Any, ...]:
 
 
 def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
-    """The table that graphs for Inductor are traced with."""
+    """The table that graphs for Inductor are traced with; random operators stay what eager runs."""
     from torch._inductor.decomposition import select_decomp_table
 
-    return dict(select_decomp_table())
+    return {
+        operator: function
+        for operator, function in select_decomp_table().items()
+        if torch.Tag.nondeterministic_seeded not in getattr(operator, "tags", ())
+    }
+
+
+def compile_with_inductor(
+    module: fx.GraphModule, replace_target: Callable[[Any], Any], *, backward: bool
+) -> Callable[[list[Any]], list[Any]]:
+    """A boxed function that Inductor generated for a graph of aten operators.
+
+    Random operators run as eager's do, so that the random stream stays eager's, and every output
+    keeps its stride: other graphs were made for it.
+
+    Args:
+        replace_target: what stands for an operator that Inductor does not know.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner, record_original_output_strides
+
+    graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        nodes[node] = graph.node_copy(node, nodes.__getitem__)
+        nodes[node].target = replace_target(node.target)
+    copied = fx.GraphModule(module, graph)
+    inputs = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
+    (output,) = graph.find_nodes(op="output")
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
+    record_original_output_strides(copied)
+    values = (node.meta.get("val") for node in graph.nodes)
+    fake_mode = fake_mode_of([v for value in values for v in tensors_in(value)])
+    with (
+        tracing(TracingContext(fake_mode)),
+        config.patch(fallback_random=True),
+        torch.no_grad(),
+    ):
+        compiled: Any = compile_fx_inner(copied, inputs, is_backward=backward)
+
+    def run(arguments: list[Any]) -> list[Any]:
+        return list(compiled(arguments))
+
+    return run

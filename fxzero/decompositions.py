@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxzero import _torch
+
 aten = torch.ops.aten
 
 
@@ -23,6 +25,11 @@ def eager_exact() -> dict[Any, Callable[..., Any]]:
         aten.native_dropout.default: _native_dropout,
         aten.native_dropout_backward.default: _native_dropout_backward,
     }
+
+
+def decompositions_for(inner: str) -> dict[Any, Callable[..., Any]]:
+    """The decompositions to trace with for an inner compiler, "eager" or "inductor"."""
+    return _torch.inductor_decompositions() if inner == "inductor" else eager_exact()
 
 
 def _native_dropout(

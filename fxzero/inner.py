@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from fxzero import _torch
+from fxzero import _torch, randomness
 from fxzero.execution import BoxedFunction, compile_to_python
 from fxzero.runtime import Executable, Owner
 
@@ -39,7 +39,14 @@ def compile_split(split: Split, inner: str, *, attached: tuple[int, ...], owner:
 def _compile(module: fx.GraphModule, inner: str, *, backward: bool) -> BoxedFunction:
     if inner == "eager":
         return compile_to_python(module)
-    return _torch.compile_with_inductor(module, backward=backward)
+    return _torch.compile_with_inductor(module, _inductor_target, backward=backward)
+
+
+def _inductor_target(target: Any) -> Any:
+    """Our functions that draw random numbers, as the operators of torch that Inductor knows."""
+    if target is randomness.draw:
+        return _torch.run_and_save_rng_state
+    return _torch.run_with_rng_state if target is randomness.draw_again else target
 
 
 def _reached(split: Split) -> dict[int, frozenset[int]]:

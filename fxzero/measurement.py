@@ -2,13 +2,14 @@
 
 On CUDA the allocator keeps the books.  On CPU every storage that an operator returns is counted when it
 first appears and subtracted when it is freed; memory that existed before counts if the function can reach it
-(through its closure, arguments or globals) or touches it.  Compiled code allocates behind the
-dispatcher's back, so when it ran the profiler's allocation record decides instead, which also
-counts scratch memory inside operators.
+(through its closure, arguments or globals) or touches it.  Code that Inductor compiled allocates behind
+the dispatcher's back, so a function that holds such code is measured by the profiler's record of
+allocations instead, which also counts scratch memory inside operators.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 import types
@@ -62,16 +63,33 @@ def _measure_cuda(fn: Callable[[], Any]) -> Measurement:
 
 
 def _measure_cpu(fn: Callable[[], Any]) -> Measurement:
-    counter = StorageCounter(_reachable_tensors(fn))
+    held = _held_values(fn)
+    counter = StorageCounter(t for value in held for t in _tensors_of(value))
     baseline = counter.current
+    compiled = any(_is_compiled(value) for value in held)
+    record = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if compiled else None
     start = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, counter:
+    with record or contextlib.nullcontext(), counter:
         output = fn()
     seconds = time.perf_counter() - start
-    ran_compiled, allocated = _torch.profiler_memory(profiler)
-    if ran_compiled:
-        return Measurement(baseline + allocated, seconds, output, baseline, "allocator")
-    return Measurement(counter.peak, seconds, output, baseline, "tensors")
+    if record is None:
+        return Measurement(counter.peak, seconds, output, baseline, "tensors")
+    peak = baseline + _torch.peak_of_allocations(record)
+    return Measurement(peak, seconds, output, baseline, "allocator")
+
+
+def _is_compiled(value: Any) -> bool:
+    """Whether a value runs code that allocates behind the dispatcher's back."""
+    if isinstance(value, torch.nn.Module):
+        return any(_torch.is_compiled_callable(m) or _inner(m) for m in value.modules())
+    if isinstance(value, (list, tuple, dict)):
+        return any(_is_compiled(v) for v in (value.values() if isinstance(value, dict) else value))
+    return _torch.is_compiled_callable(value)
+
+
+def _inner(module: torch.nn.Module) -> bool:
+    state = vars(module).get("_fxzero")
+    return state is not None and state.options.inner == "inductor"
 
 
 class StorageCounter(_torch.TransparentDispatchMode):
@@ -120,16 +138,8 @@ class StorageCounter(_torch.TransparentDispatchMode):
         self.current -= self._seen.pop(key, 0)
 
 
-def _reachable_tensors(fn: Callable[[], Any]) -> list[torch.Tensor]:
-    """Tensors that ``fn`` holds: closure, bound arguments, and globals that its code names."""
-    found: dict[int, torch.Tensor] = {}
-    for value in _held_values(fn):
-        for tensor in _tensors_of(value):
-            found[id(tensor)] = tensor
-    return list(found.values())
-
-
 def _held_values(fn: Any) -> list[Any]:
+    """What ``fn`` holds: closure, bound arguments, and globals that its code names."""
     values: list[Any] = []
     if isinstance(fn, functools.partial):
         return [*_held_values(fn.func), *fn.args, *fn.keywords.values()]

@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from fxzero.capture import capture
 from fxzero.cost import hardware_for
+from fxzero.decompositions import decompositions_for
 from fxzero.errors import BudgetError, PlanError
 from fxzero.graph import InputRole, TrainGraph
 from fxzero.optimizers import profile_optimizer
@@ -89,7 +90,9 @@ def plan(
         objective=objective,
         inner=inner,
     )
-    captured = capture(model, args, keywords)
+    captured = capture(
+        model, args, keywords, decompositions=decompositions_for(options.inner)
+    )
     planner = Planner(captured.graph, options, name or type(model).__name__)
     try:
         return planner.decide().plan

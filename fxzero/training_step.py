@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxzero import _torch
 from fxzero.capture import capture
+from fxzero.decompositions import decompositions_for
 from fxzero.errors import RuntimeStateError
 from fxzero.graph import InputRole, describe
 from fxzero.inner import compile_split
@@ -79,13 +79,12 @@ class TrainingStep:
     def _recapture(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], differentiable: Sequence[int] | None
     ) -> None:
-        inductor = self.options.inner == "inductor"
         self._captured = capture(
             self._model,
             args,
             kwargs,
             differentiable=differentiable,
-            decompositions=_torch.inductor_decompositions() if inductor else None,
+            decompositions=decompositions_for(self.options.inner),
         )
         self._wanted: tuple[int, ...] | None = None
         self._planner = Planner(
