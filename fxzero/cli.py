@@ -168,11 +168,9 @@ def diff(before: Path, after: Path) -> None:
 @cli.command()
 def passes() -> None:
     """List the passes in the order in which they run."""
-    from fxzero.passes.pipeline import PASSES
+    from fxzero.passes.pipeline import describe
 
-    width = max(len(item.name) for item in PASSES)
-    for item in PASSES:
-        click.echo(f"{item.name:<{width}}  {item.numerics:<7}  {item.summary}")
+    click.echo(describe())
 
 
 @cli.command()
