@@ -99,10 +99,9 @@ def describe_input(node: fx.Node) -> tuple[str, str | int]:
     if isinstance(desc, descriptors.PlainAOTInput):
         return "input", desc.idx
     if isinstance(desc, descriptors.TangentAOTInput):
-        kind, which = _describe_output_desc(desc.output)
-        assert kind == "output", desc
+        which = getattr(desc.output, "idx", -1)
         return "tangent", which
-    raise NotImplementedError(f"input {desc!r}")
+    return "input", -1
 
 
 def describe_outputs(joint: fx.GraphModule) -> list[tuple[str, Any]]:
@@ -314,3 +313,56 @@ def compile_with_inductor(
         return list(compiled(arguments))
 
     return run
+
+
+def is_partial_graph(module: fx.GraphModule) -> bool:
+    """Whether Dynamo cut this graph off at a graph break."""
+    reason = getattr(module, "compile_subgraph_reason", None)
+    return bool(getattr(reason, "graph_break", False))
+
+
+def mutated_input_positions(joint: fx.GraphModule) -> dict[int, int]:
+    """Output position -> input position, for outputs of a joint graph that are updated inputs."""
+    from torch._functorch._aot_autograd import descriptors
+
+    (output,) = joint.graph.find_nodes(op="output")
+    inputs = [node.meta["desc"] for node in joint.graph.find_nodes(op="placeholder")]
+    return {
+        position: inputs.index(desc.mutated_input)
+        for position, desc in enumerate(output.meta["desc"])
+        if isinstance(desc, descriptors.InputMutationAOTOutput)
+    }
+
+
+def aot_backend(
+    module: fx.GraphModule,
+    inputs: Sequence[torch.Tensor],
+    *,
+    partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]],
+    forward_compiler: Callable[..., Any],
+    backward_compiler: Callable[..., Any],
+    decompositions: dict[Any, Callable[..., Any]],
+) -> Callable[..., Any]:
+    """Runs a Dynamo graph through AOTAutograd with our partition and compilers.
+
+    The compilers return functions over one list of arguments, which they empty.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+
+    def boxed(compiler: Callable[..., Any]) -> Callable[..., Any]:
+        def compile_boxed(graph: fx.GraphModule, example_inputs: Any) -> Any:
+            function = compiler(graph, example_inputs)
+            function._boxed_call = True
+            return function
+
+        return compile_boxed
+
+    backend: Callable[..., Any] = aot_autograd(
+        fw_compiler=boxed(forward_compiler),
+        bw_compiler=boxed(backward_compiler),
+        inference_compiler=boxed(forward_compiler),
+        partition_fn=partition,
+        decompositions=decompositions,
+    )
+    compiled: Callable[..., Any] = backend(module, inputs)
+    return compiled

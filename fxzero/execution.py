@@ -96,7 +96,11 @@ class _Writer:
     def _text(self, value: Any) -> str:
         if isinstance(value, fx.Node):
             return value.name
-        if value is None or isinstance(value, (bool, int, str)) and type(value).__module__ == "builtins":
+        if (
+            value is None
+            or isinstance(value, (bool, int, str))
+            and type(value).__module__ == "builtins"
+        ):
             return repr(value)
         if isinstance(value, float) and math.isfinite(value):
             return repr(value)

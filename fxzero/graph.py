@@ -100,6 +100,16 @@ class TrainGraph:
         """Every output with its role."""
         return zip(self.outputs, self.results, strict=True)
 
+    @property
+    def trainable(self) -> frozenset[InputRole]:
+        """Roles of the parameters that receive a gradient."""
+        return frozenset(
+            role.of
+            for role, value in self.result_pairs()
+            if role.kind == "gradient" and value is not None
+            if role.of is not None and role.of.kind == "parameter"
+        )
+
     def with_module(self, module: fx.GraphModule) -> TrainGraph:
         return replace(self, module=module)
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from fxzero.passes.partition import Split
 
 
-def compile_split(split: Split, inner: str, *, attached: tuple[int, ...], owner: Owner) -> Executable:
+def compile_split(
+    split: Split, inner: str, *, attached: tuple[int, ...], owner: Owner
+) -> Executable:
     """An Executable for the two graphs.
 
     Args:
@@ -24,8 +26,8 @@ def compile_split(split: Split, inner: str, *, attached: tuple[int, ...], owner:
     """
     names = [node.name for node in split.forward.graph.find_nodes(op="placeholder")]
     return Executable(
-        forward=_compile(split.forward, inner, backward=False),
-        backward=_compile(split.backward, inner, backward=True),
+        forward=compile_graph(split.forward, inner, backward=False),
+        backward=compile_graph(split.backward, inner, backward=True),
         output_count=split.output_count,
         differentiable=split.tangents,
         attached=attached,
@@ -36,7 +38,8 @@ def compile_split(split: Split, inner: str, *, attached: tuple[int, ...], owner:
     )
 
 
-def _compile(module: fx.GraphModule, inner: str, *, backward: bool) -> BoxedFunction:
+def compile_graph(module: fx.GraphModule, inner: str, *, backward: bool) -> BoxedFunction:
+    """A function over a list of arguments, which it empties, that runs one graph."""
     if inner == "eager":
         return compile_to_python(module)
     return _torch.compile_with_inductor(module, _inductor_target, backward=backward)

@@ -94,7 +94,7 @@ def call_arguments(
 
 
 def device_of(tensors: Sequence[torch.Tensor]) -> str:
-    """"cuda" or "cpu": where the first tensor lies; meta and no tensors count as "cpu"."""
+    """ "cuda" or "cpu": where the first tensor lies; meta and no tensors count as "cpu"."""
     return "cuda" if tensors and tensors[0].is_cuda else "cpu"
 
 

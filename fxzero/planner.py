@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxzero.capture import capture
 from fxzero.cost import hardware_for
@@ -31,7 +31,14 @@ from fxzero.problem import build_problem
 from fxzero.schedule import Schedule
 from fxzero.solver import Solution, Solver
 from fxzero.summary import Facts, summarise
-from fxzero.timeline import CUDA_GRANULARITY, LOSS_SCALARS, Surroundings, Timeline, simulate, tensor_bytes
+from fxzero.timeline import (
+    CUDA_GRANULARITY,
+    LOSS_SCALARS,
+    Surroundings,
+    Timeline,
+    simulate,
+    tensor_bytes,
+)
 
 _TIGHTENINGS = 4
 
@@ -90,9 +97,7 @@ def plan(
         objective=objective,
         inner=inner,
     )
-    captured = capture(
-        model, args, keywords, decompositions=decompositions_for(options.inner)
-    )
+    captured = capture(model, args, keywords, decompositions=decompositions_for(options.inner))
     planner = Planner(captured.graph, options, name or type(model).__name__)
     try:
         return planner.decide().plan
@@ -110,16 +115,18 @@ class Planner:
         name: str,
         *,
         outputs_held: bool = True,
+        writes_buffers: bool = True,
         notes: tuple[str, ...] = (),
     ) -> None:
         self.graph = graph
+        self.writes_buffers = writes_buffers
         self.options = options
         self.name = name
         self.outputs_held = outputs_held
         self.notes = notes
         arguments = [(role, node.meta["val"]) for role, node in graph.pairs()]
         self.device = device_of([value for _, value in arguments])
-        trainable = [v for role, v in arguments if role.kind == "parameter" and v.requires_grad]
+        trainable = [value for role, value in arguments if role in graph.trainable]
         self.optimizer = profile_optimizer(options.optimizer, trainable, self.device)
         self.digest = graph.digest()
         self.granularity = CUDA_GRANULARITY if self.device == "cuda" else 1
@@ -221,8 +228,8 @@ class Planner:
         )
 
     def _carry_out(self, decisions: Decisions) -> Emitted:
-        context = PassContext(decisions, self.device)
-        graph, reports = run_passes(_copy(self.graph), context)
+        context = PassContext(decisions, self.device, self.writes_buffers)
+        graph, reports = run_passes(self.graph.copy(), context)
         split = partition(graph)
         timeline = simulate(split, self._surroundings())
         return Emitted(split, timeline, tuple(report.name for report in reports))
@@ -283,11 +290,3 @@ def _outside_loss_bytes(arguments: list[tuple[InputRole, torch.Tensor]]) -> int:
     if any(value.ndim == 0 for value in tangents):
         return 0
     return 3 * tensor_bytes(tangents)
-
-
-def _copy(graph: TrainGraph) -> TrainGraph:
-    nodes: dict[fx.Node, fx.Node] = {}
-    copied = fx.Graph()
-    for node in graph.graph.nodes:
-        nodes[node] = copied.node_copy(node, nodes.__getitem__)
-    return graph.with_module(fx.GraphModule(graph.module, copied))

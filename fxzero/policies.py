@@ -39,7 +39,7 @@ def check_recompute_option(recompute: object) -> None:
 
 
 def settled_nodes(graph: TrainGraph, recompute: RecomputeOption) -> dict[str, str]:
-    """"save" or "recompute" by name, for forward nodes that a tag or a user has settled."""
+    """ "save" or "recompute" by name, for forward nodes that a tag or a user has settled."""
     settled = _checkpoint_regions(graph)
     if callable(recompute):
         for node in graph.graph.nodes:

@@ -181,7 +181,9 @@ def _operators(
                 seconds=price.seconds,
                 flops=price.flops,
                 state_bytes=(rng_state_bytes(device) if is_random(node) else 0)
-                + sum(storages.bytes[storages.of[b][0]] for b in mutated & set(node.all_input_nodes)),
+                + sum(
+                    storages.bytes[storages.of[b][0]] for b in mutated & set(node.all_input_nodes)
+                ),
                 recomputable=is_recomputable(node),
             )
         )
@@ -218,9 +220,7 @@ def _deaths(forward: list[fx.Node], storages: Storages, graph: TrainGraph) -> tu
     return tuple(death)
 
 
-def _forward_reads(
-    node: fx.Node, storages: Storages, maker: tuple[int, ...]
-) -> tuple[int, ...]:
+def _forward_reads(node: fx.Node, storages: Storages, maker: tuple[int, ...]) -> tuple[int, ...]:
     reads = {s for source in node.all_input_nodes for s in storages.of[source] if maker[s] >= 0}
     return tuple(sorted(reads))
 

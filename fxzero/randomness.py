@@ -22,9 +22,7 @@ def draw(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[torch
     return state, operator(*args, **kwargs)
 
 
-def draw_again(
-    state: torch.Tensor, operator: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
+def draw_again(state: torch.Tensor, operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The operator's result from a generator in ``state``; the stream does not move."""
     device = _device(args)
     if device is None:

@@ -149,9 +149,7 @@ def _run_backward(
     for index in executable.differentiable:
         shape, dtype, device = shapes[index]
         tangent = received.get(index)
-        saved.append(
-            torch.zeros(shape, dtype=dtype, device=device) if tangent is None else tangent
-        )
+        saved.append(torch.zeros(shape, dtype=dtype, device=device) if tangent is None else tangent)
     tangent = None
     results = executable.backward(saved)
     if missing:

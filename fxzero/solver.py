@@ -316,7 +316,9 @@ class _Upgrades:
             if any(self._still_needed(s, storage, dropped) for s in operator.makes):
                 continue
             spared.append(index)
-            stack.extend((s, False) for s in operator.reads if s in self.needs and s not in self.chosen)
+            stack.extend(
+                (s, False) for s in operator.reads if s in self.needs and s not in self.chosen
+            )
         return spared, dropped
 
     def _still_needed(self, storage: int, candidate: int, dropped: dict[int, int]) -> bool:

@@ -71,9 +71,7 @@ def flatten(value: Any) -> tuple[list[torch.Tensor], Structure]:
     """All tensors inside ``value``, depth first, and the structure that held them."""
     walk = _Walk()
     template = walk.visit(value, "")
-    return walk.leaves, Structure(
-        template, len(walk.leaves), tuple(walk.paths), tuple(walk.key)
-    )
+    return walk.leaves, Structure(template, len(walk.leaves), tuple(walk.paths), tuple(walk.key))
 
 
 class _Walk:

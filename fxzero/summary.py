@@ -15,6 +15,7 @@ from fxzero.cost import Hardware, node_cost
 from fxzero.graph import TrainGraph, describe
 from fxzero.optimizers import OptimizerProfile
 from fxzero.options import Options
+from fxzero.passes.listing import module_of
 from fxzero.passes.partition import Split
 from fxzero.passes.rematerialize import CLONE_OF
 from fxzero.plans import (
@@ -109,9 +110,7 @@ def _steps(split: Split) -> list[fx.Node]:
 def _optimizer_step_bytes(facts: Facts) -> int:
     """Bytes in the optimizer step: everything fixed, all gradients, the update's temporaries."""
     timeline = facts.timeline
-    return (
-        sum(timeline.fixed.values()) + timeline.gradient_bytes + facts.optimizer.transient_bytes
-    )
+    return sum(timeline.fixed.values()) + timeline.gradient_bytes + facts.optimizer.transient_bytes
 
 
 def _model_summary(facts: Facts) -> ModelSummary:
@@ -122,7 +121,7 @@ def _model_summary(facts: Facts) -> ModelSummary:
         name=facts.name,
         parameters=sum(p.numel() for p in parameters),
         parameter_bytes=_size(parameters),
-        trainable_bytes=_size(p for p in parameters if p.requires_grad),
+        trainable_bytes=_size(value for role, value in values if role in facts.graph.trainable),
         buffer_bytes=_size(buffers),
         inputs=tuple(describe(value) for role, value in values if role.kind == "input"),
         nodes=len(facts.graph.graph.nodes),
@@ -193,14 +192,6 @@ def _shape(node: fx.Node) -> str:
     return describe(value) if value is not None else ""
 
 
-def module_of(node: fx.Node) -> str:
-    """Qualified name of the module whose forward made the node; "" when unknown."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    path = [entry[0] for entry in stack.values()]
-    name = path[-1] if path else ""
-    return "" if name == "model" else str(name).removeprefix("model.")
-
-
 def _saved(facts: Facts) -> tuple[Value, ...]:
     values = []
     for entry in sorted(facts.timeline.saved, key=lambda item: -item.bytes):
@@ -218,7 +209,9 @@ def _why_saved(entry: Alive, seconds: float, facts: Facts) -> str:
         return "a model output, which the caller holds anyway"
     if facts.options.memory_budget is None:
         return "the backward reads it, and no budget asks for recompute"
-    return f"the budget has room for it; computing it again takes at least {format_seconds(seconds)}"
+    return (
+        f"the budget has room for it; computing it again takes at least {format_seconds(seconds)}"
+    )
 
 
 def _recomputed(facts: Facts) -> tuple[Value, ...]:
@@ -290,9 +283,7 @@ def _notes(facts: Facts) -> tuple[str, ...]:
             f"the model returns no loss; one outside of it is taken to need "
             f"{format_bytes(facts.loss_bytes)}, three times the outputs"
         )
-    notes.append(
-        "memory inside operators (convolution and attention workspaces) is not counted"
-    )
+    notes.append("memory inside operators (convolution and attention workspaces) is not counted")
     if facts.options.inner == "inductor":
         notes.append(
             "Inductor fuses operators and reuses buffers, so what it measures is at or below the "

@@ -182,9 +182,7 @@ class _Books:
                 self.alias["b", theirs] = ("f", mine)
                 carried.add(("f", mine))
         if not self.around.outputs_held:
-            dropped = {
-                ("f", s) for n in outputs if not is_scalar(n) for s in self.forward.of[n]
-            }
+            dropped = {("f", s) for n in outputs if not is_scalar(n) for s in self.forward.of[n]}
             for key in dropped - carried - self.permanent:
                 self._death(key)
             held -= dropped

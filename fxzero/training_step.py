@@ -169,7 +169,9 @@ class TrainingStep:
             paths,
         )
         self._wanted = tuple(sorted({*self._captured.differentiable, *gradients}))
-        by_index = {role.index: t for role, t in zip(roles, inputs, strict=True) if role.kind == "input"}
+        by_index = {
+            role.index: t for role, t in zip(roles, inputs, strict=True) if role.kind == "input"
+        }
         leaves = {i: t.detach().requires_grad_(t.requires_grad) for i, t in by_index.items()}
         sources = [
             leaves[role.index] if role.kind == "input" else tensor

@@ -164,13 +164,17 @@ def _outputs_differ(compiled: _Run, eager: _Run) -> float:
 
 
 def _gradients_differ(compiled: _Run, eager: _Run) -> tuple[float, str]:
+    """Largest difference relative to the gradient; gradients that are all noise count by the rest."""
     worst, where = 0.0, ""
+    largest = max(
+        (float(g.abs().max()) for g in eager.gradients.values() if g is not None), default=0.0
+    )
     for name, expected in eager.gradients.items():
         found = compiled.gradients[name]
         if (found is None) != (expected is None):
             return float("inf"), name
         if found is not None and expected is not None and not torch.equal(found, expected):
-            scale = float(expected.abs().max()) or 1.0
+            scale = max(float(expected.abs().max()), 1e-3 * largest) or 1.0
             difference = float((found - expected).abs().max()) / scale
             if not difference <= worst:
                 worst, where = difference, name

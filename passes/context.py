@@ -14,7 +14,9 @@ class PassContext:
     Attributes:
         decisions: what to save and what to recompute where.
         device: "cpu" or "cuda": which random stream an operator draws from.
+        writes_buffers: whether the graph updates buffers itself, or returns their new values.
     """
 
     decisions: Decisions = field(default_factory=Decisions)
     device: str = "cpu"
+    writes_buffers: bool = True

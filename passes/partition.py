@@ -30,7 +30,8 @@ class Split:
         forward: takes parameters, buffers and inputs; returns model outputs, then saved values.
         backward: takes saved values, then tangents; returns gradients.
         inputs: roles of the forward's placeholders.
-        output_count: how many of the forward's results are model outputs.
+        output_count: how many of the forward's results are model outputs (and new values of
+            buffers that somebody else will write).
         saved: names of the forward nodes (or placeholders) behind the backward's first inputs.
         tangents: model output positions behind the backward's last inputs.
         gradients: for each placeholder of the forward, its position among the backward's results,
@@ -56,7 +57,7 @@ def partition(graph: TrainGraph) -> Split:
     body = [n for n in graph.graph.nodes if n.op in ("call_function", "get_attr")]
     backward_body = [n for n in body if _runs_in_backward(graph, n)]
     forward_body = [n for n in body if not _runs_in_backward(graph, n)]
-    outputs = [value for role, value in graph.result_pairs() if role.kind == "output"]
+    outputs = [v for role, v in graph.result_pairs() if role.kind in ("output", "mutation")]
     gradients = {
         role.of: value
         for role, value in graph.result_pairs()

@@ -22,8 +22,10 @@ from fxzero.passes.context import PassContext
 
 
 def write_back_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
-    """Turns every output of kind "mutation" into a write at the end of the forward."""
-    del context
+    """Turns every output of kind "mutation" into a write at the end of the forward.
+
+    Where somebody else writes (``context.writes_buffers`` is False), old values are kept all the same.
+    """
     placeholder_of = dict(graph.pairs())
     first_backward = first_backward_node(graph)
     for role, value in graph.result_pairs():
@@ -31,10 +33,16 @@ def write_back_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
             assert role.of is not None
             target = placeholder_of[role.of]
             _keep_old_value(graph, target, first_backward)
+            if not context.writes_buffers:
+                continue
             with graph.graph.inserting_before(first_backward):
                 write = graph.graph.call_function(torch.ops.aten.copy_.default, (target, value))
             write.meta = {**value.meta, "val": target.meta["val"], "partitioner_tag": "is_forward"}
-    kept = [(role, value) for role, value in graph.result_pairs() if role.kind != "mutation"]
+    kept = [
+        (role, value)
+        for role, value in graph.result_pairs()
+        if role.kind != "mutation" or not context.writes_buffers
+    ]
     (output,) = graph.graph.find_nodes(op="output")
     output.args = (tuple(value for _, value in kept),)
     graph.graph.lint()

@@ -1,0 +1,155 @@
+"""``torch.compile(model, backend="fxzero", options={...})``: budgeted recompute for any Dynamo graph.
+
+Dynamo captures, AOTAutograd traces the joint graph and keeps its run-time wrappers; fxzero decides what to
+recompute and cuts the joint graph.  With graph breaks every piece is planned for itself, and the budget
+holds for each piece while it runs: only ``fxzero.compile`` sees the whole step.
+
+    options: memory_budget, optimizer, recompute, objective, inner, strict, plan_dir
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxzero import _torch
+from fxzero.decompositions import decompositions_for
+from fxzero.errors import BackendOptionError, UsageError, unknown_option
+from fxzero.graph import InputRole, OutputRole, TrainGraph
+from fxzero.inner import compile_graph
+from fxzero.options import Options, check_options, device_of
+from fxzero.passes.partition import Split
+from fxzero.planner import Planner
+
+log = logging.getLogger(__name__)
+
+_KNOWN = ("memory_budget", "optimizer", "recompute", "objective", "inner", "strict", "plan_dir")
+_WHOLE_MODEL = ("mesh", "zero", "pipeline", "precision", "offload", "loss_fn", "plan")
+
+
+def fxzero(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[torch.Tensor],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend that ``torch.compile`` looks up by name.
+
+    Args:
+        mode: not used; torch's modes choose among Inductor's settings.
+        options: as the module says; ``plan_dir`` names a directory that gets one plan file a graph.
+
+    Raises:
+        BackendOptionError: an option that needs the whole model.
+        UsageError, BudgetError: as ``fxzero.compile``.
+    """
+    if mode is not None:
+        raise UsageError(f"mode={mode!r}: this backend has no modes; pass options={{...}}")
+    checked, plan_dir = _check(dict(options or {}), device_of(list(example_inputs)))
+    parameters = [isinstance(value, nn.Parameter) for value in example_inputs]
+    piece = _Piece(checked, parameters, _torch.is_partial_graph(gm), plan_dir)
+    return _torch.aot_backend(
+        gm,
+        example_inputs,
+        partition=piece.partition,
+        forward_compiler=lambda graph, _: compile_graph(graph, checked.inner, backward=False),
+        backward_compiler=lambda graph, _: compile_graph(graph, checked.inner, backward=True),
+        decompositions=decompositions_for(checked.inner),
+    )
+
+
+def _check(options: dict[str, Any], device: str) -> tuple[Options, Path | None]:
+    for name, value in options.items():
+        if name in _WHOLE_MODEL and value not in (None, 0, False):
+            raise BackendOptionError(
+                f"options[{name!r}] needs the whole model, and a backend sees one graph of it\n"
+                f"  call fxzero.compile(model, {name}={value!r}) instead of torch.compile"
+            )
+        if name not in (*_KNOWN, *_WHOLE_MODEL):
+            raise unknown_option(name, _KNOWN, where='torch.compile(backend="fxzero")')
+    plan_dir = options.get("plan_dir")
+    given = {name: options[name] for name in _KNOWN if name in options and name != "plan_dir"}
+    return check_options(device=device, **given), Path(plan_dir) if plan_dir else None
+
+
+class _Piece:
+    """One Dynamo graph on its way through AOTAutograd."""
+
+    def __init__(
+        self, options: Options, parameters: list[bool], partial: bool, plan_dir: Path | None
+    ) -> None:
+        self.options = options
+        self.parameters = parameters
+        self.partial = partial
+        self.plan_dir = plan_dir
+
+    def partition(
+        self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Called by AOTAutograd with the joint graph; returns forward and backward."""
+        graph = self._with_roles(joint, num_fwd_outputs)
+        notes = (
+            ("one piece of a model with graph breaks: the budget is this piece's alone",)
+            if self.partial
+            else ()
+        )
+        planner = Planner(
+            graph, self.options, "torch.compile graph", writes_buffers=False, notes=notes
+        )
+        decided = planner.decide()
+        log.info("%s", decided.plan)
+        if self.plan_dir is not None:
+            self.plan_dir.mkdir(parents=True, exist_ok=True)
+            decided.plan.save(_first_free(self.plan_dir))
+        split = decided.emitted.split
+        return split.forward, _with_absent_gradients(split, graph)
+
+    def _with_roles(self, joint: fx.GraphModule, num_fwd_outputs: int) -> TrainGraph:
+        """Roles by position: AOTAutograd owns the meaning, we only need kinds and sizes."""
+        placeholders = list(joint.graph.find_nodes(op="placeholder"))
+        kinds = [_torch.describe_input(node)[0] for node in placeholders]
+        roles = []
+        for index, (node, kind) in enumerate(zip(placeholders, kinds, strict=True)):
+            if not isinstance(node.meta.get("val"), torch.Tensor):
+                raise UsageError(
+                    f"input {node.name} is a symbolic size, and plans are made for fixed sizes\n"
+                    "  compile with torch.compile(..., dynamic=False)"
+                )
+            parameter = index < len(self.parameters) and self.parameters[index]
+            roles.append(InputRole("parameter" if parameter else kind, node.name, index))
+        (output,) = joint.graph.find_nodes(op="output")
+        results = list(output.args[0])
+        mutated = _torch.mutated_input_positions(joint)
+        outputs = [
+            OutputRole("mutation", index=i, of=roles[mutated[i]])
+            if i in mutated
+            else OutputRole("output", index=i)
+            for i in range(num_fwd_outputs)
+        ]
+        outputs += [
+            OutputRole("gradient" if value is not None else "absent", of=roles[i])
+            for i, value in enumerate(results[num_fwd_outputs:])
+        ]
+        return TrainGraph(joint, tuple(roles), tuple(outputs))
+
+
+def _with_absent_gradients(split: Split, graph: TrainGraph) -> fx.GraphModule:
+    """AOTAutograd wants one result per input, None where there is no gradient."""
+    (output,) = split.backward.graph.find_nodes(op="output")
+    found = iter(output.args[0])
+    roles = [role for role in graph.outputs if role.kind in ("gradient", "absent")]
+    output.args = (tuple(next(found) if r.kind == "gradient" else None for r in roles),)
+    split.backward.recompile()
+    return split.backward
+
+
+def _first_free(directory: Path) -> Path:
+    paths = (directory / f"graph-{number}.json" for number in itertools.count())
+    return next(path for path in paths if not path.exists())
