@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from fxzero import _torch
@@ -95,6 +96,7 @@ def capture(
     with _named_errors(model), torch.enable_grad(), _torch.keep_annotations():
         exported = torch.export.export(traced, tuple(leaves), strict=False)
         forward = exported.module(check_guards=False)
+        _refuse_dynamic_values(forward.graph, type(model).__name__)
         names = _unify_tied_weights(forward)
         if not traced.record.differentiable:
             raise CaptureError(
@@ -109,7 +111,6 @@ def capture(
         if name in names and not name.startswith(_PREFIX)
     }
     graph = TrainGraph.from_joint(joint, rename=lambda name: name.removeprefix(_PREFIX))
-    _refuse_dynamic_values(graph)
     assert traced.record.outputs is not None
     return Capture(
         graph,
@@ -236,15 +237,20 @@ def _unify_tied_weights(forward: fx.GraphModule) -> set[str]:
     return set(names.values())
 
 
-def _refuse_dynamic_values(graph: TrainGraph) -> None:
-    for node in graph.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            where = user_line(node)
+def _refuse_dynamic_values(graph: fx.Graph, model: str) -> None:
+    """Raises CaptureError at the first value whose size, or itself, depends on a tensor's values."""
+    for node in graph.nodes:
+        if any(map(_is_dynamic, pytree.tree_leaves(node.meta.get("val")))):
             raise CaptureError(
-                f"the value of a tensor becomes a Python number or a shape ({node.target})\n"
-                f"  at {where or 'an unknown line'}\n  {_ADVICE}"
+                f"cannot trace {model}: the value of a tensor becomes a Python number or a shape "
+                f"({node.target})\n  at {user_line(node) or 'an unknown line'}\n  {_ADVICE}"
             )
+
+
+def _is_dynamic(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return any(isinstance(size, torch.SymInt) for size in value.shape)
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 _ADVICE = (
