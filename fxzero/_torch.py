@@ -173,6 +173,13 @@ def annotate(**marks: Any) -> Iterator[None]:
         yield
 
 
+def make_graph_module(root: Any, graph: fx.Graph) -> fx.GraphModule:
+    """A GraphModule that writes its Python code only when somebody calls it."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule(root, graph)
+
+
 def fake_mode_of(tensors: Sequence[Any]) -> FakeTensorMode | None:
     """The mode that made the first fake tensor among ``tensors``."""
     for tensor in tensors:

@@ -117,7 +117,7 @@ class TrainGraph:
         """The same nodes under the same names, to rewrite; values are shared."""
         nodes = fx.Graph()
         nodes.output(nodes.graph_copy(self.graph, {}))
-        return self.with_module(fx.GraphModule(self.module, nodes))
+        return self.with_module(_torch.make_graph_module(self.module, nodes))
 
     def is_backward(self, node: fx.Node) -> bool:
         """Whether the node runs in the backward; placeholders other than tangents do not."""

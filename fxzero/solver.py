@@ -21,6 +21,7 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fxzero.problem import Problem
 from fxzero.schedule import Schedule, make_schedule
@@ -29,6 +30,10 @@ _TARGETS = 40
 _POSITIONS = 400
 _UPGRADED_CANDIDATES = 4
 _UPGRADE_ROUNDS = 4
+# Larger than any number of bytes, and small enough that three of them add up.
+_NEVER = 1 << 60
+
+Array = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ class _CutGraph:
                 live.add(storage)
                 size += problem.bytes[storage]
             sizes.append(size)
-        chosen = _local_minima(sizes, _POSITIONS)
+        chosen = _local_minima(sizes[:-1], _POSITIONS)
         return chosen, self._live_sets(chosen, births, deaths)
 
     def _live_sets(
@@ -189,33 +194,49 @@ class _CutGraph:
         highest = int(self.base.max() + self.needed[-1])
         return max(int(self.base.max() - self.problem.fixed) // 2 + self.problem.fixed, 1), highest
 
+    @cached_property
+    def _segments(self) -> tuple[Array, Array, Array]:
+        """(bytes the backward needs, base memory, newly saved bytes) by segment [end, start]."""
+        ends = [*self.positions, self.problem.forward_steps - 1]
+        sets = [*self.across, frozenset[int]()]
+        starts = [-1, *self.positions]
+        shape = (len(ends), len(starts))
+        held, base, new = (np.full(shape, _NEVER, dtype=np.int64) for _ in range(3))
+        for q, end in enumerate(ends):
+            reach = q + 1
+            after = np.asarray(starts[:reach]) + 1
+            held[q, :reach] = self.needed[end + 1] - self.needed[after]
+            # The base of segment [p, q] is the maximum from its start to its end.
+            tail = np.maximum.accumulate(self.base[: end + 1][::-1])[::-1]
+            base[q, :reach] = tail[after]
+            born = np.zeros(self.problem.forward_steps + 1, dtype=np.int64)
+            for storage in sets[q]:
+                operator = self.problem.operators[self.problem.maker[storage]]
+                born[operator.position] += self.problem.bytes[storage]
+            later = np.cumsum(born[::-1])[::-1]
+            new[q, :reach] = later[after]
+        return held, base, new
+
     def shortest(self, target: int) -> frozenset[int] | None:
         """The cuts with the fewest saved bytes such that each segment's estimate meets ``target``."""
-        problem = self.problem
-        ends = [*self.positions, problem.forward_steps - 1]
-        sets = [*self.across, frozenset[int]()]
-        bytes_of = problem.bytes
-        best: list[tuple[int, int]] = []
-        for q, end in enumerate(ends):
-            options = []
-            for p in range(q - 1, -2, -1):
-                start = ends[p] if p >= 0 else -1
-                before = best[p][0] if p >= 0 else 0
-                segment_base = int(self.base[start + 1 : end + 1].max(initial=problem.fixed))
-                held = int(self.needed[end + 1] - self.needed[start + 1])
-                if segment_base + held > target:
-                    break
-                if before + held + segment_base <= target:
-                    new = sets[q] - sets[p] if p >= 0 else sets[q]
-                    options.append((before + sum(bytes_of[s] for s in new), p))
-            best.append(min(options, default=(1 << 62, -2)))
-        if best[-1][1] == -2:
+        held, base, new = self._segments
+        vertices = len(held)
+        saved_before = np.full(vertices + 1, _NEVER, dtype=np.int64)
+        saved_before[0] = 0
+        previous = np.zeros(vertices + 1, dtype=np.int64)
+        for q in range(vertices):
+            before = saved_before[: q + 1]
+            fits = before + held[q, : q + 1] + base[q, : q + 1] <= target
+            cost = np.where(fits, before + new[q, : q + 1], _NEVER)
+            previous[q + 1] = int(np.argmin(cost))
+            saved_before[q + 1] = cost[previous[q + 1]]
+        if saved_before[-1] >= _NEVER:
             return None
         saved: set[int] = set()
-        vertex = best[-1][1]
-        while vertex >= 0:
-            saved |= sets[vertex]
-            vertex = best[vertex][1]
+        vertex = int(previous[-1])
+        while vertex > 0:
+            saved |= self.across[vertex - 1]
+            vertex = int(previous[vertex])
         return frozenset(saved)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxzero import _torch
 from fxzero.graph import InputRole, TrainGraph
 
 
@@ -110,4 +111,4 @@ def _extract(
     for node in body:
         copies[node] = extracted.node_copy(node, copies.__getitem__)
     extracted.output(tuple(copies[node] for node in results))
-    return fx.GraphModule(graph.module, extracted)
+    return _torch.make_graph_module(graph.module, extracted)

@@ -38,7 +38,6 @@ def rematerialize_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
             rewrite.visit(node)
     rewrite.finish()
     graph.graph.lint()
-    graph.module.recompile()
     return graph
 
 

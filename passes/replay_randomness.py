@@ -39,7 +39,6 @@ def replay_randomness_pass(graph: TrainGraph, context: PassContext) -> TrainGrap
         for clone in clones[original.name]:
             _run_with_state(graph.graph, clone, state)
     graph.graph.lint()
-    graph.module.recompile()
     return graph
 
 

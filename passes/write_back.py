@@ -46,7 +46,6 @@ def write_back_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
     (output,) = graph.graph.find_nodes(op="output")
     output.args = (tuple(value for _, value in kept),)
     graph.graph.lint()
-    graph.module.recompile()
     return replace(graph, outputs=tuple(role for role, _ in kept))
 
 
