@@ -15,7 +15,7 @@ The smallest peak does not depend on the budget, so a budget is met exactly if i
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -71,15 +71,10 @@ class Solver:
     def candidates(self) -> list[Schedule]:
         """Distinct schedules, cheapest first, none beaten in both peak and price."""
         found = [self.everything]
-        graph = _CutGraph(self.problem)
-        tried: set[frozenset[int]] = set()
-        lowest, highest = graph.bounds()
-        for target in np.geomspace(max(lowest, 1), max(highest, lowest, 1), _TARGETS):
-            saved = graph.shortest(int(target))
-            if saved is None or (saved := self._allowed(saved)) in tried:
-                continue
-            tried.add(saved)
-            found.append(make_schedule(self.problem, saved))
+        for follow_reads in (False, True):
+            graph = _CutGraph(self.problem, follow_reads)
+            choices = dict.fromkeys(self._allowed(saved) for saved in graph.sweep())
+            found += [make_schedule(self.problem, saved) for saved in choices]
         found = [self._improve(schedule) for schedule in _undominated(found, self.price)]
         return _undominated(found, self.price)
 
@@ -117,10 +112,17 @@ def _undominated(schedules: list[Schedule], price: Callable[[Schedule], float]) 
 
 
 class _CutGraph:
-    """Positions of the forward as vertices; an edge is a segment recomputed as one."""
+    """Positions of the forward as vertices; an edge is a segment recomputed as one.
 
-    def __init__(self, problem: Problem) -> None:
+    Args:
+        follow_reads: whether a value counts as live until the backward's first read of it is due,
+            and not only until the forward's last read.  Better where early values are read early in
+            the backward (auxiliary losses, skips), worse where that ties up large values.
+    """
+
+    def __init__(self, problem: Problem, follow_reads: bool) -> None:
         self.problem = problem
+        self.follow_reads = follow_reads
         self.relevant = _needed_storages(problem)
         self.positions, self.across = self._narrow_positions()
         self._measure()
@@ -163,36 +165,56 @@ class _CutGraph:
 
     @cached_property
     def _last_use(self) -> dict[int, int]:
-        last: dict[int, int] = {}
+        """Last forward position at which each value is needed to go on from there.
+
+        With ``follow_reads``, a value that the backward reads while it still has values born later
+        to come to counts as needed up to those: a segment that made it anew would run too early.
+        """
+        last = dict.fromkeys(self.relevant, -1)
         for operator in self.problem.operators:
             if any(storage in self.relevant for storage in operator.makes):
                 for storage in operator.reads:
                     last[storage] = operator.position
-        return {storage: last.get(storage, -1) for storage in self.relevant}
+        if self.follow_reads:
+            for reads, level in zip(self.problem.reads, self.levels, strict=True):
+                for storage in reads:
+                    last[storage] = max(last[storage], level)
+        return last
+
+    @cached_property
+    def levels(self) -> list[int]:
+        """For each backward step the latest birth among values that it or a later step reads."""
+        levels, level = [], 0
+        for reads in reversed(self.problem.reads):
+            level = max([level, *map(self._birth, reads)])
+            levels.append(level)
+        return levels[::-1]
+
+    def _birth(self, storage: int) -> int:
+        return self.problem.operators[self.problem.maker[storage]].position
 
     def _measure(self) -> None:
-        """Per segment end: bytes the backward needs before it, and its base memory there."""
+        """By forward position: bytes born before it that the backward reads, and base memory.
+
+        The base is that of the backward steps whose level is the position.
+        """
         problem = self.problem
         needed = np.zeros(problem.forward_steps + 1, dtype=np.int64)
-        direct = {s for reads in problem.reads for s in reads}
-        for storage in direct:
-            position = problem.operators[problem.maker[storage]].position
-            needed[position + 1] += problem.bytes[storage]
+        for storage in {s for reads in problem.reads for s in reads}:
+            needed[self._birth(storage) + 1] += problem.bytes[storage]
         self.needed = np.cumsum(needed)
-        # Base memory while values born at or before a position are being consumed.
-        latest = np.full(problem.forward_steps + 1, 0, dtype=np.int64)
-        reached = problem.forward_steps
-        for step, reads in enumerate(problem.reads):
-            born = [problem.operators[problem.maker[s]].position for s in reads]
-            if born:
-                reached = min(reached, max(born))
-            latest[reached] = max(latest[reached], problem.base[step])
-        self.base = latest
+        self.base = np.zeros(problem.forward_steps + 1, dtype=np.int64)
+        for level, base in zip(self.levels, problem.base, strict=True):
+            self.base[level] = max(self.base[level], base)
 
-    def bounds(self) -> tuple[int, int]:
-        """Targets below and above which the sweep would find nothing new."""
+    def sweep(self) -> Iterator[frozenset[int]]:
+        """What to save for targets from a peak that is out of reach to one without recompute."""
         highest = int(self.base.max() + self.needed[-1])
-        return max(int(self.base.max() - self.problem.fixed) // 2 + self.problem.fixed, 1), highest
+        lowest = int(self.base.max() + self.problem.fixed) // 2
+        for target in np.geomspace(max(lowest, 1), max(highest, 1), _TARGETS):
+            saved = self.shortest(int(target))
+            if saved is not None:
+                yield saved
 
     @cached_property
     def _segments(self) -> tuple[Array, Array, Array]:
