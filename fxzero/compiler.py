@@ -186,11 +186,13 @@ class CompiledModule(nn.Module):
         return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (eager_view(self), self._fxzero.options, self._fxzero.plan)
+        state = self._fxzero
+        return _rebuild, (eager_view(self), state.options, state.plan, state.recompile_limit)
 
 
-def _rebuild(model: nn.Module, options: Options, plan: Plan | None) -> nn.Module:
-    vars(model)["_fxzero"] = _State(options, plan, None)
+def _rebuild(model: nn.Module, options: Options, plan: Plan | None, limit: int) -> nn.Module:
+    state = vars(model)["_fxzero"] = _State(options, plan, None)
+    state.recompile_limit = limit
     model.__class__ = _compiled_class(type(model))
     return model
 
@@ -240,7 +242,10 @@ class _State:
         self.latest: TrainingStep | None = None
 
     def fresh(self) -> _State:
-        return _State(self.options, self.plan, self.loss_fn)
+        """The same settings without any graph."""
+        state = _State(self.options, self.plan, self.loss_fn)
+        state.recompile_limit = self.recompile_limit
+        return state
 
     def latest_plan(self) -> Plan:
         if self.latest is not None:
