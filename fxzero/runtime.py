@@ -125,8 +125,12 @@ class _Step(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeStateError(
+                "create_graph=True asks for gradients of gradients, which a compiled step has not\n"
+                "  compute them with the model before fxzero.compile"
+            )
         executable: Executable = ctx.executable
         received = {i: g for i, g in enumerate(gradients) if g is not None}
         held = any(ref() is not None for ref in ctx.outputs)
