@@ -172,7 +172,13 @@ class Planner:
 
     def smallest(self) -> Decided:
         """The Plan with the smallest peak, for reports on budgets that nothing fits."""
-        return self._emit(Solution(self.solver.smallest, "infeasible", None))
+        return self._emit(Solution(self._smallest_schedule(), "infeasible", None))
+
+    def _smallest_schedule(self) -> Schedule:
+        """The smallest peak that the ``recompute`` option can reach."""
+        if self.options.recompute == "none":
+            return self.solver.everything
+        return self.solver.smallest
 
     def replay(self, plan: Plan) -> Decided:
         """Carries out the decisions of a given Plan, without a solver.
@@ -252,7 +258,7 @@ class Planner:
             split=emitted.split,
             timeline=emitted.timeline,
             passes=emitted.passes,
-            smallest=self.solver.smallest,
+            smallest=self._smallest_schedule(),
             everything=self.solver.everything,
             outputs_held=self.outputs_held,
             loss_bytes=self.loss_bytes,
