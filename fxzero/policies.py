@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -51,9 +52,13 @@ def settled_nodes(graph: TrainGraph, recompute: RecomputeOption) -> dict[str, st
 
 
 def name_of(node: fx.Node) -> str | None:
-    """The name that ``fxzero.name`` gave to the node's value."""
-    name: str | None = (node.meta.get("custom") or {}).get("fxzero_name")
-    return name
+    """The name that ``fxzero.name`` gave to the node's value, which stands on an alias of it."""
+    aliases = [user for user in node.users if user.target is torch.ops.aten.alias.default]
+    for named in (node, *aliases):
+        name: str | None = (named.meta.get("custom") or {}).get("fxzero_name")
+        if name is not None:
+            return name
+    return None
 
 
 def checkpoint_region(node: fx.Node) -> int | None:

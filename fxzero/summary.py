@@ -220,12 +220,13 @@ def _recomputed(facts: Facts) -> tuple[Value, ...]:
         if CLONE_OF in node.meta:
             clones[node.meta[CLONE_OF]].append(node)
     wanted = {item.node for item in facts.decisions.recompute}
+    called = {node.name: name_of(node) for node in facts.graph.graph.nodes}
     values = []
     for name in wanted:
         for node in clones[name]:
             cost = node_cost(node, facts.hardware)
             size = sum(_own_bytes(node))
-            entry = Alive(size, "recomputed", name, node)
+            entry = Alive(size, "recomputed", called[name] or name, node)
             reason = f"not kept: {format_bytes(size)} for {format_seconds(cost.seconds)}"
             values.append(_value(entry, facts, reason, cost.seconds))
     return tuple(sorted(values, key=lambda value: (-value.bytes, value.name)))

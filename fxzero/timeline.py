@@ -162,7 +162,11 @@ class _Books:
             self.fixed[role] = self.fixed.get(role, 0) + size
 
     def _run_forward(self, outputs: list[fx.Node], saved: list[fx.Node]) -> tuple[Alive, ...]:
-        roles = {("f", s): "saved" for node in saved for s in self.forward.of[node]}
+        roles = {
+            ("f", s): "rng state" if node.meta.get("rng_state") else "saved"
+            for node in saved
+            for s in self.forward.of[node]
+        }
         roles |= {("f", s): "output" for node in outputs for s in self.forward.of[node]}
         self._walk(self.split.forward.graph, self.forward, "f", roles, set(roles))
         return tuple(
