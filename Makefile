@@ -3,6 +3,7 @@
 #   PYTHON=path/to/python   use that environment, with fxzero in it, as it is: no .venv, no install
 #   PIP_ARGS="..."          more arguments for pip, such as an index that has CPU builds of torch
 #   PYTEST_ARGS="..."       more arguments for pytest, such as -k budget
+#   BENCH_ARGS="..."        arguments for `make bench-gpu`, such as --model llama
 #   WORKERS=N               test processes at a time (default 2)
 
 SHELL := /bin/bash
@@ -30,7 +31,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 FXZERO := $(PY) \
   -c "import sys; from fxzero.cli import main; sys.argv[0] = 'fxzero'; sys.exit(main())"
 
-.PHONY: help demo test test-quick test-all lint bench clean
+.PHONY: help demo test test-quick test-all lint bench bench-gpu clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) \
@@ -58,6 +59,9 @@ bench: $(READY)  ## run benchmarks/bench_*.py
 	@shopt -s nullglob; files=(benchmarks/bench_*.py); \
 	if [ $${#files[@]} -eq 0 ]; then echo "no benchmarks/bench_*.py" >&2; exit 1; fi; \
 	for f in "$${files[@]}"; do echo "== $$f"; env -u PYTHONSAFEPATH $(PY) "$$f" || exit 1; done
+
+bench-gpu: $(READY)  ## run the memory benchmark on a CUDA device
+	env -u PYTHONSAFEPATH $(PY) benchmarks/bench_memory.py --device cuda $(BENCH_ARGS)
 
 clean:  ## remove .venv, builds and caches
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
