@@ -85,7 +85,7 @@ def export_joint(
 
 
 def describe_input(node: fx.Node) -> tuple[str, str | int]:
-    """What a joint graph's placeholder is: ("parameter" | "buffer", name), ("input" | "tangent", i).
+    """What a placeholder is: ("parameter" | "buffer", name) or ("input" | "tangent", i).
 
     The number is the position among the module's inputs, or among its outputs for a tangent.
     """
@@ -192,8 +192,8 @@ def fake_mode_of(tensors: Sequence[Any]) -> FakeTensorMode | None:
 def find_operator(name: str) -> torch._ops.OpOverload | None:
     """The operator called "aten.mm.default"; None unless the dispatcher knows it.
 
-    Looking one up runs no code: TorchScript's own operators (``aten::save``, ``prim::Print``), which
-    would run at once even on fake tensors, are not the dispatcher's.
+    Looking one up runs no code: TorchScript's own operators (``aten::save``, ``prim::Print``),
+    which would run at once even on fake tensors, are not the dispatcher's.
     """
     try:
         namespace, packet, overload = name.split(".")

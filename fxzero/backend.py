@@ -1,8 +1,9 @@
-"""``torch.compile(model, backend="fxzero", options={...})``: budgeted recompute for any Dynamo graph.
+"""``torch.compile(model, backend="fxzero", options={...})``: recompute for any Dynamo graph.
 
-Dynamo captures, AOTAutograd traces the joint graph and keeps its run-time wrappers; fxzero decides what to
-recompute and cuts the joint graph.  With graph breaks every piece is planned for itself, and the budget
-holds for each piece while it runs: only ``fxzero.compile`` sees the whole step.
+Dynamo captures, AOTAutograd traces the joint graph and keeps its run-time wrappers; fxzero
+decides what to recompute and cuts the joint graph.  With graph breaks every piece is planned for
+itself, and the budget holds for each piece while it runs: only ``fxzero.compile`` sees the whole
+step.
 
     options: memory_budget, optimizer, recompute, objective, inner, strict, plan_dir
 """

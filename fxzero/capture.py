@@ -1,15 +1,15 @@
 """Any ``nn.Module`` with example inputs -> one joint forward and backward graph.
 
-Two steps, both upstream's: ``torch.export`` (non-strict: the model's Python runs as it is, so logging and
-odd containers do not matter) turns the module into a forward graph over flat tensors, and AOTAutograd
-traces that graph with its backward.  Between them weights that are one tensor under several
-names become one name.
+Two steps, both upstream's: ``torch.export`` (non-strict: the model's Python runs as it is, so
+logging and odd containers do not matter) turns the module into a forward graph over flat
+tensors, and AOTAutograd traces that graph with its backward.  Between them weights that are one
+tensor under several names become one name.
 
     model(**batch) -> Output(loss, logits)
     joint(parameters, buffers, inputs, tangents) -> [loss, logits, buffer updates, gradients]
 
-When the model returns a scalar, gradients are expected to flow from scalars only: a large output such as the
-logits then costs no tangent.  ``differentiable`` names another set of outputs.
+When the model returns a scalar, gradients are expected to flow from scalars only: a large output
+such as the logits then costs no tangent.  ``differentiable`` names another set of outputs.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def capture(
 
     Args:
         differentiable: output positions (among the tensors of the return value, depth first)
-            that will receive gradients; None: all scalars, or every floating output if there is none.
+            that will receive gradients; None: all scalars, or every floating output without any.
         decompositions: operators to break up while tracing; None: those that make the graph equal
             to eager bit for bit.
 
@@ -101,7 +101,7 @@ def capture(
         if not traced.record.differentiable:
             raise CaptureError(
                 f"{type(model).__name__} returns nothing that requires a gradient\n"
-                "  call it under torch.no_grad() for inference, or give a parameter requires_grad=True"
+                "  call it under torch.no_grad() for inference, or let a parameter require one"
             )
         table = eager_exact() if decompositions is None else decompositions
         joint = _torch.export_joint(forward, leaves, table)
@@ -238,7 +238,7 @@ def _unify_tied_weights(forward: fx.GraphModule) -> set[str]:
 
 
 def _refuse_dynamic_values(graph: fx.Graph, model: str) -> None:
-    """Raises CaptureError at the first value whose size, or itself, depends on a tensor's values."""
+    """Raises CaptureError at the first value that is, or whose size is, a tensor's content."""
     for node in graph.nodes:
         if any(map(_is_dynamic, pytree.tree_leaves(node.meta.get("val")))):
             raise CaptureError(

@@ -1,9 +1,9 @@
 """``fxzero.compile``: the model stays the object it was and trains under a memory budget.
 
-The model's class is replaced by a subclass whose ``forward`` runs planned graphs; parameters, buffers,
-submodules and state-dict keys are untouched.  A graph is made for each combination of input shapes, train or
-eval modes and frozen parameters, when it first occurs.  Without gradients (``torch.no_grad``) the
-model's own forward runs.
+The model's class is replaced by a subclass whose ``forward`` runs planned graphs; parameters,
+buffers, submodules and state-dict keys are untouched.  A graph is made for each combination of
+input shapes, train or eval modes and frozen parameters, when it first occurs.  Without gradients
+(``torch.no_grad``) the model's own forward runs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ONE_DEVICE_ONLY: dict[str, tuple[Any, ...]] = {
 _OPTIONS = ("memory_budget", "optimizer", "recompute", "objective", "inner", "strict")
 
 
-def compile(  # noqa: A001 - the public name is a promise
+def compile(
     model: nn.Module,
     example_inputs: Any = None,
     *,
@@ -65,8 +65,8 @@ def compile(  # noqa: A001 - the public name is a promise
     Args:
         example_inputs: tuple of arguments (or a dict of keyword arguments) to plan for now; None:
             at the first call.
-        memory_budget: "22GiB", a number of bytes, or "90%" of the device; None: no limit.  It covers
-            parameters, buffers, gradients, optimizer state, inputs and activations.
+        memory_budget: "22GiB", a number of bytes, or "90%" of the device; None: no limit.  It
+            covers parameters, buffers, gradients, optimizer state, inputs and activations.
         optimizer: what will hold states: a name, a ``torch.optim`` class, or bytes per parameter.
         recompute: "auto", "none", "full", or a function from a graph node to "save",
             "recompute" or None.

@@ -1,8 +1,8 @@
 """Modelled time of one operator: the larger of its arithmetic and its memory traffic.
 
-A roofline model (Williams et al., CACM 2009): seconds = launch + max(FLOPs / peak, bytes / bandwidth).
-Only ratios between operators matter to the solver; absolute times carry the error of the hardware
-description.
+A roofline model (Williams et al., CACM 2009): seconds = launch + max(FLOPs / peak, bytes /
+bandwidth). Only ratios between operators matter to the solver; absolute times carry the error of
+the hardware description.
 """
 
 from __future__ import annotations

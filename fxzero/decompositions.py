@@ -1,9 +1,9 @@
 """Operators whose traced form computes something else than eager on the CPU.
 
-Tracing turns every dropout into ``native_dropout``, which the CPU does not use: it multiplies by noise that
-was rounded to the tensor's dtype first.  The two agree bitwise for most probabilities in float32, and never
-in the half precisions.  Where they do not, the graph gets the CPU's own formula; the bool mask, not
-the noise, stays the value that the backward needs.
+Tracing turns every dropout into ``native_dropout``, which the CPU does not use: it multiplies by
+noise that was rounded to the tensor's dtype first.  The two agree bitwise for most probabilities
+in float32, and never in the half precisions.  Where they do not, the graph gets the CPU's own
+formula; the bool mask, not the noise, stays the value that the backward needs.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ def decompositions_for(inner: str) -> dict[Any, Callable[..., Any]]:
     return _torch.inductor_decompositions() if inner == "inductor" else eager_exact()
 
 
-def _native_dropout(
-    tensor: torch.Tensor, p: float, train: bool | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _native_dropout(tensor: torch.Tensor, p: float, train: bool | None) -> Any:
     if not train or tensor.device.type != "cpu" or _forward_agrees(tensor.dtype, p):
         return NotImplemented
     if p >= 1:
@@ -43,9 +41,7 @@ def _native_dropout(
     return tensor * _noise(mask, tensor.dtype, 1 / (1 - p)), mask
 
 
-def _native_dropout_backward(
-    gradient: torch.Tensor, mask: torch.Tensor, scale: float
-) -> torch.Tensor:
+def _native_dropout_backward(gradient: torch.Tensor, mask: torch.Tensor, scale: float) -> Any:
     if gradient.device.type != "cpu" or _backward_agrees(gradient.dtype, scale):
         return NotImplemented
     return gradient * _noise(mask, gradient.dtype, scale)

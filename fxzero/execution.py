@@ -1,8 +1,8 @@
 """Runs a graph node by node with memory freed at each value's last use.
 
-The graph is written out as one Python function over a list of arguments that it empties ("boxed"): no
-frame keeps an argument or a value longer than the graph needs it, which is what the memory
-timeline assumes.
+The graph is written out as one Python function over a list of arguments that it empties
+("boxed"): no frame keeps an argument or a value longer than the graph needs it, which is what
+the memory timeline assumes.
 
     def run(args):
         x, w, = args; args.clear()
@@ -96,16 +96,15 @@ class _Writer:
     def _text(self, value: Any) -> str:
         if isinstance(value, fx.Node):
             return value.name
-        if (
-            value is None
-            or isinstance(value, (bool, int, str))
-            and type(value).__module__ == "builtins"
+        if value is None or (
+            isinstance(value, (bool, int, str)) and type(value).__module__ == "builtins"
         ):
             return repr(value)
         if isinstance(value, float) and math.isfinite(value):
             return repr(value)
         if type(value) is slice:
-            return f"slice({self._text(value.start)}, {self._text(value.stop)}, {self._text(value.step)})"
+            bounds = (value.start, value.stop, value.step)
+            return f"slice({', '.join(map(self._text, bounds))})"
         if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
             items = ", ".join(self._text(item) for item in value)
             return f"[{items}]" if isinstance(value, list) else f"({items},)" if items else "()"

@@ -40,7 +40,7 @@ class InputRole:
 
 @dataclass(frozen=True)
 class OutputRole:
-    """What an output is: "output" (with its index), "mutation" or "gradient" (of an input), "absent"."""
+    """What an output is: "output" (by index), "mutation" or "gradient" (of an input), "absent"."""
 
     kind: str
     index: int = -1

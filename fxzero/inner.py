@@ -1,4 +1,4 @@
-"""Turns a forward and a backward graph into functions that run: as they are, or through Inductor."""
+"""Turns a forward and a backward graph into functions that run: eagerly or through Inductor."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """Measures the real peak of tensor memory of a function, on CPU and CUDA.
 
-On CUDA the allocator keeps the books.  On CPU every storage that an operator returns is counted when it
-first appears and subtracted when it is freed; memory that existed before counts if the function can reach it
-(through its closure, arguments or globals) or touches it.  Code that Inductor compiled allocates behind
-the dispatcher's back, so a function that holds such code is measured by the profiler's record of
-allocations instead, which also counts scratch memory inside operators.
+On CUDA the allocator keeps the books.  On CPU every storage that an operator returns is counted
+when it first appears and subtracted when it is freed; memory that existed before counts if the
+function can reach it (through its closure, arguments or globals) or touches it.  Code that
+Inductor compiled allocates behind the dispatcher's back, so a function that holds such code is
+measured by the profiler's record of allocations instead, which also counts scratch memory inside
+operators.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class StorageCounter(_torch.TransparentDispatchMode):
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.current = 0
         self.peak = 0
         self._seen: dict[int, int] = {}

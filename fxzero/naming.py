@@ -14,4 +14,5 @@ def name(tensor: torch.Tensor, label: str) -> torch.Tensor:
     function can read it with ``fxzero.policies.name_of(node)``.
     """
     with _torch.annotate(fxzero_name=label):
-        return torch.ops.aten.alias.default(tensor)
+        named: torch.Tensor = torch.ops.aten.alias.default(tensor)
+    return named

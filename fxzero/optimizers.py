@@ -1,7 +1,7 @@
 """What an optimizer will keep on the device, from its name.
 
-The state of torch's optimizers has the parameters' dtype and shape; the counts are those of the classes with
-their default arguments.
+The state of torch's optimizers has the parameters' dtype and shape; the counts are those of the
+classes with their default arguments.
 """
 
 from __future__ import annotations

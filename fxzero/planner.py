@@ -1,9 +1,9 @@
 """Decides: from a captured graph and a budget to a Plan and the two graphs that carry it out.
 
-    joint graph -> problem -> solver -> decisions -> passes -> forward and backward -> timeline -> Plan
+    joint graph -> problem -> solver -> decisions -> passes -> two graphs -> timeline -> Plan
 
-The solver proposes and the timeline disposes: the peak in the Plan is that of the emitted graphs, and if it
-exceeds the budget the solver is asked again with less.
+The solver proposes and the timeline disposes: the peak in the Plan is that of the emitted
+graphs, and if it exceeds the budget the solver is asked again with less.
 """
 
 from __future__ import annotations

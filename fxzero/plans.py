@@ -1,8 +1,8 @@
 """The Plan: every decision of a compilation and every number that justifies it, as one document.
 
-Solvers write a Plan, passes carry it out, reports are views of it.  It is a tree of frozen dataclasses
-that goes to JSON and back without loss, holds no tensor and no code, and is therefore safe to load
-from a stranger: ``Plan.load`` reads data and checks every field.
+Solvers write a Plan, passes carry it out, reports are views of it.  It is a tree of frozen
+dataclasses that goes to JSON and back without loss, holds no tensor and no code, and is
+therefore safe to load from a stranger: ``Plan.load`` reads data and checks every field.
 
 All sizes are bytes, all times seconds.
 """

@@ -1,8 +1,8 @@
 """What users and their models have settled before the solver: tags on nodes.
 
-Three sources, the later one wins: regions of ``torch.utils.checkpoint`` (recompute what is inside), the
-``recompute`` option as a callable on nodes, and nothing else.  The result names nodes, "save" or
-"recompute".
+Three sources, the later one wins: regions of ``torch.utils.checkpoint`` (recompute what is
+inside), the ``recompute`` option as a callable on nodes, and nothing else.  The result names
+nodes, "save" or "recompute".
 """
 
 from __future__ import annotations

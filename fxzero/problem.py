@@ -1,7 +1,7 @@
 """The recompute problem of a training graph in numbers: what the solver sees.
 
-Values are storages (views are free), operators are the forward nodes that make storages, and the backward is
-a list of steps that read storages and have a base memory no decision changes.
+Values are storages (views are free), operators are the forward nodes that make storages, and the
+backward is a list of steps that read storages and have a base memory no decision changes.
 
     forward:  op 0 makes storage 3 (reads 0), op 1 makes 4 and 5 (reads 3), ...
     backward: step 0 reads {5, 3}, base 812 bytes; step 1 reads {4}, base 900 bytes; ...

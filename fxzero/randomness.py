@@ -1,8 +1,8 @@
 """Draws random numbers once and the same ones again.
 
 The two functions stand in graphs as operators: the first runs a random operator and returns the
-generator's state from before it, the second runs an operator from such a state and leaves the generator where
-it was.
+generator's state from before it, the second runs an operator from such a state and leaves the
+generator where it was.
 """
 
 from __future__ import annotations

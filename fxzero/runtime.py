@@ -1,8 +1,9 @@
 """Runs a compiled training step as one autograd node.
 
-The forward graph runs inside ``torch.autograd.Function.forward`` and hands the saved values to the node;
-the backward graph consumes them, each freed at its last use, and returns the gradients to autograd,
-which accumulates them as it does for any model: optimizers, hooks and ``torch.autograd.grad`` work.
+The forward graph runs inside ``torch.autograd.Function.forward`` and hands the saved values to
+the node; the backward graph consumes them, each freed at its last use, and returns the gradients
+to autograd, which accumulates them as it does for any model: optimizers, hooks and
+``torch.autograd.grad`` work.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class Executable:
 class _Saved:
     """Values between a forward and its backward.
 
-    Plain references instead of ``save_for_backward``: the backward gives each one up at its last use,
-    while autograd would keep all of them until it returns.
+    Plain references instead of ``save_for_backward``: the backward gives each one up at its last
+    use, while autograd would keep all of them until it returns.
     """
 
     def __init__(self, values: list[Any], inputs: list[torch.Tensor]) -> None:
@@ -90,8 +91,8 @@ class _Saved:
         for tensor, version in zip(self.inputs, self.versions, strict=True):
             if tensor._version != version:
                 raise RuntimeStateError(
-                    f"a tensor of shape {list(tensor.shape)} that the backward needs was modified in "
-                    f"place after the forward (version {tensor._version}, expected {version})\n"
+                    f"a tensor of shape {list(tensor.shape)} that the backward needs was modified "
+                    f"in place after the forward (version {tensor._version}, expected {version})\n"
                     "  call optimizer.step() and in-place updates after backward()"
                 )
         values = list(self.values)
@@ -108,7 +109,7 @@ class _Step(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.executable = executable
         if executable.may_rerun:
-            ctx.replay = (inputs, RandomState.now())
+            ctx.start = (inputs, RandomState.now())
         results = executable.forward(list(inputs))
         outputs = results[: executable.output_count]
         saved = results[executable.output_count :]
@@ -137,7 +138,8 @@ class _Step(torch.autograd.Function):
         saved = ctx.saved.take(keep=_torch.backward_keeps_graph())
         if not received.keys() <= set(executable.differentiable):
             del saved
-            return None, *executable.owner.rerun(*ctx.replay, received)
+            inputs, state = ctx.start
+            return None, *executable.owner.rerun(inputs, state, received)
         executable.owner.observe(held, tuple(received))
         return None, *_run_backward(executable, saved, received, ctx.shapes)
 

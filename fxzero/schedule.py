@@ -1,7 +1,8 @@
-"""From a set of saved values to the schedule it implies, and that schedule's bytes at every instant.
+"""From saved values to the schedule they imply, and that schedule's bytes at every instant.
 
-What is not saved is computed again as late as possible: right before the first backward step that reads it,
-together with whatever it is made from.  A recomputed value lives from there to its last use.
+What is not saved is computed again as late as possible: right before the first backward step
+that reads it, together with whatever it is made from.  A recomputed value lives from there to
+its last use.
 
     saved {x1}; step 7 reads x3        before step 7: x2 = f(x1), x3 = g(x2)
 """

@@ -2,12 +2,12 @@
 
 Two stages, both judged by the exact schedule of every candidate:
 
-1. *Cuts.*  Saving everything that is live across a position of the forward splits the backward into segments
-   that recompute from there.  A shortest path over positions finds, for a target peak, the cuts that
-   save the fewest bytes; a sweep over targets gives candidates from "save all" to the smallest
-   reachable peak.  Per-block checkpointing is one of these choices.
-2. *Upgrades.*  From a candidate within the budget, values are saved in the order of recompute time spared
-   per byte, as long as every instant stays within the budget.
+1. *Cuts.*  Saving everything that is live across a position of the forward splits the backward
+   into segments that recompute from there.  A shortest path over positions finds, for a target
+   peak, the cuts that save the fewest bytes; a sweep over targets gives candidates from "save all"
+   to the smallest reachable peak.  Per-block checkpointing is one of these choices.
+2. *Upgrades.*  From a candidate within the budget, values are saved in the order of recompute
+   time spared per byte, as long as every instant stays within the budget.
 
 The smallest peak does not depend on the budget, so a budget is met exactly if it is not below it.
 """
@@ -240,7 +240,7 @@ class _CutGraph:
         return held, base, new
 
     def shortest(self, target: int) -> frozenset[int] | None:
-        """The cuts with the fewest saved bytes such that each segment's estimate meets ``target``."""
+        """The cuts with the fewest saved bytes whose segments all meet ``target`` by estimate."""
         held, base, new = self._segments
         vertices = len(held)
         saved_before = np.full(vertices + 1, _NEVER, dtype=np.int64)
@@ -342,7 +342,7 @@ class _Upgrades:
         return spared / max(self.problem.bytes[storage], 1)
 
     def _spared(self, storage: int) -> tuple[list[int], dict[int, int]]:
-        """Operators that need not run again if ``storage`` is saved, and the needs that fall away."""
+        """Operators that need not run again if ``storage`` is saved, and needs that fall away."""
         dropped: dict[int, int] = {}
         spared: list[int] = []
         stack = [(storage, True)]

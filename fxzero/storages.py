@@ -1,8 +1,8 @@
 """Which memory stands behind every value of a graph.
 
-Memory is counted in storages, not tensors: a view costs nothing and keeps its whole base alive.  Every
-tensor leaf of every node is mapped to a storage number; a node whose output shares the memory of one
-of its arguments gets the argument's number.
+Memory is counted in storages, not tensors: a view costs nothing and keeps its whole base alive.
+Every tensor leaf of every node is mapped to a storage number; a node whose output shares the
+memory of one of its arguments gets the argument's number.
 
     x = mm(a, b)          storage 3, 4096 bytes
     y = x.t()             storage 3
@@ -109,7 +109,8 @@ def _first_argument(node: fx.Node) -> torch.Tensor:
 
 
 def _identity(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
 
 
 def _argument_storages(node: fx.Node, of: dict[fx.Node, tuple[int, ...]]) -> dict[int, int]:
@@ -123,7 +124,8 @@ def _argument_storages(node: fx.Node, of: dict[fx.Node, tuple[int, ...]]) -> dic
 def _select(node: fx.Node, of: dict[fx.Node, tuple[int, ...]]) -> tuple[int, ...]:
     """Storages of ``value[i]``: the slice of the parent's leaves that the i-th item holds."""
     parent, index = node.args
-    assert isinstance(parent, fx.Node) and isinstance(index, int)
+    assert isinstance(parent, fx.Node)
+    assert isinstance(index, int)
     items = list(parent.meta["val"])
     index = index % len(items)
     start = sum(len(tensor_leaves(item)) for item in items[:index])

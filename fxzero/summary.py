@@ -1,4 +1,4 @@
-"""Writes the Plan: turns decisions, graphs and their timeline into the document that people read."""
+"""Writes the Plan: decisions, graphs and their timeline as the document that people read."""
 
 from __future__ import annotations
 
@@ -288,7 +288,8 @@ def _notes(facts: Facts) -> tuple[str, ...]:
     if facts.options.inner == "inductor":
         notes.append(
             "Inductor fuses operators and reuses buffers, so what it measures is at or below the "
-            "planned peak, typically by 5 to 35 %; its memory is planned as if every operator ran alone"
+            "planned peak where no operator has a workspace; memory is planned as if every "
+            "operator ran alone"
         )
     notes.append(f"step times come from a roofline model of {facts.hardware.name}")
     return tuple(notes)

@@ -1,8 +1,8 @@
 """How many bytes are alive at every instant of a training step.
 
-Walks the two graphs that really run, forward then backward, and keeps the books of their storages: a
-storage is born when a node makes it, and dies after the last node that reads any view of it, unless it
-is a result.  Knows nothing of solvers: it is the judge of their plans.
+Walks the two graphs that really run, forward then backward, and keeps the books of their
+storages: a storage is born when a node makes it, and dies after the last node that reads any
+view of it, unless it is a result.  Knows nothing of solvers: it is the judge of their plans.
 
 What the books hold besides activations:
     parameters, buffers, optimizer state, inputs    always
@@ -148,7 +148,7 @@ class _Books:
         for phase, storages in (("f", self.forward), ("b", self.backward)):
             for node, numbers in storages.of.items():
                 if node.op == "get_attr":
-                    key = ("constant", node.target)
+                    key = ("constant", str(node.target))
                     self.alias[phase, numbers[0]] = key
                     self._birth(key, storages, numbers[0], "buffer", str(node.target))
         self._add_fixed(self.around.optimizer_bytes, "optimizer", "optimizer state")

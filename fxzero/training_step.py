@@ -1,12 +1,12 @@
 """One captured graph of a compiled model: its plan, what runs it, and what running it has shown.
 
-Two facts cannot be known before the first backward: whether the caller keeps the model's outputs meanwhile, and
-which outputs gradients come from.  The plan starts from the safe assumptions (kept; scalars, or all
-outputs if there are none) and follows what is observed:
+Two facts cannot be known before the first backward: whether the caller keeps the model's outputs
+meanwhile, and which outputs gradients come from.  The plan starts from the safe assumptions
+(kept; scalars, or all outputs if there are none) and follows what is observed:
 
-    outputs dropped             the peak in the plan is lowered at once; the next call plans anew
+    outputs dropped                the plan's peak is lowered at once; the next call plans anew
     fewer gradients than planned   missing ones count as zero, parameters reached by none get None
-    a gradient nobody planned for  this step runs once more from its inputs with the same random numbers
+    a gradient nobody planned for  this step runs once more, from its inputs and random numbers
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Verification:
             [
                 f"{verdict}: compiled against eager, same batch and seed",
                 f"  loss           differs by {self.loss_difference:.3g}",
-                f"  gradients      differ by at most {self.gradient_difference:.3g} (relative){worst}",
+                f"  gradients      differ by {self.gradient_difference:.3g} at most{worst}",
                 f"  random stream  {'equal' if self.random_stream_equal else 'DIFFERS'}",
                 f"  buffers        {'equal' if self.buffers_equal else 'DIFFER'}",
                 f"  peak           measured {format_bytes(self.measured_bytes)}, planned "
@@ -164,7 +164,7 @@ def _outputs_differ(compiled: _Run, eager: _Run) -> float:
 
 
 def _gradients_differ(compiled: _Run, eager: _Run) -> tuple[float, str]:
-    """Largest difference relative to the gradient; gradients that are all noise count by the rest."""
+    """Largest difference relative to its gradient, or to the rest where a gradient is noise."""
     worst, where = 0.0, ""
     largest = max(
         (float(g.abs().max()) for g in eager.gradients.values() if g is not None), default=0.0

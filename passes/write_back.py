@@ -4,7 +4,8 @@ A traced graph returns the new values of buffers that the model mutates (running
 counters).  This pass writes them with ``copy_`` after the last forward node, and drops them from
 the outputs.  A buffer whose old value the backward reads is cloned before it is written.
 
-Invariant: afterwards no output is a mutation, and each buffer is written once, after its last read.
+Invariant: afterwards no output is a mutation, and each buffer is written once, after its last
+read.
 
     forward:  mean' = mul_add(mean, x)            mean' = mul_add(mean, x); copy_(mean, mean')
     output:   [loss, mean', grads]          ->    [loss, grads]
@@ -24,7 +25,7 @@ from fxzero.passes.context import PassContext
 def write_back_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
     """Turns every output of kind "mutation" into a write at the end of the forward.
 
-    Where somebody else writes (``context.writes_buffers`` is False), old values are kept all the same.
+    Where somebody else writes (``context.writes_buffers`` is False), old values are kept too.
     """
     placeholder_of = dict(graph.pairs())
     first_backward = first_backward_node(graph)
