@@ -148,9 +148,9 @@ class _Books:
         for phase, storages in (("f", self.forward), ("b", self.backward)):
             for node, numbers in storages.of.items():
                 if node.op == "get_attr":
-                    key = ("constant", str(node.target))
-                    self.alias[phase, numbers[0]] = key
-                    self._birth(key, storages, numbers[0], "buffer", str(node.target))
+                    constant = ("constant", str(node.target))
+                    self.alias[phase, numbers[0]] = constant
+                    self._birth(constant, storages, numbers[0], "buffer", str(node.target))
         self._add_fixed(self.around.optimizer_bytes, "optimizer", "optimizer state")
         self._add_fixed(LOSS_SCALARS if self.around.loss_bytes else 0, "output", "loss")
         self.permanent = set(self.alive)
@@ -162,7 +162,7 @@ class _Books:
             self.fixed[role] = self.fixed.get(role, 0) + size
 
     def _run_forward(self, outputs: list[fx.Node], saved: list[fx.Node]) -> tuple[Alive, ...]:
-        roles = {
+        roles: dict[object, str] = {
             ("f", s): "rng state" if node.meta.get("rng_state") else "saved"
             for node in saved
             for s in self.forward.of[node]
