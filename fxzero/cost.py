@@ -14,7 +14,11 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from fxzero.randomness import draw, draw_again
 from fxzero.storages import tensor_leaves
+
+# Where the wrapped operator stands among the arguments.
+_WRAPPED: dict[Any, int] = {draw: 0, draw_again: 1}
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class NodeCost:
 
 def node_cost(node: fx.Node, hardware: Hardware) -> NodeCost:
     """Price of one node; inputs and pure index operations are free."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or drawn_operator(node) is None:
         return NodeCost(0.0, 0)
     outputs = tensor_leaves(node.meta.get("val"))
     inputs = [leaf for source in node.all_input_nodes for leaf in _leaves(source)]
@@ -65,13 +69,21 @@ def node_cost(node: fx.Node, hardware: Hardware) -> NodeCost:
 
 def count_flops(node: fx.Node) -> int:
     """Floating-point operations of matrix products, convolutions and attention; 0 for the rest."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    packet = node.target._overloadpacket
+    operator = drawn_operator(node)
+    packet = operator._overloadpacket if operator is not None else None
     formula = flop_registry.get(packet) or _EXTRA_FORMULAS.get(packet)
     if formula is None:
         return 0
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+    args, value = args[_WRAPPED.get(node.target, -1) + 1 :], node.meta["val"]
+    return int(formula(*args, **kwargs, out_val=value[1] if node.target is draw else value))
+
+
+def drawn_operator(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The operator that the node runs, also through the functions that replay randomness."""
+    at = _WRAPPED.get(node.target)
+    target = node.target if at is None else node.args[at]
+    return target if isinstance(target, torch._ops.OpOverload) else None
 
 
 def _leaves(node: fx.Node) -> list[torch.Tensor]:

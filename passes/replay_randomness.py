@@ -43,11 +43,16 @@ def replay_randomness_pass(graph: TrainGraph, context: PassContext) -> TrainGrap
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether the node draws random numbers."""
-    return (
-        isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
-    )
+    """Whether the node draws random numbers; attention without dropout does not."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    names = [argument.name for argument in target._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    defaults = {argument.name: argument.default_value for argument in target._schema.arguments}
+    return "dropout_p" not in names or bool(given.get("dropout_p", defaults["dropout_p"]))
 
 
 def rng_state_bytes(device: str) -> int:

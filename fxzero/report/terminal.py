@@ -32,7 +32,7 @@ def render(plan: Plan, width: int = 100) -> str:
 def _heading(plan: Plan, width: int) -> Iterator[str]:
     model = plan.model
     facts = [plan.request.device, wording.budget_text(plan), wording.verdict(plan)]
-    rest = "  ".join(fact for fact in [*facts, wording.solved(plan)] if fact)
+    rest = "  ".join(fact for fact in facts if fact)
     start = f"fxzero {plan.fxzero_version} plan {plan.hash[:8]}  "
     yield start + _clip(model.name, max(8, width - len(start) - len(rest) - 2)) + "  " + rest
     parameters = f"{format_count(model.parameters)} parameters"
@@ -45,15 +45,19 @@ def _heading(plan: Plan, width: int) -> Iterator[str]:
         f"{format_bytes(plan.unplanned_peak_bytes)} without recompute; "
         f"smallest budget with a plan {format_bytes(plan.minimum_budget)}"
     )
-    yield f"step    {format_seconds(plan.step_seconds)} modelled, forward and backward"
+    yield (
+        f"step    {format_seconds(plan.step_seconds)} modelled, forward and backward; "
+        f"solver: {wording.solved(plan)}"
+    )
 
 
 def _ranks(plan: Plan, width: int) -> Iterator[str]:
     roles = wording.roles_of(plan)
     largest = sorted(roles, key=lambda r: -max(rank.breakdown.get(r, 0) for rank in plan.ranks))
-    shown = [role for role in roles if role in largest[:_BREAKDOWN_COLUMNS]]
-    columns = [*shown, *(["other"] if len(roles) > len(shown) else []), "peak"]
     budget = plan.request.memory_budget
+    columns_that_fit = _BREAKDOWN_COLUMNS - bool(budget)
+    shown = [role for role in roles if role in largest[:columns_that_fit]]
+    columns = [*shown, *(["other"] if len(roles) > len(shown) else []), "peak"]
     header = "rank    " + "".join(f"{column:>11}" for column in columns)
     yield header + ("  of budget" if budget else "")
     for name, rank in wording.equal_ranks(plan.ranks):

@@ -42,10 +42,12 @@ def budget_text(plan: Plan) -> str:
 
 
 def solved(plan: Plan) -> str:
-    """The solver's status and what it proved: 'optimal', 'feasible, gap 1.2 %'."""
+    """The solver's status and what it proved: 'optimal', 'feasible, within 1.2 % of optimal'."""
     if plan.status == "optimal" or plan.status == "infeasible":
         return plan.status
-    return f"{plan.status}, gap " + ("unknown" if plan.gap is None else share(plan.gap, 1))
+    if plan.gap is None:
+        return f"{plan.status}, no bound proved"
+    return f"{plan.status}, within {share(plan.gap, 1)} of optimal"
 
 
 def recompute_price(plan: Plan) -> str:
