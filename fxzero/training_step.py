@@ -20,7 +20,7 @@ from torch import nn
 
 from fxzero.capture import capture
 from fxzero.decompositions import decompositions_for
-from fxzero.errors import RuntimeStateError
+from fxzero.errors import BudgetError, RuntimeStateError
 from fxzero.graph import InputRole, describe
 from fxzero.inner import compile_split
 from fxzero.options import Options
@@ -69,7 +69,7 @@ class TrainingStep:
         """The model's return value for flat inputs, attached to autograd."""
         if self._stale:
             self._stale = False
-            self._adopt(self._planner.decide())
+            self._plan_again()
         if self._wanted is not None:
             args, kwargs = self._captured.inputs.fill(leaves)
             self._recapture(args, kwargs, self._wanted)
@@ -100,6 +100,22 @@ class TrainingStep:
             else self._planner.decide()
         )
 
+    def _plan_again(self) -> None:
+        """A cheaper plan for what is known now; a plan that fits is not given up for less."""
+        fits = self._decided.plan.fits
+        try:
+            decided = self._planner.decide()
+        except BudgetError:
+            if not fits:
+                raise
+            return
+        if not fits or self._price(decided.plan) < self._price(self._decided.plan):
+            self._adopt(decided)
+
+    def _price(self, plan: Plan) -> float:
+        flops = self.options.objective == "flops"
+        return plan.recompute_flops if flops else plan.recompute_seconds
+
     def _adopt(self, decided: Decided) -> None:
         self._decided = decided
         split = decided.emitted.split
@@ -118,7 +134,9 @@ class TrainingStep:
             return lambda leaves: constant
         owner, _, attribute = role.name.rpartition(".")
         module = self._model.get_submodule(owner)
-        table = module._parameters if role.kind == "parameter" else module._buffers
+        table: dict[str, Any] = next(
+            t for t in (module._parameters, module._buffers, vars(module)) if attribute in t
+        )
 
         def read(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
             tensor = table[attribute]
