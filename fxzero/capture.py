@@ -97,6 +97,7 @@ def capture(
         exported = torch.export.export(traced, tuple(leaves), strict=False)
         forward = exported.module(check_guards=False)
         _refuse_dynamic_values(forward.graph, type(model).__name__)
+        _register_plain_tensors(forward)
         names = _unify_tied_weights(forward)
         if not traced.record.differentiable:
             raise CaptureError(
@@ -106,9 +107,9 @@ def capture(
         table = eager_exact() if decompositions is None else decompositions
         joint = _torch.export_joint(forward, leaves, table)
     constants = {
-        name: tensor
+        name.removeprefix(_PREFIX): tensor
         for name, tensor in forward.named_buffers()
-        if name in names and not name.startswith(_PREFIX)
+        if name in names and not _belongs_to(model, name)
     }
     graph = TrainGraph.from_joint(joint, rename=lambda name: name.removeprefix(_PREFIX))
     assert traced.record.outputs is not None
@@ -216,6 +217,26 @@ def _fake_like(tensor: torch.Tensor) -> torch.Tensor:
         tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu"
     ).requires_grad_(tensor.requires_grad)
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def _register_plain_tensors(forward: fx.GraphModule) -> None:
+    """Tensors that the model holds as plain attributes become buffers of the trace."""
+    for node in forward.graph.find_nodes(op="get_attr"):
+        path, _, attribute = node.target.rpartition(".")
+        owner = forward.get_submodule(path)
+        value = vars(owner).get(attribute)
+        if isinstance(value, torch.Tensor):
+            delattr(owner, attribute)
+            owner.register_buffer(attribute, value, persistent=False)
+
+
+def _belongs_to(model: nn.Module, name: str) -> bool:
+    """Whether a buffer of the trace is the model's own, and not made while it was traced."""
+    if not name.startswith(_PREFIX):
+        return False
+    path, _, attribute = name.removeprefix(_PREFIX).rpartition(".")
+    owner = model.get_submodule(path)
+    return any(attribute in table for table in (owner._buffers, owner._parameters, vars(owner)))
 
 
 def _unify_tied_weights(forward: fx.GraphModule) -> set[str]:
