@@ -548,3 +548,35 @@ def test_a_recompute_function_finds_a_tensor_by_its_name() -> None:
 
     plan = compiled(Net(), X, Y, recompute=choose).plan
     assert [value.name for value in plan.recomputed] == ["hidden"]
+
+
+class Constants(Net):
+    """A tensor that is a plain attribute, and one that is made in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.arange(16.0)
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:  # type: ignore[override]
+        return F.mse_loss(self.inner(x) * self.table + torch.tensor([2.0] * 16), y)
+
+
+def test_tensors_that_are_neither_parameters_nor_buffers_are_followed() -> None:
+    model, twin = pair(Constants)
+    assert_trains_alike(model, twin, X, Y)
+    for module in (model, twin):
+        module.table.mul_(2)
+    assert_trains_alike(model, twin, X, Y)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="a step holds the root module's attributes as they were when it was traced "
+    "(compiler.eager_view copies the instance dict), so another tensor put there is not seen",
+)
+def test_a_plain_tensor_attribute_that_is_replaced_is_followed() -> None:
+    model, twin = pair(Constants)
+    assert_trains_alike(model, twin, X, Y)
+    for module in (model, twin):
+        module.table = torch.ones(16)
+    assert_trains_alike(model, twin, X, Y)

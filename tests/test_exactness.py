@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from helpers import Outcome, Subject, assert_equal, assert_same, eager, tiers
+from helpers import NOT_TRACED_AS_RUN, Outcome, Subject, assert_equal, assert_same, eager, tiers
 
 import fxzero
 from fxzero import BudgetError
-
-# When exported, the library makes a mask and repeats keys and values, which rounds differently.
-_NOT_TRACED_AS_RUN = ("llama_bf16",)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +26,7 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
 
 def reference(subject: Subject) -> tuple[Outcome, ...]:
     """Two eager steps, or where tracing changes the model, two of the traced one as it is."""
-    if subject.name not in _NOT_TRACED_AS_RUN:
+    if subject.name not in NOT_TRACED_AS_RUN:
         return eager(subject.name)
     subject.compile(recompute="none")
     return subject.run(0), subject.run(1)

@@ -1,0 +1,197 @@
+"""torch.compile(model, backend="fxzero"): Dynamo's graphs under a budget, bit for bit eager."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from helpers import NOT_TRACED_AS_RUN, Outcome, assert_same, eager, run, tiers
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from fxzero import BudgetError, Plan, UsageError
+from fxzero.errors import BackendOptionError
+
+X = torch.randn(32, 16)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    # The law is checked on the zoo's graphs in test_spec.py.
+    monkeypatch.setitem(os.environ, "FXZERO_SPEC", "0")
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    given = {"inner": "eager", "optimizer": "sgd"} | options
+    return torch.compile(model, backend="fxzero", dynamic=False, options=given)
+
+
+def two_steps(name: str, **options: Any) -> list[Outcome]:
+    model, args, kwargs, loss = zoo.build(name)
+    call = compiled(model, **options)
+    return [run(model, args, kwargs, loss, seed=seed, call=call) for seed in range(2)]
+
+
+def plans_in(directory: Path) -> list[Plan]:
+    return [Plan.load(path) for path in sorted(directory.glob("*.json"))]
+
+
+def unused_bytes(name: str, outcome: Outcome) -> int:
+    """Parameters that a model does not use are no inputs of Dynamo's graph."""
+    model, *_ = zoo.build(name)
+    unused = (p for n, p in model.named_parameters() if outcome.gradients[n] is None)
+    return sum(p.untyped_storage().nbytes() for p in unused if p.requires_grad)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 48), nn.Linear(48, 16)
+
+    def half(self, x: Tensor) -> Tensor:
+        return F.dropout(self.down(F.gelu(self.up(x))), 0.2, self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.half(torch.tanh(self.half(x))).square().mean()
+
+
+class Broken(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.half(x)
+        torch._dynamo.graph_break()
+        return self.half(torch.tanh(x)).square().mean()
+
+
+class Branching(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.half(x)
+        if x.sum() > 0:
+            x = self.half(x)
+        return self.half(torch.tanh(x)).square().mean()
+
+
+@pytest.mark.parametrize("share", [100, 60, 40])
+@pytest.mark.parametrize("name", tiers(zoo.CASES, quick=("rand_ops", "buffers", "kwargs_only")))
+def test_a_zoo_model_equals_eager_bitwise_within_its_plan(
+    name: str, share: int, tmp_path: Path
+) -> None:
+    expected: Sequence[Outcome] = eager(name)
+    budget = expected[0].peak * share // 100
+    if name in NOT_TRACED_AS_RUN:
+        expected = two_steps(name, recompute="none")
+        torch._dynamo.reset()
+    try:
+        found = two_steps(name, memory_budget=budget, plan_dir=tmp_path)
+    except BackendCompilerFailed as error:
+        assert isinstance(error.inner_exception, BudgetError)
+        assert error.inner_exception.required_bytes > budget
+        return
+    plans = plans_in(tmp_path)
+    assert all(plan.fits for plan in plans)
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
+    if len(plans) == 1:
+        assert found[1].peak - unused_bytes(name, found[1]) <= plans[0].peak_bytes
+
+
+@pytest.mark.parametrize("kind", [Broken, Branching])
+def test_graph_breaks_are_exact_and_noted_in_every_piece(kind: type[Net], tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = kind()
+    expected = [run(model, (X,), seed=seed) for seed in range(3)]
+    call = compiled(model, recompute=lambda node: "recompute", plan_dir=tmp_path)
+    for seed in range(3):
+        assert_same(run(model, (X,), seed=seed, call=call), expected[seed])
+    plans = plans_in(tmp_path)
+    assert len(plans) >= 2
+    pieces = [p for p in plans if "one piece of a model with graph breaks" in p.notes[0]]
+    assert pieces
+    assert any(plan.decisions.recompute for plan in plans)
+
+
+def test_a_budget_that_nothing_fits_is_a_budget_error_with_a_budget_that_works(
+    tmp_path: Path,
+) -> None:
+    model = Net()
+    with pytest.raises(BackendCompilerFailed) as caught:
+        compiled(model, memory_budget=1)(X)
+    error = caught.value.inner_exception
+    assert isinstance(error, BudgetError)
+    torch._dynamo.reset()
+    call = compiled(model, memory_budget=error.required_bytes, plan_dir=tmp_path)
+    found = run(model, (X,), call=call)
+    (plan,) = plans_in(tmp_path)
+    assert plan.fits
+    assert found.peak <= plan.peak_bytes <= error.required_bytes
+
+
+def refusal(**options: Any) -> BaseException:
+    with pytest.raises(BackendCompilerFailed) as caught:
+        compiled(Net(), **options)(X)
+    return caught.value.inner_exception
+
+
+@pytest.mark.parametrize("options", [{"zero": 3}, {"pipeline": 4}, {"mesh": "pp"}])
+def test_options_that_need_the_whole_model_name_fxzero_compile(options: dict[str, Any]) -> None:
+    error = refusal(**options)
+    ((name, value),) = options.items()
+    assert isinstance(error, BackendOptionError)
+    assert str(error) == (
+        f"[FXZ401] options['{name}'] needs the whole model, and a backend sees one graph of it\n"
+        f"  call fxzero.compile(model, {name}={value!r}) instead of torch.compile"
+    )
+
+
+def test_an_unknown_option_is_refused_with_the_nearest_name() -> None:
+    error = refusal(memory_buget="1GiB")
+    assert isinstance(error, UsageError)
+    assert str(error).startswith(
+        "[FXZ101] torch.compile(backend=\"fxzero\"): unknown option 'memory_buget'; "
+        "did you mean 'memory_budget'?"
+    )
+
+
+def test_modes_are_refused() -> None:
+    call = torch.compile(Net(), backend="fxzero", mode="max-autotune")
+    with pytest.raises(BackendCompilerFailed) as caught:
+        call(X)
+    error = caught.value.inner_exception
+    assert isinstance(error, UsageError)
+    assert "mode='max-autotune': this backend has no modes; pass options={...}" in str(error)
+
+
+def test_without_gradients_the_backend_is_eager() -> None:
+    model = Net().eval()
+    expected = model(X)
+    with torch.no_grad():
+        assert torch.equal(compiled(model)(X), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Net, zoo.ConvBlock])
+def test_inductor_is_close_and_leaves_eagers_random_stream(kind: Any, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = kind() if kind is Net else kind(4, 8)
+    x = X if kind is Net else torch.randn(4, 4, 8, 8)
+
+    def loss(output: Tensor) -> Tensor:
+        return output.square().mean()
+
+    expected = run(model, (x,), loss=loss)
+    call = compiled(model, inner="inductor", recompute="full", plan_dir=tmp_path)
+    found = run(model, (x,), loss=loss, call=call)
+    assert torch.equal(found.stream, expected.stream)
+    assert any(plan.decisions.recompute for plan in plans_in(tmp_path))
+    torch.testing.assert_close(found.loss, expected.loss)
+    largest = max(float(g.abs().max()) for g in expected.gradients.values() if g is not None)
+    for name, gradient in found.gradients.items():
+        torch.testing.assert_close(
+            gradient, expected.gradients[name], rtol=0, atol=1e-3 * largest, msg=name
+        )

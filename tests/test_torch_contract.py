@@ -1,0 +1,408 @@
+"""What every function of fxzero/_torch.py must do, stated on the torch that is installed."""
+
+from __future__ import annotations
+
+import collections
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from fxzero import _torch
+
+aten = torch.ops.aten
+
+
+class Net(nn.Module):
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.mean += 1
+        hidden = torch.tanh(self.up(x))
+        return hidden.sum(), hidden.detach()
+
+
+X = torch.ones(2, 4)
+
+
+def joint() -> fx.GraphModule:
+    exported = torch.export.export(Net(), (X,), strict=False).module(check_guards=False)
+    return _torch.export_joint(exported, [X], {})
+
+
+def plain_graph(*operators: Any) -> fx.GraphModule:
+    """A graph that applies operators to one input."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    with _torch.FakeTensorMode():
+        value = x.meta["val"] = torch.empty(2, 4)
+        for operator, *rest in operators:
+            x = graph.call_function(operator, (x, *rest))
+            value = x.meta["val"] = operator(value, *rest)
+    graph.output((x,))
+    return fx.GraphModule({}, graph)
+
+
+Point = collections.namedtuple("Point", "x y")
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        ([1, 2], ["[0]", "[1]"]),
+        ((1, 2), ["[0]", "[1]"]),
+        ({"b": 1, "a": 2}, ["['b']", "['a']"]),
+        (Point(1, 2), [".x", ".y"]),
+        (collections.OrderedDict(a=1, b=2), ["['a']", "['b']"]),
+    ],
+)
+def test_flatten_one_level_takes_a_container_apart_and_builds_one_like_it(
+    value: Any, names: list[str]
+) -> None:
+    found = _torch.flatten_one_level(value)
+    assert found is not None
+    children, paths, build = found
+    assert sorted(paths) == sorted(names)
+    assert sorted(children) == [1, 2]
+    assert build(children) == value
+    assert type(build(children)) is type(value)
+
+
+@pytest.mark.parametrize("leaf", [1, "text", X, object()])
+def test_flatten_one_level_leaves_leaves_alone(leaf: object) -> None:
+    assert _torch.flatten_one_level(leaf) is None
+
+
+def test_flatten_one_level_stops_after_one_level() -> None:
+    children, *_ = _torch.flatten_one_level([[1], (2,)]) or ([],)
+    assert children == [[1], (2,)]
+
+
+def test_a_joint_graph_says_what_its_inputs_are() -> None:
+    described = [_torch.describe_input(n) for n in joint().graph.find_nodes(op="placeholder")]
+    assert described == [
+        ("parameter", "up.weight"),
+        ("parameter", "up.bias"),
+        ("parameter", "unused.weight"),
+        ("parameter", "unused.bias"),
+        ("buffer", "mean"),
+        ("input", 0),
+        ("tangent", 0),
+    ]
+
+
+def test_a_joint_graph_says_what_its_outputs_are() -> None:
+    gradients = [("gradient", ("parameter", f"up.{name}")) for name in ("weight", "bias")]
+    described = _torch.describe_outputs(joint())
+    assert described[:3] == [("mutation", ("buffer", "mean")), ("output", 0), ("output", 1)]
+    assert described[3:5] == gradients
+    (output,) = joint().graph.find_nodes(op="output")
+    assert output.args[0][5:] in ((None, None, None, None), [None] * 4)
+
+
+def test_a_joint_graph_marks_what_runs_in_the_backward() -> None:
+    nodes = {n.target: n for n in joint().graph.nodes if n.op == "call_function"}
+    assert _torch.is_backward_node(nodes[aten.tanh_backward.default])
+    assert not _torch.is_backward_node(nodes[aten.tanh.default])
+
+
+def test_mutated_inputs_of_a_joint_graph_are_known_by_position() -> None:
+    assert _torch.mutated_input_positions(joint()) == {0: 4}
+
+
+def test_a_joint_graph_takes_decompositions() -> None:
+    def tanh(x: Tensor) -> Tensor:
+        return 2 * torch.sigmoid(2 * x) - 1
+
+    exported = torch.export.export(Net(), (X,), strict=False).module(check_guards=False)
+    graph = _torch.export_joint(exported, [X], {aten.tanh.default: tanh}).graph
+    targets = [node.target for node in graph.nodes]
+    assert aten.tanh.default not in targets
+    assert aten.sigmoid.default in targets
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_backward_knows_whether_its_graph_is_kept(keep: bool) -> None:
+    seen = []
+
+    class Ask(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            seen.append(_torch.backward_keeps_graph())
+            return gradient
+
+    Ask.apply(X.clone().requires_grad_()).sum().backward(retain_graph=keep)
+    assert seen == [keep]
+
+
+def test_the_hook_in_force_inside_a_checkpoint_is_checkpoints() -> None:
+    seen = []
+
+    def region(x: Tensor) -> Tensor:
+        seen.append(_torch.saved_tensor_hook_in_force())
+        return x * 2
+
+    assert _torch.saved_tensor_hook_in_force() is None
+    checkpoint(region, X.clone().requires_grad_(), use_reentrant=False)
+    assert seen[0].__module__ == "torch.utils.checkpoint"
+    assert _torch.saved_tensor_hook_in_force() is None
+
+
+def test_annotations_reach_the_nodes_of_an_export_and_its_joint_graph() -> None:
+    class Marked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with _torch.annotate(mark="here"):
+                x = torch.tanh(self.up(x))
+            return torch.exp(x).sum()
+
+    with _torch.keep_annotations():
+        exported = torch.export.export(Marked(), (X,), strict=False).module(check_guards=False)
+        graph = _torch.export_joint(exported, [X], {}).graph
+    marks = {n.target: (n.meta.get("custom") or {}).get("mark") for n in graph.nodes}
+    assert marks[aten.tanh.default] == "here"
+    assert marks[aten.exp.default] is None
+
+
+def test_annotate_outside_a_trace_does_nothing() -> None:
+    with _torch.annotate(mark="here"):
+        assert torch.equal(X + 1, X + 1)
+
+
+def test_make_graph_module_makes_a_module_that_runs() -> None:
+    made = _torch.make_graph_module({}, plain_graph((aten.tanh.default,)).graph)
+    assert isinstance(made, fx.GraphModule)
+    assert torch.equal(made(X)[0], X.tanh())
+
+
+def test_fake_mode_of_finds_the_mode_of_the_first_fake() -> None:
+    with _torch.FakeTensorMode() as mode:
+        fake = torch.empty(2)
+    assert isinstance(fake, _torch.FakeTensor)
+    assert _torch.fake_mode_of([X, None, fake]) is mode
+    assert _torch.fake_mode_of([X]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("aten.mm.default", True),
+        ("aten.add.Tensor", True),
+        ("aten.mm", False),
+        ("aten.nothing.default", False),
+        ("aten.save.default", False),
+        ("nowhere.mm.default", False),
+        ("os.system", False),
+    ],
+)
+def test_find_operator_knows_the_dispatchers_operators_alone(name: str, known: bool) -> None:
+    found = _torch.find_operator(name)
+    assert (str(found) == name) is known
+    assert (found is None) is not known
+
+
+def test_tensors_in_walks_nested_containers() -> None:
+    a, b = torch.ones(1), torch.ones(2)
+    assert _torch.tensors_in([a, {"x": (b, None, 3)}]) == [a, b]
+
+
+def test_is_plain_refuses_what_owns_no_memory() -> None:
+    with _torch.FakeTensorMode():
+        fake = torch.empty(2)
+    assert _torch.is_plain(X)
+    assert _torch.is_plain(nn.Parameter(X))
+    assert _torch.is_plain(nn.Buffer(X))
+    assert not _torch.is_plain(fake)
+    assert not _torch.is_plain(X.to("meta"))
+    functional = torch._to_functional_tensor(X)
+    assert not _torch.is_plain(functional)
+
+
+def test_a_transparent_mode_sees_operators_and_compiled_code_runs_under_it() -> None:
+    seen = []
+
+    class See(_torch.TransparentDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    backend_calls = []
+
+    def backend(module: fx.GraphModule, inputs: Any) -> Any:
+        backend_calls.append(1)
+        return module
+
+    torch._dynamo.reset()
+    call = torch.compile(lambda x: torch.tanh(x), backend=backend)
+    call(X)
+    with See():
+        call(X)
+    assert aten.tanh.default in seen
+    assert backend_calls == [1]
+
+
+def test_the_peak_of_a_memory_profile_is_that_of_its_allocations() -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        first = torch.empty(1000, dtype=torch.uint8)
+        del first
+        second = torch.empty(3000, dtype=torch.uint8)
+        third = torch.empty(500, dtype=torch.uint8)
+        del second, third
+    assert 3500 <= _torch.peak_of_allocations(record) < 3500 + 256
+
+
+def test_what_torch_compile_returned_is_known() -> None:
+    def function(x: Tensor) -> Tensor:
+        return x + 1
+
+    module, in_place = Net(), Net()
+    in_place.compile(backend="eager")
+    assert _torch.is_compiled_callable(torch.compile(function, backend="eager"))
+    assert _torch.is_compiled_callable(torch.compile(module, backend="eager"))
+    assert _torch.is_compiled_callable(in_place)
+    assert not _torch.is_compiled_callable(module)
+    assert not _torch.is_compiled_callable(function)
+
+
+def test_has_compiler_looks_for_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(_torch.has_compiler("cuda"), bool)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/" + name if name == "cc1" else None)
+    monkeypatch.setenv("CXX", "none")
+    assert not _torch.has_compiler("cpu")
+    monkeypatch.setenv("CXX", "cc1")
+    assert _torch.has_compiler("cpu")
+
+
+def test_autocast_state_tells_settings_apart() -> None:
+    plain = _torch.autocast_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = _torch.autocast_state()
+        with torch.autocast("cpu", torch.float16):
+            other = _torch.autocast_state()
+    assert len({plain, inside, other}) == 3
+    assert _torch.autocast_state() == plain
+
+
+def test_inductors_decompositions_leave_random_operators_whole() -> None:
+    table = _torch.inductor_decompositions()
+    assert aten.native_layer_norm.default in table
+    assert aten.native_dropout.default not in table
+    assert aten.bernoulli.p not in table
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="needs a C++ compiler")
+def test_inductor_compiles_a_graph_to_a_boxed_function_that_keeps_strides() -> None:
+    module = plain_graph((aten.tanh.default,), (aten.permute.default, [1, 0]), (aten.exp.default,))
+    run = _torch.compile_with_inductor(module, lambda target: target, backward=False)
+    arguments = [X.clone()]
+    (found,) = run(arguments)
+    assert arguments == []
+    torch.testing.assert_close(found, X.tanh().t().exp())
+    assert found.stride() == X.tanh().t().exp().stride()
+
+
+def test_the_random_operators_for_inductor_draw_the_same_numbers_again() -> None:
+    torch.manual_seed(0)
+    state, drawn = _torch.run_and_save_rng_state(aten.bernoulli.p, X, 0.5)
+    after = torch.get_rng_state()
+    again = _torch.run_with_rng_state(state, aten.bernoulli.p, X, 0.5)
+    assert torch.equal(drawn, again)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_a_graph_that_dynamo_cut_off_is_partial() -> None:
+    partial = []
+
+    def backend(module: fx.GraphModule, inputs: Any) -> Any:
+        partial.append(_torch.is_partial_graph(module))
+        return module
+
+    def broken(x: Tensor) -> Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    torch._dynamo.reset()
+    torch.compile(lambda x: x + 1, backend=backend)(X)
+    assert partial == [False]
+    torch.compile(broken, backend=backend)(X)
+    assert partial[1] is True
+
+
+def test_aot_backend_hands_over_the_joint_graph_and_runs_boxed_functions() -> None:
+    seen: dict[str, Any] = {}
+
+    def partition(graph: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any) -> Any:
+        from torch._functorch.partitioners import default_partition
+
+        seen["outputs"] = num_fwd_outputs
+        seen["tangents"] = [
+            n.name for n in graph.graph.find_nodes(op="placeholder") if "tangents" in n.name
+        ]
+        return default_partition(graph, inputs, num_fwd_outputs=num_fwd_outputs)
+
+    def compiler(graph: fx.GraphModule, inputs: Any) -> Any:
+        def run(arguments: list[Any]) -> Any:
+            taken = list(arguments)
+            arguments.clear()
+            return graph(*taken)
+
+        return run
+
+    def backend(module: fx.GraphModule, inputs: Any) -> Any:
+        return _torch.aot_backend(
+            module,
+            inputs,
+            partition=partition,
+            forward_compiler=compiler,
+            backward_compiler=compiler,
+            decompositions={},
+        )
+
+    torch._dynamo.reset()
+    x = X.clone().requires_grad_()
+    torch.compile(lambda x: torch.tanh(x).sum(), backend=backend)(x).backward()
+    assert seen == {"outputs": 1, "tangents": ["tangents_1"]}
+    torch.testing.assert_close(x.grad, 1 - X.tanh() ** 2)
+
+
+def _raises(function: Any) -> type[BaseException]:
+    with _torch.FakeTensorMode(), pytest.raises(Exception) as caught:  # noqa: PT011
+        function(torch.ones(3))
+    return caught.type
+
+
+def test_values_that_decide_what_runs_raise_a_data_dependent_error() -> None:
+    assert issubclass(_raises(lambda x: bool(x.sum() > 0)), _torch.DATA_DEPENDENT_ERRORS)
+    assert issubclass(_raises(lambda x: x[x > 0]), _torch.DATA_DEPENDENT_ERRORS)
+    assert all(issubclass(kind, Exception) for kind in _torch.NO_FAKE_ERRORS)
+
+
+def test_every_public_function_is_stated_here() -> None:
+    functions = [
+        name
+        for name, value in vars(_torch).items()
+        if inspect.isfunction(value) and value.__module__ == _torch.__name__ and name[0] != "_"
+    ]
+    source = inspect.getsource(inspect.getmodule(_raises))  # type: ignore[arg-type]
+    assert [name for name in functions if f"_torch.{name}" not in source] == []
