@@ -18,7 +18,6 @@ from fxzero import capture
 from fxzero.measurement import StorageCounter
 from fxzero.structure import flatten
 
-
 # When traced, the library makes a mask and repeats keys and values, which rounds differently.
 NOT_TRACED_AS_RUN = ("llama_bf16",)
 

@@ -89,10 +89,11 @@ def test_a_zoo_model_equals_eager_bitwise_within_its_plan(
         torch._dynamo.reset()
     try:
         found = two_steps(name, memory_budget=budget, plan_dir=tmp_path)
-    except BackendCompilerFailed as error:
-        assert isinstance(error.inner_exception, BudgetError)
-        assert error.inner_exception.required_bytes > budget
-        return
+    except BackendCompilerFailed as failure:
+        refusal = failure.inner_exception
+        if isinstance(refusal, BudgetError) and refusal.required_bytes > budget:
+            return
+        raise
     plans = plans_in(tmp_path)
     assert all(plan.fits for plan in plans)
     for one, other in zip(found, expected, strict=True):
