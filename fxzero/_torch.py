@@ -8,6 +8,7 @@ file.  ``tests/test_torch_contract.py`` states what each function must do on a s
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import shutil
@@ -155,6 +156,17 @@ def saved_tensor_hook_in_force() -> Any:
     """The innermost saved-tensor pack hook, or None.  ``torch.utils.checkpoint`` installs one."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks[0] if hooks else None
+
+
+def as_eager(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator without the Python kernels that replace its own while tracing."""
+
+    @functools.wraps(operator)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._DisablePythonDispatcher():
+            return operator(*args, **kwargs)
+
+    return run
 
 
 def keep_annotations() -> contextlib.AbstractContextManager[Any]:

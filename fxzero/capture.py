@@ -19,7 +19,7 @@ import logging
 import re
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from fxzero import _torch
-from fxzero.decompositions import eager_exact
+from fxzero.decompositions import decompositions_for, restore_eager_operators
 from fxzero.errors import CaptureError, DeviceError
 from fxzero.graph import TrainGraph
 from fxzero.structure import Structure, flatten
@@ -72,7 +72,7 @@ def capture(
     kwargs: dict[str, Any] | None = None,
     *,
     differentiable: Sequence[int] | None = None,
-    decompositions: dict[Any, Callable[..., Any]] | None = None,
+    inner: str = "eager",
 ) -> Capture:
     """Trace ``model(*args, **kwargs)`` and its backward.
 
@@ -81,8 +81,8 @@ def capture(
     Args:
         differentiable: output positions (among the tensors of the return value, depth first)
             that will receive gradients; None: all scalars, or every floating output without any.
-        decompositions: operators to break up while tracing; None: those that make the graph equal
-            to eager bit for bit.
+        inner: what will run the graph: "eager" (traced to equal eager bit for bit) or "inductor"
+            (traced to the operators that it generates code for).
 
     Raises:
         CaptureError: control flow on tensor values, dynamic shapes, or an operator without a fake
@@ -104,8 +104,9 @@ def capture(
                 f"{type(model).__name__} returns nothing that requires a gradient\n"
                 "  call it under torch.no_grad() for inference, or let a parameter require one"
             )
-        table = eager_exact() if decompositions is None else decompositions
-        joint = _torch.export_joint(forward, leaves, table)
+        if inner == "eager":
+            restore_eager_operators(forward)
+        joint = _torch.export_joint(forward, leaves, decompositions_for(inner))
     constants = {
         name.removeprefix(_PREFIX): tensor
         for name, tensor in forward.named_buffers()

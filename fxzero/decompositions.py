@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
 
 from fxzero import _torch
 
@@ -30,6 +31,33 @@ def eager_exact() -> dict[Any, Callable[..., Any]]:
 def decompositions_for(inner: str) -> dict[Any, Callable[..., Any]]:
     """The decompositions to trace with for an inner compiler, "eager" or "inductor"."""
     return _torch.inductor_decompositions() if inner == "inductor" else eager_exact()
+
+
+def restore_eager_operators(forward: fx.GraphModule) -> None:
+    """Lets resampling in a forward graph be traced as what eager runs.
+
+    Tracing would replace it by formulas of its own, with other rounding.
+    """
+    for node in forward.graph.nodes:
+        if getattr(node.target, "_overloadpacket", None) in _RESAMPLING:
+            node.target = _torch.as_eager(node.target)
+    forward.recompile()
+
+
+_RESAMPLING = {
+    aten.upsample_nearest1d,
+    aten.upsample_nearest2d,
+    aten.upsample_nearest3d,
+    aten._upsample_nearest_exact1d,
+    aten._upsample_nearest_exact2d,
+    aten._upsample_nearest_exact3d,
+    aten.upsample_linear1d,
+    aten.upsample_bilinear2d,
+    aten.upsample_trilinear3d,
+    aten.upsample_bicubic2d,
+    aten._upsample_bilinear2d_aa,
+    aten._upsample_bicubic2d_aa,
+}
 
 
 def _native_dropout(tensor: torch.Tensor, p: float, train: bool | None) -> Any:

@@ -17,7 +17,6 @@ from torch import nn
 
 from fxzero.capture import capture
 from fxzero.cost import hardware_for
-from fxzero.decompositions import decompositions_for
 from fxzero.errors import BudgetError, PlanError
 from fxzero.graph import InputRole, TrainGraph
 from fxzero.optimizers import profile_optimizer
@@ -97,7 +96,7 @@ def plan(
         objective=objective,
         inner=inner,
     )
-    captured = capture(model, args, keywords, decompositions=decompositions_for(options.inner))
+    captured = capture(model, args, keywords, inner=options.inner)
     planner = Planner(captured.graph, options, name or type(model).__name__)
     try:
         return planner.decide().plan

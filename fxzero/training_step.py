@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from fxzero.capture import capture
-from fxzero.decompositions import decompositions_for
 from fxzero.errors import BudgetError, RuntimeStateError
 from fxzero.graph import InputRole, describe
 from fxzero.inner import compile_split
@@ -84,7 +83,7 @@ class TrainingStep:
             args,
             kwargs,
             differentiable=differentiable,
-            decompositions=decompositions_for(self.options.inner),
+            inner=self.options.inner,
         )
         self._wanted: tuple[int, ...] | None = None
         self._planner = Planner(
@@ -139,8 +138,7 @@ class TrainingStep:
         )
 
         def read(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
-            tensor = table[attribute]
-            assert tensor is not None
+            tensor: torch.Tensor = table[attribute]
             return tensor
 
         return read

@@ -1,0 +1,62 @@
+"""Operators that tracing would replace by other formulas run as eager runs them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxzero
+
+
+class Resampled(nn.Module):
+    def __init__(self, mode: str, align: bool | None) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3, padding=1)
+        self.mode, self.align = mode, align
+
+    def forward(self, image: Tensor) -> Tensor:
+        features = self.convolution(image)
+        larger = F.interpolate(features, size=(13, 11), mode=self.mode, align_corners=self.align)
+        return larger.square().mean()
+
+
+class Dropped(nn.Module):
+    def __init__(self, p: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32, dtype=dtype)
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.linear(x), self.p).square().float().sum()
+
+
+def assert_step_equals_eager(model: nn.Module, x: Tensor) -> None:
+    eager = copy.deepcopy(model)
+    compiled = fxzero.compile(model, inner="eager", optimizer="sgd")
+    found = []
+    for runner in (eager, compiled):
+        torch.manual_seed(3)
+        loss = runner(x)
+        loss.backward()
+        gradients = [p.grad for p in runner.parameters()]
+        found.append([loss.detach(), torch.rand(4), *gradients])
+    for expected, actual in zip(*found, strict=True):
+        assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize(
+    ("mode", "align"),
+    [("nearest", None), ("bilinear", False), ("bilinear", True), ("bicubic", False)],
+)
+def test_resampling_is_bitwise_that_of_eager(mode: str, align: bool | None) -> None:
+    assert_step_equals_eager(Resampled(mode, align), torch.randn(2, 3, 7, 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.37, 0.9, 1.0])
+def test_dropout_is_bitwise_that_of_eager(p: float, dtype: torch.dtype) -> None:
+    assert_step_equals_eager(Dropped(p, dtype), torch.randn(16, 32, dtype=dtype))
