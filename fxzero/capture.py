@@ -33,6 +33,7 @@ from fxzero import _torch
 from fxzero.decompositions import decompositions_for, restore_eager_operators
 from fxzero.errors import CaptureError, DeviceError
 from fxzero.graph import TrainGraph
+from fxzero.storages import storage_identity
 from fxzero.structure import Structure, flatten
 
 log = logging.getLogger(__name__)
@@ -154,10 +155,21 @@ class _Traced(nn.Module):
             i for i, t in enumerate(outputs) if t.requires_grad and t.is_floating_point()
         )
         self.record.differentiable = self._choose_differentiable(outputs)
-        return tuple(
-            tensor if index in self.record.differentiable else tensor.detach()
-            for index, tensor in enumerate(outputs)
-        )
+        return tuple(self._separate(outputs, leaves))
+
+    def _separate(
+        self, outputs: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        """Outputs with a tangent get memory of their own: aliases would have none in the graph."""
+        held = (*leaves, *self.model.parameters(), *self.model.buffers())
+        taken = {storage_identity(tensor) for tensor in held}
+        for index, tensor in enumerate(outputs):
+            if index not in self.record.differentiable:
+                yield tensor.detach()
+            else:
+                identity = storage_identity(tensor)
+                yield tensor.clone() if identity in taken else tensor
+                taken.add(identity)
 
     def _choose_differentiable(self, outputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
         attached = self.record.attached

@@ -57,7 +57,7 @@ def analyse(nodes: Iterable[fx.Node]) -> Storages:
         known = _argument_storages(node, of) if node.op != "placeholder" else inputs
         numbers = []
         for leaf in tensor_leaves(node.meta.get("val")):
-            key = _identity(leaf)
+            key = storage_identity(leaf)
             number = known.get(key)
             if number is None:
                 number = known[key] = len(sizes)
@@ -108,7 +108,8 @@ def _first_argument(node: fx.Node) -> torch.Tensor:
     return value
 
 
-def _identity(tensor: torch.Tensor) -> int:
+def storage_identity(tensor: torch.Tensor) -> int:
+    """A number that two tensors share exactly if they share their storage, while it lives."""
     identity: int = tensor.untyped_storage()._cdata
     return identity
 
@@ -117,7 +118,7 @@ def _argument_storages(node: fx.Node, of: dict[fx.Node, tuple[int, ...]]) -> dic
     known: dict[int, int] = {}
     for argument in node.all_input_nodes:
         leaves = tensor_leaves(argument.meta.get("val"))
-        known.update(zip(map(_identity, leaves), of.get(argument, ()), strict=True))
+        known.update(zip(map(storage_identity, leaves), of.get(argument, ()), strict=True))
     return known
 
 

@@ -21,7 +21,7 @@ from torch import fx
 
 from fxzero.execution import last_uses
 from fxzero.passes.partition import Split
-from fxzero.storages import Storages, analyse, is_scalar
+from fxzero.storages import Storages, analyse, is_scalar, storage_identity
 
 CUDA_GRANULARITY = 512
 # A loss outside the model and its gradient: scalars that the caller holds.
@@ -279,5 +279,5 @@ def _results(module: fx.GraphModule) -> list[fx.Node]:
 
 def tensor_bytes(tensors: Iterable[torch.Tensor], granularity: int = 1) -> int:
     """Bytes of the distinct storages behind ``tensors``, each rounded up."""
-    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    sizes = {storage_identity(t): t.untyped_storage().nbytes() for t in tensors}
     return sum(-(-size // granularity) * granularity for size in sizes.values())

@@ -172,7 +172,7 @@ class TrainingStep:
         roles = self._decided.emitted.split.inputs
         mutated = self._decided.emitted.split.mutated
         unplanned = [i for i in gradients if i not in self._captured.differentiable]
-        paths = ", ".join(self._captured.outputs.paths[i] for i in unplanned)
+        paths = ", ".join(self._captured.outputs.paths[i] or str(i) for i in unplanned)
         if mutated:
             raise RuntimeStateError(
                 f"a gradient came through output {paths}, but only the model's scalars were "
