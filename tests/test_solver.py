@@ -239,8 +239,9 @@ def checkpoint_every_block(name: str, model: nn.Module) -> None:
 
 def without_cache(name: str) -> tuple[Any, ...]:
     model, args, kwargs, loss = zoo.build(name)
-    if getattr(model, "config", None) is not None:
-        model.config.use_cache = False
+    for module in model.modules():
+        if getattr(module, "config", None) is not None:
+            module.config.use_cache = False
     return model, args, kwargs, loss
 
 
