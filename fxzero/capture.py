@@ -206,10 +206,17 @@ def check_devices(model: nn.Module, leaves: Sequence[torch.Tensor], inputs: Stru
     for leaf, path in zip(leaves, inputs.paths, strict=True):
         if leaf.device != device and leaf.ndim > 0 and not isinstance(leaf, _torch.FakeTensor):
             raise DeviceError(
-                f"input {path} lies on {leaf.device}, the parameters of "
+                f"input {_argument_name(path)} lies on {leaf.device}, the parameters of "
                 f"{type(model).__name__} on {device}\n"
                 f'  move it: batch.to("{device}"), or the model: model.to("{leaf.device}")'
             )
+
+
+def _argument_name(path: str) -> str:
+    """'args[0]' or 'input_ids' for a path into (args, kwargs)."""
+    if path.startswith("[0]"):
+        return "args" + path.removeprefix("[0]")
+    return path.removeprefix("[1]['").replace("']", "", 1)
 
 
 def _on_fake_tensors(

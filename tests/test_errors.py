@@ -240,7 +240,7 @@ def test_an_input_on_another_device_is_refused_by_its_place() -> None:
         model(x=X.to("meta"))
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("[FXZ202] input ")
-    assert "['x'] lies on meta, the parameters of Net on cpu" in lines[0]
+    assert "input x lies on meta, the parameters of Net on cpu" in lines[0]
     assert lines[1] == '  move it: batch.to("cpu"), or the model: model.to("meta")'
 
 
