@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -116,6 +117,26 @@ def test_a_joint_graph_marks_what_runs_in_the_backward() -> None:
 
 def test_mutated_inputs_of_a_joint_graph_are_known_by_position() -> None:
     assert _torch.mutated_input_positions(joint()) == {0: 4}
+
+
+def test_an_operator_as_eager_is_traced_as_its_own_kernel() -> None:
+    operator = torch.ops.aten.upsample_bilinear2d.vec
+
+    class Resample(nn.Module):
+        def __init__(self, run: Callable[..., Tensor]) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+            self.run = run
+
+        def forward(self, image: Tensor) -> tuple[Tensor]:
+            return (self.run(image * self.scale, [6, 6], False, None).sum(),)
+
+    def targets(run: Callable[..., Tensor]) -> set[str]:
+        joint = _torch.export_joint(Resample(run), [torch.randn(1, 1, 3, 3)], {})
+        return {str(node.target) for node in joint.graph.nodes}
+
+    assert "aten.upsample_bilinear2d_backward.default" in targets(_torch.as_eager(operator))
+    assert "aten.upsample_bilinear2d_backward.default" not in targets(operator)
 
 
 def test_a_joint_graph_takes_decompositions() -> None:
