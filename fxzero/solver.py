@@ -96,7 +96,7 @@ class Solver:
         return Solution(best, "feasible", None)
 
     def _allowed(self, saved: Iterable[int]) -> frozenset[int]:
-        return (frozenset(saved) | self.problem.must_save) - self.problem.must_recompute
+        return (frozenset(saved) - self.problem.must_recompute) | self.problem.must_save
 
     def _improve(self, schedule: Schedule) -> Schedule:
         """The same peak or less, cheaper: save what fits under the peak that is there anyway."""

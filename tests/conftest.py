@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401 - Inductor imports it, which fails after the standard distutils
 from hypothesis import settings
 
 # With the repository root on sys.path, kernels/ is found as top-level `kernels` and transformers
