@@ -273,7 +273,7 @@ class _State:
             check_devices(model, leaves, structure)
             self._announce(leaves)
             step = self.steps[key] = TrainingStep(
-                eager_view(model), args, kwargs, self.options, self.plan
+                model, eager_view(model), args, kwargs, self.options, self.plan
             )
         self.latest = step
         return step

@@ -12,6 +12,7 @@ meanwhile, and which outputs gradients come from.  The plan starts from the safe
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +40,10 @@ Source = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 class TrainingStep:
     """A model's training step for one combination of input shapes and modes.
 
+    Args:
+        model: the compiled model.
+        view: the same model as it was before it was compiled, which is traced.
+
     Attributes:
         shapes: the input shapes, for messages.
     """
@@ -46,6 +51,7 @@ class TrainingStep:
     def __init__(
         self,
         model: nn.Module,
+        view: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         options: Options,
@@ -54,7 +60,8 @@ class TrainingStep:
         self.options = options
         self.given = given
         self.shapes = ", ".join(describe(leaf) for leaf in flatten((args, kwargs))[0])
-        self._model = model
+        self._model = view
+        self._origin = weakref.ref(model)
         self._outputs_held: bool | None = None
         self._gradients_settled = False
         self._stale = False
@@ -132,6 +139,8 @@ class TrainingStep:
             constant = self._captured.constants[role.name]
             return lambda leaves: constant
         owner, _, attribute = role.name.rpartition(".")
+        if not owner:
+            return self._root_source(attribute)
         module = self._model.get_submodule(owner)
         table: dict[str, Any] = next(
             t for t in (module._parameters, module._buffers, vars(module)) if attribute in t
@@ -139,6 +148,16 @@ class TrainingStep:
 
         def read(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
             tensor: torch.Tensor = table[attribute]
+            return tensor
+
+        return read
+
+    def _root_source(self, attribute: str) -> Source:
+        """The model itself is asked, weakly: a step must not keep it alive, and it may change."""
+        origin = self._origin
+
+        def read(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
+            tensor: torch.Tensor = getattr(origin(), attribute)
             return tensor
 
         return read

@@ -569,11 +569,6 @@ def test_tensors_that_are_neither_parameters_nor_buffers_are_followed() -> None:
     assert_trains_alike(model, twin, X, Y)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a step holds the root module's attributes as they were when it was traced "
-    "(compiler.eager_view copies the instance dict), so another tensor put there is not seen",
-)
 def test_a_plain_tensor_attribute_that_is_replaced_is_followed() -> None:
     model, twin = pair(Constants)
     assert_trains_alike(model, twin, X, Y)
