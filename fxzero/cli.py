@@ -214,7 +214,7 @@ def doctor() -> None:
 
 @cli.command()
 @click.option("--memory-budget", metavar="SIZE", help="[default: one that is tight for the model]")
-@click.option("--steps", type=int, default=20, show_default=True)
+@click.option("--steps", type=int, default=12, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Write plan and page to this folder.")
 def demo(memory_budget: str | None, steps: int, out: Path | None) -> None:
     """Plan and train a small model under a byte budget."""

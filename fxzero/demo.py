@@ -110,7 +110,7 @@ class DemoResult:
 
 def run(
     memory_budget: str | None = None,
-    steps: int = 30,
+    steps: int = 12,
     out: Path | str | None = None,
     *,
     config: DemoConfig | None = None,
