@@ -43,6 +43,9 @@ class Case:
     dropout: float
 
 
+Family = Callable[[Size, float], tuple[nn.Module, Inputs]]
+
+
 class Loss(nn.Module):
     """A model reduced to its loss."""
 
@@ -70,13 +73,19 @@ def build(name: str, *, quick: bool, dropout: float, dtype: torch.dtype, device:
     )
 
 
-def _library(name: str, **config: Any) -> nn.Module:
+def _library(
+    name: str, inputs: Callable[[Size], Inputs], config: Callable[[Size, float], dict[str, Any]]
+) -> Family:
     """A model of transformers with random weights; the library is imported when it is built."""
-    import transformers
 
-    transformers.logging.set_verbosity_error()
-    kind = getattr(transformers, name)
-    return kind(kind.config_class(**config))
+    def family(size: Size, dropout: float) -> tuple[nn.Module, Inputs]:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        kind = getattr(transformers, name)
+        return kind(kind.config_class(**config(size, dropout))), inputs(size)
+
+    return family
 
 
 def _text(size: Size) -> Inputs:
@@ -91,97 +100,87 @@ def _images(size: Size) -> Inputs:
     }
 
 
-def _gpt2(size: Size, dropout: float) -> tuple[nn.Module, Inputs]:
-    model = _library(
-        "GPT2LMHeadModel",
-        vocab_size=size.vocab,
-        n_embd=size.width,
-        n_layer=size.layers,
-        n_head=size.width // 64,
-        n_positions=size.length,
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
-    return model, _text(size)
+def _gpt2(size: Size, dropout: float) -> dict[str, Any]:
+    return {
+        "vocab_size": size.vocab,
+        "n_embd": size.width,
+        "n_layer": size.layers,
+        "n_head": size.width // 64,
+        "n_positions": size.length,
+        "resid_pdrop": dropout,
+        "embd_pdrop": dropout,
+        "attn_pdrop": dropout,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "use_cache": False,
+    }
 
 
-def _llama(size: Size, dropout: float) -> tuple[nn.Module, Inputs]:
-    model = _library(
-        "LlamaForCausalLM",
-        vocab_size=size.vocab,
-        hidden_size=size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.width // 32,
-        num_key_value_heads=size.width // 64,
-        intermediate_size=size.width * 8 // 3,
-        max_position_embeddings=size.length,
-        attention_dropout=dropout,
-        use_cache=False,
-    )
-    return model, _text(size)
+def _transformer(size: Size) -> dict[str, Any]:
+    """What the configurations of BERT, ViT and Llama have in common."""
+    return {
+        "hidden_size": size.width,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.width // 32,
+    }
 
 
-def _bert(size: Size, dropout: float) -> tuple[nn.Module, Inputs]:
-    model = _library(
-        "BertForMaskedLM",
-        vocab_size=size.vocab,
-        hidden_size=size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.width // 32,
-        intermediate_size=size.width * 4,
-        max_position_embeddings=size.length,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    return model, _text(size)
+def _llama(size: Size, dropout: float) -> dict[str, Any]:
+    return _transformer(size) | {
+        "vocab_size": size.vocab,
+        "num_key_value_heads": size.width // 64,
+        "intermediate_size": size.width * 8 // 3,
+        "max_position_embeddings": size.length,
+        "attention_dropout": dropout,
+        "use_cache": False,
+    }
 
 
-def _t5(size: Size, dropout: float) -> tuple[nn.Module, Inputs]:
-    model = _library(
-        "T5ForConditionalGeneration",
-        vocab_size=size.vocab,
-        d_model=size.width,
-        d_kv=32,
-        d_ff=size.width * 4,
-        num_layers=size.layers,
-        num_heads=size.width // 32,
-        dropout_rate=dropout,
-        decoder_start_token_id=0,
-        use_cache=False,
-    )
-    return model, _text(size)
+def _encoder(size: Size, dropout: float) -> dict[str, Any]:
+    return _transformer(size) | {
+        "intermediate_size": size.width * 4,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
 
 
-def _vit(size: Size, dropout: float) -> tuple[nn.Module, Inputs]:
-    model = _library(
-        "ViTForImageClassification",
-        hidden_size=size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.width // 32,
-        intermediate_size=size.width * 4,
-        image_size=size.length,
-        patch_size=4,
-        num_labels=size.vocab,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    return model, _images(size)
+def _bert(size: Size, dropout: float) -> dict[str, Any]:
+    return _encoder(size, dropout) | {
+        "vocab_size": size.vocab,
+        "max_position_embeddings": size.length,
+    }
 
 
-def _resnet(size: Size, dropout: float) -> tuple[nn.Module, Inputs]:
-    model = _library(
-        "ResNetForImageClassification",
-        embedding_size=size.width,
-        hidden_sizes=[size.width, size.width * 2, size.width * 4],
-        depths=[size.layers] * 3,
-        layer_type="basic",
-        num_labels=size.vocab,
-    )
-    return model, _images(size)
+def _vit(size: Size, dropout: float) -> dict[str, Any]:
+    return _encoder(size, dropout) | {
+        "image_size": size.length,
+        "patch_size": 4,
+        "num_labels": size.vocab,
+    }
+
+
+def _t5(size: Size, dropout: float) -> dict[str, Any]:
+    return {
+        "vocab_size": size.vocab,
+        "d_model": size.width,
+        "d_kv": 32,
+        "d_ff": size.width * 4,
+        "num_layers": size.layers,
+        "num_heads": size.width // 32,
+        "dropout_rate": dropout,
+        "decoder_start_token_id": 0,
+        "use_cache": False,
+    }
+
+
+def _resnet(size: Size, dropout: float) -> dict[str, Any]:
+    return {
+        "embedding_size": size.width,
+        "hidden_sizes": [size.width, size.width * 2, size.width * 4],
+        "depths": [size.layers] * 3,
+        "layer_type": "basic",
+        "num_labels": size.vocab,
+    }
 
 
 def _unet(size: Size, dropout: float) -> tuple[nn.Module, Inputs]:
@@ -193,16 +192,21 @@ def _unet(size: Size, dropout: float) -> tuple[nn.Module, Inputs]:
     return model, {"image": image, "target": image.flip(-1)}
 
 
-Family = Callable[[Size, float], tuple[nn.Module, Inputs]]
+GPT2 = _library("GPT2LMHeadModel", _text, _gpt2)
+LLAMA = _library("LlamaForCausalLM", _text, _llama)
+BERT = _library("BertForMaskedLM", _text, _bert)
+T5 = _library("T5ForConditionalGeneration", _text, _t5)
+VIT = _library("ViTForImageClassification", _images, _vit)
+RESNET = _library("ResNetForImageClassification", _images, _resnet)
 
 # name: family, full size, quick size
 MODELS: dict[str, tuple[Family, Size, Size]] = {
-    "gpt2": (_gpt2, Size(6, 384, 4, 512, 8192), Size(4, 128, 4, 128, 512)),
-    "gpt2-24": (_gpt2, Size(24, 384, 2, 512, 8192), Size(8, 128, 4, 128, 512)),
-    "llama": (_llama, Size(8, 384, 4, 512, 4096), Size(4, 128, 4, 128, 512)),
-    "bert": (_bert, Size(8, 384, 8, 256, 4096), Size(4, 128, 4, 128, 512)),
-    "vit": (_vit, Size(8, 384, 8, 64, 100), Size(4, 128, 4, 48, 10)),
-    "resnet": (_resnet, Size(2, 48, 16, 128, 100), Size(1, 16, 8, 64, 10)),
-    "t5": (_t5, Size(4, 384, 4, 256, 4096), Size(2, 128, 4, 96, 512)),
+    "gpt2": (GPT2, Size(6, 384, 4, 512, 8192), Size(4, 128, 4, 128, 512)),
+    "gpt2-24": (GPT2, Size(24, 384, 2, 512, 8192), Size(8, 128, 4, 128, 512)),
+    "llama": (LLAMA, Size(8, 384, 4, 512, 4096), Size(4, 128, 4, 128, 512)),
+    "bert": (BERT, Size(8, 384, 8, 256, 4096), Size(4, 128, 4, 128, 512)),
+    "vit": (VIT, Size(8, 384, 8, 64, 100), Size(4, 128, 4, 48, 10)),
+    "resnet": (RESNET, Size(2, 48, 16, 128, 100), Size(1, 16, 8, 64, 10)),
+    "t5": (T5, Size(4, 384, 4, 256, 4096), Size(2, 128, 4, 96, 512)),
     "unet": (_unet, Size(5, 24, 8, 96, 0), Size(4, 8, 4, 64, 0)),
 }

@@ -41,10 +41,6 @@ class Variant:
     build: Callable[[Setting], nn.Module]
 
 
-# What a row of fxzero may use, for an inner compiler.
-Budget = Callable[[Setting, str], int | None]
-
-
 # The bytes that fxzero may use in a row, for an inner compiler; None: no limit.
 Budget = Callable[[Setting, str], int | None]
 

@@ -93,16 +93,9 @@ def describe_input(node: fx.Node) -> tuple[str, str | int]:
     from torch._functorch._aot_autograd import descriptors
 
     desc = node.meta["desc"]
-    if isinstance(desc, descriptors.ParamAOTInput):
-        return "parameter", desc.target
-    if isinstance(desc, descriptors.BufferAOTInput):
-        return "buffer", desc.target
-    if isinstance(desc, descriptors.PlainAOTInput):
-        return "input", desc.idx
     if isinstance(desc, descriptors.TangentAOTInput):
-        which = getattr(desc.output, "idx", -1)
-        return "tangent", which
-    return "input", -1
+        return "tangent", getattr(desc.output, "idx", -1)
+    return _module_input(desc) or ("input", -1)
 
 
 def describe_outputs(joint: fx.GraphModule) -> list[tuple[str, Any]]:
@@ -123,13 +116,14 @@ def _describe_output_desc(desc: Any) -> tuple[str, Any]:
     if isinstance(desc, descriptors.PlainAOTOutput):
         return "output", desc.idx
     if isinstance(desc, descriptors.InputMutationAOTOutput):
-        return "mutation", _describe_input_desc(desc.mutated_input)
+        return "mutation", _module_input(desc.mutated_input)
     if isinstance(desc, descriptors.GradAOTOutput):
-        return "gradient", _describe_input_desc(desc.grad_of)
-    raise NotImplementedError(f"output {desc!r}")
+        return "gradient", _module_input(desc.grad_of)
+    raise TypeError(f"a joint graph with an output of unknown meaning: {desc!r}")
 
 
-def _describe_input_desc(desc: Any) -> tuple[str, str | int]:
+def _module_input(desc: Any) -> tuple[str, str | int] | None:
+    """What a descriptor says of an input that the module itself has; None for any other."""
     from torch._functorch._aot_autograd import descriptors
 
     if isinstance(desc, descriptors.ParamAOTInput):
@@ -138,7 +132,7 @@ def _describe_input_desc(desc: Any) -> tuple[str, str | int]:
         return "buffer", desc.target
     if isinstance(desc, descriptors.PlainAOTInput):
         return "input", desc.idx
-    raise NotImplementedError(f"input {desc!r}")
+    return None
 
 
 def is_backward_node(node: fx.Node) -> bool:

@@ -96,13 +96,13 @@ class _Piece:
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Called by AOTAutograd with the joint graph; returns forward and backward."""
         graph = self._with_roles(joint, num_fwd_outputs)
-        notes = (
+        unapplied = (
             ("one piece of a model with graph breaks: the budget is this piece's alone",)
             if self.partial
             else ()
         )
         planner = Planner(
-            graph, self.options, "torch.compile graph", writes_buffers=False, notes=notes
+            graph, self.options, "torch.compile graph", writes_buffers=False, unapplied=unapplied
         )
         decided = planner.decide()
         log.info("%s", decided.plan)

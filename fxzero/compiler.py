@@ -22,7 +22,7 @@ from torch import nn
 from fxzero import _torch
 from fxzero.capture import check_devices
 from fxzero.errors import RecompileLimitError, UsageError, unknown_option
-from fxzero.graph import describe
+from fxzero.graph import describe_all
 from fxzero.options import Options, call_arguments, check_options, model_device
 from fxzero.plans import Plan
 from fxzero.structure import Structure, flatten
@@ -73,7 +73,8 @@ def compile(
         objective: what recompute costs: "time" or "flops".
         inner: "inductor" or "eager"; None: inductor where a compiler is present.
         plan: a Plan or a path to one, replayed without a solver for the graph it was made for.
-        strict: what cannot be applied is an error, not a note in the plan.
+        strict: what cannot be applied (a pass that is switched off, a value that was to be
+            recomputed but may not) is an error, not a note in the plan.
 
     Raises:
         UsageError: an option that cannot be right.
@@ -282,7 +283,7 @@ class _State:
         if len(self.steps) >= self.recompile_limit:
             shapes = "; ".join(step.shapes for step in self.steps.values())
             raise RecompileLimitError(
-                f"graph number {len(self.steps) + 1} for inputs {_shapes(leaves)}, but "
+                f"graph number {len(self.steps) + 1} for inputs {describe_all(leaves)}, but "
                 f"recompile_limit is {self.recompile_limit}\n  compiled so far for: {shapes}\n"
                 "  pad inputs to a few fixed shapes, or raise model.recompile_limit"
             )
@@ -291,12 +292,8 @@ class _State:
                 "compiling graph %d of at most %d: new input shapes or modes %s",
                 len(self.steps) + 1,
                 self.recompile_limit,
-                _shapes(leaves),
+                describe_all(leaves),
             )
-
-
-def _shapes(leaves: Sequence[torch.Tensor]) -> str:
-    return ", ".join(describe(leaf) for leaf in leaves)
 
 
 def _key(model: nn.Module, leaves: Sequence[torch.Tensor], structure: Structure) -> Hashable:

@@ -13,7 +13,7 @@ Passes return a new TrainGraph; the graph behind an old one may have been rewrit
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -144,3 +144,8 @@ def describe(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "(" + ", ".join(describe(item) for item in value) + ")"
     return repr(value)
+
+
+def describe_all(values: Iterable[Any]) -> str:
+    """``describe`` of each value, in one line."""
+    return ", ".join(map(describe, values))

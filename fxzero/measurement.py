@@ -23,6 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fxzero import _torch
+from fxzero.storages import storage_identity
 from fxzero.structure import flatten
 
 
@@ -123,8 +124,8 @@ class StorageCounter(_torch.TransparentDispatchMode):
     def _count(self, tensor: torch.Tensor, existed: bool = False) -> None:
         if not _torch.is_plain(tensor):
             return
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        storage, key = tensor.untyped_storage(), storage_identity(tensor)
+        size = storage.nbytes()
         known = self._seen.get(key)
         if known is None:
             weakref.finalize(storage, self._free, key)

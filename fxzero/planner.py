@@ -8,6 +8,7 @@ graphs, and if it exceeds the budget the solver is asked again with less.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,15 +18,17 @@ from torch import nn
 
 from fxzero.capture import capture
 from fxzero.cost import hardware_for
-from fxzero.errors import BudgetError, PlanError
+from fxzero.errors import BudgetError, PlanError, UsageError
 from fxzero.graph import InputRole, TrainGraph
 from fxzero.optimizers import profile_optimizer
 from fxzero.options import Options, call_arguments, check_options, device_of, model_device
 from fxzero.passes.context import PassContext
 from fxzero.passes.partition import Split, partition
-from fxzero.passes.runner import run_passes
+from fxzero.passes.pipeline import select, skipped_passes
+from fxzero.passes.runner import checking, run_passes
+from fxzero.passes.spec import check_split
 from fxzero.plans import Decisions, Plan, Rematerialization
-from fxzero.policies import settled_nodes
+from fxzero.policies import settled_nodes, unmet_wishes
 from fxzero.problem import build_problem
 from fxzero.schedule import Schedule
 from fxzero.solver import Solution, Solver
@@ -69,6 +72,7 @@ def plan(
     recompute: Any = "auto",
     objective: str = "time",
     inner: str = "eager",
+    strict: bool = False,
     name: str | None = None,
 ) -> Plan:
     """A Plan for training ``model`` on one device, without running it.
@@ -95,6 +99,7 @@ def plan(
         recompute=recompute,
         objective=objective,
         inner=inner,
+        strict=strict,
     )
     captured = capture(model, args, keywords, inner=options.inner)
     planner = Planner(captured.graph, options, name or type(model).__name__)
@@ -105,7 +110,14 @@ def plan(
 
 
 class Planner:
-    """Plans one captured graph for any number of budgets; the graph itself is never changed."""
+    """Plans one captured graph for any number of budgets; the graph itself is never changed.
+
+    Args:
+        outputs_held: whether the caller keeps the model's outputs during the backward.
+        writes_buffers: whether the graph updates buffers itself, or returns their new values.
+        unapplied: what the caller could not apply; more is found here, and all of it is an error
+            under ``strict`` and a note in the Plan otherwise.
+    """
 
     def __init__(
         self,
@@ -115,14 +127,13 @@ class Planner:
         *,
         outputs_held: bool = True,
         writes_buffers: bool = True,
-        notes: tuple[str, ...] = (),
+        unapplied: tuple[str, ...] = (),
     ) -> None:
         self.graph = graph
         self.writes_buffers = writes_buffers
         self.options = options
         self.name = name
         self.outputs_held = outputs_held
-        self.notes = notes
         arguments = [(role, node.meta["val"]) for role, node in graph.pairs()]
         self.device = device_of([value for _, value in arguments])
         trainable = [value for role, value in arguments if role in graph.trainable]
@@ -135,6 +146,16 @@ class Planner:
         self.fixed_bytes = self.optimizer.state_bytes + tensor_bytes(held, self.granularity)
         self.fixed_bytes += LOSS_SCALARS if self.loss_bytes else 0
         self.hardware = hardware_for(self.device)
+        self.settled = settled_nodes(graph, options.recompute)
+        skipped = skipped_passes()
+        self.recompute = "none" if "rematerialize" in skipped else options.recompute
+        self.unapplied = (
+            *unapplied,
+            *unmet_wishes(graph, self.settled),
+            *(f"pass {name} is switched off by FXZERO_SKIP" for name in skipped),
+        )
+        if self.unapplied and options.strict:
+            raise UsageError("strict=True, but\n  " + "\n  ".join(self.unapplied))
 
     @cached_property
     def solver(self) -> Solver:
@@ -146,7 +167,7 @@ class Planner:
             outputs_held=self.outputs_held,
             loss_bytes=self.loss_bytes,
             granularity=self.granularity,
-            policy=settled_nodes(self.graph, self.options.recompute),
+            policy=self.settled,
         )
         return Solver(problem, objective=self.options.objective)
 
@@ -175,7 +196,7 @@ class Planner:
 
     def _smallest_schedule(self) -> Schedule:
         """The smallest peak that the ``recompute`` option can reach."""
-        if self.options.recompute == "none":
+        if self.recompute == "none":
             return self.solver.everything
         return self.solver.smallest
 
@@ -194,21 +215,24 @@ class Planner:
             )
         return Decided(plan, self._carry_out(plan.decisions))
 
-    def observing(self, decided: Decided, *, outputs_held: bool) -> tuple[Planner, Decided]:
-        """A planner that knows the caller's habit, and what ``decided`` comes to under it."""
-        other = Planner(
-            self.graph, self.options, self.name, outputs_held=outputs_held, notes=self.notes
-        )
+    def observing(self, *, outputs_held: bool) -> Planner:
+        """The same planner for a caller who holds the outputs during the backward, or does not."""
+        other = copy.copy(self)
+        other.outputs_held = outputs_held
+        vars(other).pop("solver", None)
+        return other
+
+    def restate(self, decided: Decided) -> Decided:
+        """What another planner's decisions come to under this one's assumptions."""
         emitted = decided.emitted
-        emitted = replace(emitted, timeline=simulate(emitted.split, other._surroundings()))
-        facts = other._facts(emitted, decided.plan.decisions)
-        plan = summarise(facts, status=decided.plan.status, gap=decided.plan.gap)
-        return other, Decided(plan, emitted)
+        emitted = replace(emitted, timeline=simulate(emitted.split, self._surroundings()))
+        facts = self._facts(emitted, decided.plan.decisions)
+        return Decided(summarise(facts, status=decided.plan.status, gap=decided.plan.gap), emitted)
 
     def _solve(self, budget: int | None) -> Solution | None:
-        if self.options.recompute == "none":
+        if self.recompute == "none":
             schedule = self.solver.everything
-        elif self.options.recompute == "full":
+        elif self.recompute == "full":
             schedule = self.solver.smallest
         else:
             return self.solver.solve(budget)
@@ -234,8 +258,11 @@ class Planner:
 
     def _carry_out(self, decisions: Decisions) -> Emitted:
         context = PassContext(decisions, self.device, self.writes_buffers)
-        graph, reports = run_passes(self.graph.copy(), context)
+        passes = select(skipped_passes())
+        graph, reports = run_passes(self.graph.copy(), context, passes)
         split = partition(graph)
+        if checking():
+            check_split(split)
         timeline = simulate(split, self._surroundings())
         return Emitted(split, timeline, tuple(report.name for report in reports))
 
@@ -261,7 +288,7 @@ class Planner:
             everything=self.solver.everything,
             outputs_held=self.outputs_held,
             loss_bytes=self.loss_bytes,
-            notes=self.notes,
+            unapplied=self.unapplied,
         )
 
     def _budget_error(self, budget: int) -> BudgetError:

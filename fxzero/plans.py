@@ -22,6 +22,8 @@ from fxzero.errors import PlanError
 
 SCHEMA_VERSION = 1
 _MAX_FILE_BYTES = 256 * 2**20
+# Larger than any count of bytes or operations; such numbers would overflow later.
+_LARGEST = 10**30
 _STATUSES = ("optimal", "feasible", "infeasible", "timeout")
 
 
@@ -234,11 +236,12 @@ class Plan:
         path = Path(path)
         try:
             size = path.stat().st_size
-            if size > _MAX_FILE_BYTES:
-                raise PlanError(f"{path} has {size} bytes, more than a plan can have")
-            return cls.from_json(path.read_text())
-        except (OSError, UnicodeDecodeError) as error:
+            text = path.read_text() if size <= _MAX_FILE_BYTES else None
+        except (OSError, ValueError) as error:
             raise PlanError(f"cannot read plan {path}: {error}") from None
+        if text is None:
+            raise PlanError(f"{path} has {size} bytes, more than a plan can have")
+        return cls.from_json(text)
 
     def to_html(self, path: str | Path) -> None:
         """Writes one self-contained HTML page."""
@@ -274,8 +277,10 @@ def read_value(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise PlanError(f"{where} must be an object, not {type(value).__name__}")
         return {key: read_value(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and type(value) in (int, float):
+    if kind is float and type(value) in (int, float) and abs(value) < _LARGEST:
         return float(value)
+    if kind is int and type(value) is int and abs(value) >= _LARGEST:
+        raise PlanError(f"{where} is larger than anything that is counted")
     if type(value) is not kind:
         raise PlanError(f"{where} must be {kind.__name__}, not {type(value).__name__}")
     return value

@@ -7,7 +7,8 @@ nodes, "save" or "recompute".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fxzero.errors import UsageError
 from fxzero.graph import TrainGraph
+from fxzero.problem import is_recomputable
 
 RecomputeOption = str | Callable[[fx.Node], Any]
 MODES = ("auto", "none", "full")
@@ -49,6 +51,17 @@ def settled_nodes(graph: TrainGraph, recompute: RecomputeOption) -> dict[str, st
                 if choice is not None:
                     settled[node.name] = choice
     return settled
+
+
+def unmet_wishes(graph: TrainGraph, settled: Mapping[str, str]) -> list[str]:
+    """A note on every value that was to be recomputed but whose operator may not run twice."""
+    return [
+        f"{node.name} is saved and not recomputed: {node.target} may not run twice"
+        for node in graph.graph.nodes
+        if settled.get(node.name) == "recompute"
+        and node.target is not operator.getitem
+        and not is_recomputable(node)
+    ]
 
 
 def name_of(node: fx.Node) -> str | None:

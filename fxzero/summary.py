@@ -57,7 +57,7 @@ class Facts:
     everything: Schedule
     outputs_held: bool
     loss_bytes: int
-    notes: tuple[str, ...]
+    unapplied: tuple[str, ...]
 
 
 def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
@@ -273,7 +273,7 @@ def _thin(points: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 def _notes(facts: Facts) -> tuple[str, ...]:
-    notes = list(facts.notes)
+    notes = list(facts.unapplied)
     notes.append(
         "the caller is taken to hold the model's outputs during the backward"
         if facts.outputs_held

@@ -21,7 +21,7 @@ from torch import nn
 
 from fxzero.capture import capture
 from fxzero.errors import BudgetError, RuntimeStateError
-from fxzero.graph import InputRole, describe
+from fxzero.graph import InputRole, describe_all
 from fxzero.inner import compile_split
 from fxzero.options import Options
 from fxzero.planner import Decided, Planner
@@ -59,23 +59,23 @@ class TrainingStep:
     ) -> None:
         self.options = options
         self.given = given
-        self.shapes = ", ".join(describe(leaf) for leaf in flatten((args, kwargs))[0])
+        self.shapes = describe_all(flatten((args, kwargs))[0])
         self._model = view
         self._origin = weakref.ref(model)
-        self._outputs_held: bool | None = None
+        self._outputs_held = True
+        self._outputs_seen = False
         self._gradients_settled = False
-        self._stale = False
+        self._decided: Decided
         self._recapture(args, kwargs, None)
 
     @property
     def plan(self) -> Plan:
+        self._follow_outputs()
         return self._decided.plan
 
     def run(self, leaves: Sequence[torch.Tensor]) -> Any:
         """The model's return value for flat inputs, attached to autograd."""
-        if self._stale:
-            self._stale = False
-            self._plan_again()
+        self._follow_outputs()
         if self._wanted is not None:
             args, kwargs = self._captured.inputs.fill(leaves)
             self._recapture(args, kwargs, self._wanted)
@@ -97,14 +97,19 @@ class TrainingStep:
             self._captured.graph,
             self.options,
             type(self._model).__name__,
-            outputs_held=self._outputs_held is not False,
+            outputs_held=self._outputs_held,
         )
-        replayed = self.given is not None and differentiable is None
-        self._adopt(
-            self._planner.replay(self.given)
-            if replayed and self.given is not None
-            else self._planner.decide()
-        )
+        given = self.given if differentiable is None else None
+        self._adopt(self._planner.decide() if given is None else self._planner.replay(given))
+
+    def _follow_outputs(self) -> None:
+        """Counts the outputs as the last backward has shown them: held by the caller or not."""
+        if self._planner.outputs_held == self._outputs_held:
+            return
+        self._planner = self._planner.observing(outputs_held=self._outputs_held)
+        self._decided = self._planner.restate(self._decided)
+        if self.given is None and self._worth_planning_again():
+            self._plan_again()
 
     def _plan_again(self) -> None:
         """A cheaper plan for what is known now; a plan that fits is not given up for less."""
@@ -164,12 +169,8 @@ class TrainingStep:
 
     def observe(self, outputs_held: bool, received: tuple[int, ...]) -> None:
         """What a backward has shown: are outputs alive, and which got a gradient."""
-        if outputs_held != self._planner.outputs_held and self._outputs_held is not True:
-            self._planner, self._decided = self._planner.observing(
-                self._decided, outputs_held=outputs_held
-            )
-            self._stale = self.given is None and self._worth_planning_again()
-        self._outputs_held = self._outputs_held is True or outputs_held
+        self._outputs_held = outputs_held or (self._outputs_seen and self._outputs_held)
+        self._outputs_seen = True
         if not self._gradients_settled and received:
             self._gradients_settled = True
             if set(received) < set(self._captured.differentiable) and self.given is None:

@@ -1,17 +1,20 @@
 """The passes in the order in which they run: a list that prints and that names switch off.
 
+    FXZERO_SKIP=name,name    run without these passes; the Plan notes it
+
 rematerialize runs first: it rebuilds views in the backward, so that write_back sees which buffers
 the backward still reads.  replay_randomness needs the clones that rematerialize makes.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from fxzero.errors import unknown_option
+from fxzero.errors import UsageError, unknown_option
 from fxzero.graph import TrainGraph
 from fxzero.passes.context import PassContext
 from fxzero.passes.rematerialize import rematerialize_pass
@@ -28,27 +31,51 @@ class Pass:
     Attributes:
         numerics: "exact" if every result stays bitwise the same, "changes" if not.
         summary: the first line of the docstring of the module that defines the pass.
+        completes: what would be wrong without this pass: "capture", or the pass whose work it
+            finishes; "" if it may be left out.
     """
 
     name: str
     function: PassFunction
     numerics: Literal["exact", "changes"]
     summary: str
+    completes: str = ""
 
 
 def make_pass(
-    name: str, function: PassFunction, *, numerics: Literal["exact", "changes"] = "exact"
+    name: str,
+    function: PassFunction,
+    *,
+    numerics: Literal["exact", "changes"] = "exact",
+    completes: str = "",
 ) -> Pass:
     """A pass, with the summary that its own module gives."""
     docstring = sys.modules[function.__module__].__doc__ or ""
-    return Pass(name, function, numerics, docstring.strip().partition("\n")[0])
+    return Pass(name, function, numerics, docstring.strip().partition("\n")[0], completes)
 
 
 PASSES: tuple[Pass, ...] = (
     make_pass("rematerialize", rematerialize_pass),
-    make_pass("write_back", write_back_pass),
-    make_pass("replay_randomness", replay_randomness_pass),
+    make_pass("write_back", write_back_pass, completes="capture"),
+    make_pass("replay_randomness", replay_randomness_pass, completes="rematerialize"),
 )
+
+
+def skipped_passes() -> tuple[str, ...]:
+    """Names in the environment's FXZERO_SKIP.
+
+    Raises:
+        UsageError: a pass that is needed by what still runs, or that nobody knows.
+    """
+    names = tuple(name for name in os.environ.get("FXZERO_SKIP", "").split(",") if name)
+    skipped = set(PASSES) - set(select(names))
+    for item in PASSES:
+        if item in skipped and item.completes and item.completes not in names:
+            raise UsageError(
+                f"FXZERO_SKIP={','.join(names)}: pass {item.name} completes {item.completes}; "
+                "results would be wrong without it"
+            )
+    return names
 
 
 def select(disabled: Collection[str]) -> tuple[Pass, ...]:

@@ -3,6 +3,7 @@
 Environment:
     FXZERO_SPEC=1     check the law of ``passes/spec.py`` before the first pass and after each
     FXZERO_DUMP=DIR   write the graph before and after each pass to DIR
+    FXZERO_SKIP=...   passes to leave out, see ``passes/pipeline.py``
 
 Invariant: a pass that fails, or breaks the law, ends in an InternalError that names a directory
 from which ``fxzero replay`` runs the same passes over the same graph.
@@ -56,7 +57,7 @@ def run_passes(
         InternalError: a pass failed; a GraphLawError if it left a graph that breaks the law.
     """
     if check is None:
-        check = os.environ.get("FXZERO_SPEC") == "1"
+        check = checking()
     if dump is None and os.environ.get("FXZERO_DUMP"):
         dump = Path(os.environ["FXZERO_DUMP"])
     original = graph.copy()  # passes rewrite in place
@@ -69,6 +70,11 @@ def run_passes(
             error.add_note(f"no reproducer was written: {type(failure).__name__}: {failure}")
             raise error from error.__cause__
         raise error.with_reproducer(directory) from error.__cause__
+
+
+def checking() -> bool:
+    """Whether the environment asks for the law to be checked."""
+    return os.environ.get("FXZERO_SPEC") == "1"
 
 
 def replay(path: str | Path) -> str:

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import graphs
 import pytest
+import torch
+from torch import nn
 from torch.testing import FileCheck
 
+import fxzero
 from fxzero.errors import UsageError
 from fxzero.graph import TrainGraph
 from fxzero.passes.context import PassContext
@@ -158,6 +161,26 @@ def test_a_pass_is_switched_off_by_name() -> None:
 def test_an_unknown_pass_is_a_usage_error_with_the_nearest_name() -> None:
     with pytest.raises(UsageError, match="did you mean 'write_back'"):
         select(["write_bak"])
+
+
+def test_the_environment_switches_passes_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)), torch.randn(4, 8)
+    monkeypatch.setenv("FXZERO_SKIP", "rematerialize,replay_randomness")
+    plan = fxzero.plan(model, (x,), recompute="full")
+    assert plan.passes == ("write_back",)
+    assert plan.decisions.recompute == ()
+    assert "pass rematerialize is switched off by FXZERO_SKIP" in plan.notes
+    with pytest.raises(UsageError, match="strict=True, but\n  pass rematerialize is switched off"):
+        fxzero.compile(model, (x,), strict=True, inner="eager")
+
+
+@pytest.mark.parametrize("name", ["write_back", "replay_randomness"])
+def test_a_pass_that_others_need_is_not_switched_off(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FXZERO_SKIP", name)
+    with pytest.raises(UsageError, match=f"pass {name} completes .*results would be wrong"):
+        fxzero.plan(nn.Linear(4, 4), (torch.randn(2, 4),))
 
 
 def test_reports_count_nodes_and_time_including_the_check() -> None:

@@ -116,6 +116,8 @@ def test_an_unknown_field_is_refused_by_name() -> None:
         (("status",), "great", r"plan.status is 'great'"),
         (("schema_version",), 2, r"plan has schema_version 2, this fxzero reads 1"),
         (("schema_version",), True, r"schema_version must be int, not bool"),
+        (("peak_bytes",), 10**400, r"plan.peak_bytes is larger than anything"),
+        (("step_seconds",), 10**400, r"plan.step_seconds must be float, not int"),
     ],
 )
 def test_the_error_names_the_field(path: tuple[Any, ...], other: Any, message: str) -> None:
@@ -146,6 +148,11 @@ def test_a_file_that_is_no_plan_is_refused_by_name(tmp_path: Path, content: byte
         path.write_bytes(content)
     with pytest.raises(PlanError):
         Plan.load(path)
+
+
+def test_a_path_that_cannot_be_is_refused() -> None:
+    with pytest.raises(PlanError, match="cannot read plan"):
+        Plan.load("a\0b")
 
 
 def test_a_folder_is_no_plan(tmp_path: Path) -> None:
