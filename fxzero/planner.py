@@ -29,9 +29,9 @@ from fxzero.passes.runner import checking, run_passes
 from fxzero.passes.spec import check_split
 from fxzero.plans import Decisions, Plan, Rematerialization
 from fxzero.policies import settled_nodes, unmet_wishes
-from fxzero.problem import build_problem
-from fxzero.schedule import Schedule
-from fxzero.solver import Solution, Solver
+from fxzero.solver.problem import build_problem
+from fxzero.solver.schedule import Schedule
+from fxzero.solver.search import Solution, Solver
 from fxzero.summary import Facts, summarise
 from fxzero.timeline import (
     CUDA_GRANULARITY,
@@ -192,7 +192,8 @@ class Planner:
 
     def smallest(self) -> Decided:
         """The Plan with the smallest peak, for reports on budgets that nothing fits."""
-        return self._emit(Solution(self._smallest_schedule(), "infeasible", None))
+        schedule = self.solver.everything if self.recompute == "none" else self.solver.floor()
+        return self._emit(Solution(schedule, "infeasible", None))
 
     def _smallest_schedule(self) -> Schedule:
         """The smallest peak that the ``recompute`` option can reach."""

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fxzero.errors import UsageError
 from fxzero.graph import TrainGraph
-from fxzero.problem import is_recomputable
+from fxzero.solver.problem import is_recomputable
 
 RecomputeOption = str | Callable[[fx.Node], Any]
 MODES = ("auto", "none", "full")

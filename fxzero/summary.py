@@ -31,7 +31,7 @@ from fxzero.plans import (
     Value,
 )
 from fxzero.policies import name_of
-from fxzero.schedule import Schedule
+from fxzero.solver.schedule import Schedule
 from fxzero.timeline import Alive, Timeline
 from fxzero.units import format_bytes, format_seconds
 
@@ -79,7 +79,7 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
         status=status,
         gap=gap,
         peak_bytes=peak.bytes,
-        minimum_budget=max(facts.smallest.peak, step_bytes),
+        minimum_budget=max(min(facts.smallest.peak, timeline.peak_bytes), step_bytes),
         unplanned_peak_bytes=max(facts.everything.peak, step_bytes),
         step_seconds=step_seconds,
         recompute_seconds=recompute_seconds,

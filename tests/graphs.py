@@ -13,8 +13,8 @@ from fxzero.cost import CPU
 from fxzero.graph import TrainGraph
 from fxzero.passes.context import PassContext
 from fxzero.plans import Decisions, Rematerialization
-from fxzero.problem import build_problem
-from fxzero.schedule import make_schedule
+from fxzero.solver.problem import build_problem
+from fxzero.solver.schedule import make_schedule
 
 
 class Tiny(nn.Module):

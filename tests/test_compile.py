@@ -446,7 +446,7 @@ def test_a_plan_is_replayed_without_a_solver(
     model, twin = pair(Net, X, Y)
     plan = model.plan
     plan.save(tmp_path / "plan.json")
-    monkeypatch.setattr("fxzero.solver.Solver.solve", None)
+    monkeypatch.setattr("fxzero.solver.search.Solver.solve", None)
     for given in (tmp_path / "plan.json", str(tmp_path / "plan.json"), plan, copy.deepcopy(plan)):
         again = compiled(copy.deepcopy(twin), X, Y, recompute="auto", plan=given)
         assert again.plan == plan

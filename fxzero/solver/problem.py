@@ -13,8 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import fx
 
 from fxzero.cost import Hardware, node_cost
@@ -68,6 +71,7 @@ class Problem:
         outputs: storages returned to the caller.
         held: those of them that the caller keeps during the backward.
         must_save, must_recompute: storages settled by tags.
+        seconds, flops: price of one forward and backward without any recompute.
     """
 
     bytes: tuple[int, ...]
@@ -86,6 +90,36 @@ class Problem:
     held: frozenset[int]
     must_save: frozenset[int]
     must_recompute: frozenset[int]
+    seconds: float
+    flops: int
+
+    @property
+    def unit(self) -> float:
+        """Bytes that programs count as one, so that their coefficients are moderate numbers."""
+        return max(self.bytes, default=1) / 1000 or 1.0
+
+    @cached_property
+    def forward_change(self) -> NDArray[np.int64]:
+        """Bytes that come (and, negative, go) at each forward position when nothing is saved."""
+        change = np.zeros(self.forward_steps + 1, dtype=np.int64)
+        for operator in self.operators:
+            for storage in operator.makes:
+                change[operator.position] += self.bytes[storage]
+                if storage not in self.outputs:
+                    change[self.death[storage] + 1] -= self.bytes[storage]
+        return change
+
+    @cached_property
+    def needed(self) -> tuple[int, ...]:
+        """Storages that the backward reads, and all that they are made from, in order."""
+        needed: set[int] = set()
+        stack = [s for reads in self.reads for s in reads]
+        while stack:
+            storage = stack.pop()
+            if storage not in needed:
+                needed.add(storage)
+                stack.extend(self.operators[self.maker[storage]].reads)
+        return tuple(sorted(needed))
 
 
 def build_problem(
@@ -122,6 +156,7 @@ def build_problem(
     }
     tangent_bytes = sum(sizes[s] for s in tangents)
     base, after = _backward_base(backward, storages, sizes, results["gradient"], tangent_bytes)
+    prices = [node_cost(node, hardware) for node in nodes]
     settled = {"save": set[int](), "recompute": set[int]()}
     for node in forward:
         if (choice := (policy or {}).get(node.name)) is not None:
@@ -143,6 +178,8 @@ def build_problem(
         held=outputs if outputs_held else outputs & scalars,
         must_save=frozenset(settled["save"]),
         must_recompute=frozenset(settled["recompute"] - settled["save"]),
+        seconds=sum(price.seconds for price in prices),
+        flops=sum(price.flops for price in prices),
     )
 
 

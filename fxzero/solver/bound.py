@@ -1,0 +1,112 @@
+"""A price that no schedule within a budget can undercut, from a linear program.
+
+Every schedule, however often it recomputes what, obeys these rows; fractions are allowed:
+
+    a value that the backward reads is saved, or its operator runs again, and likewise for what
+    those operators read;
+    a value that is never made again is there from the forward to its last read;
+    a value that is made again is there at least when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+
+from fxzero.solver.linear import LinearProgram
+from fxzero.solver.problem import Operator, Problem
+
+Price = Callable[[Operator], float]
+
+
+def price_bound(problem: Problem, price: Price, budget: int) -> float:
+    """The least total price of recompute within ``budget`` bytes; infinite if nothing fits."""
+    linear = LinearProgram()
+    scale = 1.0 / (max(map(price, problem.operators), default=0.0) or 1.0)
+    again = {
+        q: linear.variable(
+            cost=price(problem.operators[q]) * scale,
+            upper=float(problem.operators[q].recomputable),
+        )
+        for q in dict.fromkeys(problem.maker[v] for v in problem.needed)
+    }
+    kept = {v: linear.variable() for v in problem.needed if v not in problem.held}
+    last = {v: step for step, reads in enumerate(problem.reads) for v in reads}
+    _add_needs(problem, linear, again, kept, last)
+    _add_forward(problem, linear, kept, budget)
+    _add_backward(problem, linear, kept, last, budget)
+    answer = linear.solve()
+    return float("inf") if answer is None else answer.bound / scale
+
+
+def _add_needs(
+    problem: Problem,
+    linear: LinearProgram,
+    again: dict[int, int],
+    kept: dict[int, int],
+    last: dict[int, int],
+) -> None:
+    for value, variable in kept.items():
+        if value in last:
+            linear.row({variable: 1.0, again[problem.maker[value]]: 1.0}, lower=1.0)
+    for index, reader in again.items():
+        for value in set(problem.operators[index].reads) - last.keys():
+            if value in kept:
+                terms = {kept[value]: 1.0, again[problem.maker[value]]: 1.0, reader: -1.0}
+                linear.row(terms, lower=0.0)
+
+
+def _add_forward(
+    problem: Problem, linear: LinearProgram, kept: dict[int, int], budget: int
+) -> None:
+    natural = problem.fixed + np.cumsum(problem.forward_change)[: problem.forward_steps]
+    begin: dict[int, dict[int, float]] = {}
+    for value, variable in kept.items():
+        if value not in problem.outputs and problem.death[value] + 1 < problem.forward_steps:
+            begin.setdefault(problem.death[value] + 1, {})[variable] = problem.bytes[value]
+    total: int | None = None
+    for start, end in pairwise([0, *sorted(begin.keys() - {0}), problem.forward_steps]):
+        if start in begin:
+            total = running_sum(linear, total, begin[start], problem.unit)
+        room = budget - float(natural[start:end].max(initial=0))
+        linear.row({} if total is None else {total: 1.0}, upper=room / problem.unit)
+
+
+def _add_backward(
+    problem: Problem,
+    linear: LinearProgram,
+    kept: dict[int, int],
+    last: dict[int, int],
+    budget: int,
+) -> None:
+    held = sum(problem.bytes[v] for v in problem.held)
+    ends: dict[int, dict[int, float]] = {}
+    for value, step in last.items():
+        if value in kept:
+            ends.setdefault(step, {})[kept[value]] = problem.bytes[value]
+    total: int | None = None
+    for step in reversed(range(len(problem.reads))):
+        if step in ends:
+            total = running_sum(linear, total, ends[step], problem.unit)
+        terms = {} if total is None else {total: 1.0}
+        room = budget - problem.base[step] - held
+        for value in set(problem.reads[step]) & kept.keys():
+            room -= problem.bytes[value]
+            terms[kept[value]] = -problem.bytes[value] / problem.unit
+        linear.row(terms, upper=room / problem.unit)
+    if total is not None:
+        linear.row({total: 1.0}, upper=(budget - problem.base_loss - held) / problem.unit)
+
+
+def running_sum(
+    linear: LinearProgram, total: int | None, sizes: dict[int, float], unit: float
+) -> int:
+    """A variable for ``total`` plus the bytes of the given variables, in units."""
+    result = linear.variable(upper=np.inf)
+    row = {result: 1.0, **{variable: -size / unit for variable, size in sizes.items()}}
+    if total is not None:
+        row[total] = -1.0
+    linear.row(row, lower=0.0, upper=0.0)
+    return result

@@ -1,0 +1,343 @@
+"""The integer program: what to save when every value is recomputed at most once.
+
+One binary a value (saved or not) and one variable an operator (run again or not), for
+
+    minimise   sum of price * again
+    so that    saved + again(maker) >= 1                for what the backward reads,
+               saved + again(maker) >= again(reader)    for what only recompute reads,
+               bytes <= budget                          at every instant.
+
+A value occupies memory from its first read in the backward to its last whatever is decided; what a
+decision changes is the time before.  So the bytes at a step are a constant plus all saved values
+that are first read later, which is a running sum over the steps: few entries a row, and programs
+that HiGHS solves in a fraction of a second for a hundred layers.
+
+Left out at first is what a recompute makes early: a chain that runs for one step also makes values
+that are first read later.  The exact schedule of each answer shows where that matters, and a
+*level* is added there, which says exactly what has been made by then; or, within a step, a
+constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from fxzero.solver.bound import running_sum
+from fxzero.solver.linear import Answer, LinearProgram
+from fxzero.solver.problem import Operator, Problem
+from fxzero.solver.schedule import Bytes, Schedule, make_schedule
+
+_ROUNDS = 12
+_STEPS_A_ROUND = 4
+
+Price = Callable[[Operator], float]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a program takes as given.
+
+    Attributes:
+        settled: values that are there whatever is decided.
+        first: the first backward step that reads each value.
+        until: the last step at which a value takes memory only because it was saved.
+        steps: bytes at each backward step that no decision changes.
+        loss: the same while a loss outside the model is computed.
+        forward: the same at each forward position.
+        states: whether generator states that recompute needs come on top.
+    """
+
+    settled: frozenset[int]
+    first: dict[int, int]
+    until: dict[int, int]
+    steps: Bytes
+    loss: int
+    forward: Bytes
+    states: bool
+
+
+def open_frame(problem: Problem) -> Frame:
+    """Anything may be saved or not."""
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for step, values in enumerate(problem.reads):
+        for value in values:
+            first.setdefault(value, step)
+            last[value] = step
+    change = np.zeros(len(problem.reads) + 1, dtype=np.int64)
+    for value in first.keys() - problem.held:
+        change[first[value]] += problem.bytes[value]
+        change[last[value] + 1] -= problem.bytes[value]
+    held = sum(problem.bytes[v] for v in problem.held)
+    return Frame(
+        settled=problem.held,
+        first=first,
+        until=_until(problem, first),
+        steps=np.asarray(problem.base, dtype=np.int64) + np.cumsum(change)[:-1] + held,
+        loss=problem.base_loss + held,
+        forward=problem.fixed + np.cumsum(problem.forward_change)[: problem.forward_steps],
+        states=True,
+    )
+
+
+def frame_around(problem: Problem, schedule: Schedule) -> Frame:
+    """What the schedule saves stays saved, and more may be.
+
+    Saving more makes nothing earlier or longer, so the rows hold for every answer.
+    """
+    steps = np.repeat(
+        np.arange(len(schedule.step_events)), np.diff([0, *(e + 1 for e in schedule.step_events)])
+    )
+    until = dict.fromkeys(problem.needed, -1)
+    for index, event in schedule.first_event.items():
+        # Within its step a recomputed value may come late, where a saved one is there throughout.
+        until.update(dict.fromkeys(problem.operators[index].makes, int(steps[event])))
+    return Frame(
+        settled=schedule.saved | problem.held,
+        first=open_frame(problem).first,
+        until=until,
+        steps=step_tops(schedule),
+        loss=int(schedule.backward[0]),
+        forward=schedule.forward,
+        states=False,
+    )
+
+
+class Program:
+    """The program of one problem, for any number of budgets.
+
+    Levels stay from one budget to the next, so the answers depend on the order of budgets.
+
+    Args:
+        gap: how far from its optimum the program may stop, relative to the price of recompute.
+        nodes: how many nodes of the search tree HiGHS may visit in each round.
+        effort: how many variables levels may add: with more of them it takes minutes.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        price: Price,
+        frame: Frame,
+        *,
+        gap: float = 1e-4,
+        nodes: int = 200,
+        effort: int = 3000,
+    ) -> None:
+        self.problem = problem
+        self.gap = gap
+        self.nodes = nodes
+        self.effort = effort
+        self.linear = LinearProgram()
+        self.frame = frame
+        self.scale = 1.0 / (max(map(price, problem.operators), default=0.0) or 1.0)
+        self.saved = {v: self._saved_variable(v) for v in problem.needed}
+        makers = dict.fromkeys(problem.maker[v] for v in problem.needed)
+        self.again = {q: self._again_variable(q, price) for q in makers}
+        self._add_needs()
+        self.extra = np.zeros(len(problem.reads))
+        self.levels: dict[int, int] = {}
+        self.forward_rows = self._add_forward()
+        self.running = self._add_running_sum()
+        self.rows = self._add_backward()
+
+    def _saved_variable(self, value: int) -> int:
+        problem = self.problem
+        must = value in self.frame.settled
+        must |= value in problem.must_save and value in self.frame.first
+        must_not = value in problem.must_recompute - problem.must_save
+        may_again = problem.operators[problem.maker[value]].recomputable
+        upper = float(must or not must_not or not may_again)
+        return self.linear.variable(lower=float(must), upper=upper, integer=True)
+
+    def _again_variable(self, index: int, price: Price) -> int:
+        operator = self.problem.operators[index]
+        return self.linear.variable(
+            cost=price(operator) * self.scale, upper=float(operator.recomputable)
+        )
+
+    def _add_needs(self) -> None:
+        problem, settled = self.problem, self.frame.settled
+        for value in self.frame.first:
+            if value not in settled:
+                self.linear.row(
+                    {self.saved[value]: 1.0, self.again[problem.maker[value]]: 1.0}, lower=1.0
+                )
+        for index, again in self.again.items():
+            for value in problem.operators[index].reads:
+                if value not in self.frame.first and value not in settled:
+                    terms = {self.saved[value]: 1.0, self.again[problem.maker[value]]: 1.0}
+                    self.linear.row({**terms, again: -1.0}, lower=0.0)
+
+    def _add_forward(self) -> list[tuple[int, float]]:
+        """Rows of the forward: (row, bytes there that no decision changes)."""
+        problem, natural = self.problem, self.frame.forward
+        positions = problem.forward_steps
+        begin: dict[int, dict[int, float]] = {}
+        for value, variable in self.saved.items():
+            if value in problem.outputs or value in self.frame.settled:
+                continue
+            if problem.death[value] + 1 < positions:
+                begin.setdefault(problem.death[value] + 1, {})[variable] = problem.bytes[value]
+        for index, variable in self.again.items():
+            operator = problem.operators[index]
+            if operator.state_bytes and self.frame.states:
+                begin.setdefault(operator.position, {})[variable] = operator.state_bytes
+        rows = []
+        level: int | None = None
+        for start, end in pairwise([0, *sorted(begin.keys() - {0}), positions]):
+            if start in begin:
+                level = self._accumulate(level, begin[start])
+            row = self.linear.row({} if level is None else {level: 1.0})
+            rows.append((row, float(natural[start:end].max(initial=0))))
+        return rows
+
+    def _add_running_sum(self) -> list[tuple[int, int]]:
+        """(last step, variable) pairs: bytes held until that step, or a later one, by a decision.
+
+        In decreasing order of steps.
+        """
+        problem = self.problem
+        ends: dict[int, dict[int, float]] = {}
+        for value, variable in self.saved.items():
+            end = self.frame.until[value]
+            if value not in self.frame.settled and end >= 0:
+                ends.setdefault(end, {})[variable] = problem.bytes[value]
+        for index, variable in self.again.items():
+            operator = problem.operators[index]
+            if operator.state_bytes and self.frame.states:
+                until = self.frame.until
+                end = max((until[v] for v in operator.makes if v in until), default=-1)
+                terms = ends.setdefault(max(end, 0), {})
+                terms[variable] = terms.get(variable, 0.0) + operator.state_bytes
+        level: int | None = None
+        running = []
+        for end in sorted(ends, reverse=True):
+            level = self._accumulate(level, ends[end])
+            running.append((end, level))
+        return running
+
+    def _accumulate(self, level: int | None, terms: dict[int, float]) -> int:
+        """A variable for ``level`` plus the given bytes."""
+        return running_sum(self.linear, level, terms, self.problem.unit)
+
+    def _add_backward(self) -> list[tuple[int, int, int]]:
+        """Rows of the backward as (row, first step, last step): equal but for constants."""
+        rows = []
+        start = 0
+        for end, level in reversed(self.running):
+            rows.append((self.linear.row({level: 1.0}), start, end))
+            start = end + 1
+        rows.append((self.linear.row({}), start, len(self.problem.reads) - 1))
+        return rows
+
+    def _set_budget(self, budget: int) -> None:
+        unit = self.problem.unit
+        constants = self.frame.steps + self.extra
+        for row, start, end in self.rows:
+            top = constants[start : end + 1].max(initial=0.0)
+            if start == 0:
+                top = max(top, self.frame.loss)
+            self.linear.limit(row, (budget - top) / unit)
+        for row, top in self.forward_rows:
+            self.linear.limit(row, (budget - top) / unit)
+        for step, row in self.levels.items():
+            self.linear.limit(row, (budget - constants[step]) / unit)
+
+    def solve(self, budget: int, *, rounds: int = _ROUNDS) -> Schedule | None:
+        """The cheapest schedule found within ``budget`` bytes; None if none was found."""
+        self.extra[:] = 0.0
+        for _ in range(rounds):
+            self._set_budget(budget)
+            if len(self.levels) * len(self.again) > self.effort:
+                return None
+            harder = 10 if self.levels else 1
+            answer = self.linear.solve(
+                relative_gap=self.gap * harder, nodes=max(self.nodes // harder, 1)
+            )
+            if answer is None:
+                return None
+            schedule = self._schedule(answer)
+            if schedule.peak <= budget:
+                return schedule
+            self._refine(schedule, budget)
+        return None
+
+    def _schedule(self, answer: Answer) -> Schedule:
+        kept = [v for v, variable in self.saved.items() if answer.values[variable] > 0.5]
+        return make_schedule(self.problem, self.problem.must_save.union(kept))
+
+    def _refine(self, schedule: Schedule, budget: int) -> None:
+        """Adds what the program did not know where the schedule exceeds the budget."""
+        tops = step_tops(schedule)
+        order = np.argsort(-tops, kind="stable")[:_STEPS_A_ROUND]
+        for step in (int(i) for i in order if tops[i] > budget):
+            if step not in self.levels:
+                self._add_level(step)
+            else:
+                self.extra[step] += tops[step] - budget
+
+    def _add_level(self, step: int) -> None:
+        """Says exactly what has been made by ``step``, though its first read is later."""
+        problem = self.problem
+        made: dict[int, int] = {}
+
+        def by_then(index: int) -> int:
+            if index not in made:
+                made[index] = self.linear.variable()
+            return made[index]
+
+        for value, first in self.frame.first.items():
+            if first <= step and value not in self.frame.settled:
+                index = problem.maker[value]
+                self.linear.row({by_then(index): 1.0, self.saved[value]: 1.0}, lower=1.0)
+        pending = list(made)
+        seen = set(pending)
+        while pending:
+            index = pending.pop()
+            for value in problem.operators[index].reads:
+                if value in self.frame.settled or self.frame.first.get(value, step + 1) <= step:
+                    continue
+                maker = problem.maker[value]
+                terms = {by_then(maker): 1.0, self.saved[value]: 1.0, by_then(index): -1.0}
+                self.linear.row(terms, lower=0.0)
+                if maker not in seen:
+                    seen.add(maker)
+                    pending.append(maker)
+        terms = {}
+        for value, first in self.frame.first.items():
+            if first > step and value not in self.frame.settled:
+                terms[self.saved[value]] = problem.bytes[value] / problem.unit
+                maker = problem.maker[value]
+                if maker in made:
+                    variable = made[maker]
+                    terms[variable] = terms.get(variable, 0.0) + problem.bytes[value] / problem.unit
+        self.levels[step] = self.linear.row(terms)
+
+
+def _until(problem: Problem, first: dict[int, int]) -> dict[int, int]:
+    """The last step at which a value is there only because it was saved.
+
+    The one before its first read; for a value that only recompute reads, before the last first
+    read of what is made from it.
+    """
+    readers: dict[int, list[int]] = {}
+    for index in dict.fromkeys(problem.maker[v] for v in problem.needed):
+        for value in problem.operators[index].reads:
+            readers.setdefault(value, []).append(index)
+    until = {value: step - 1 for value, step in first.items()}
+    for value in reversed(problem.needed):
+        if value not in until:
+            made = (o for q in readers.get(value, ()) for o in problem.operators[q].makes)
+            until[value] = max((until[o] for o in made if o in until), default=-1)
+    return until
+
+
+def step_tops(schedule: Schedule) -> Bytes:
+    """The most bytes at each backward step, what is recomputed right before it included."""
+    starts = [0, *(event + 1 for event in schedule.step_events[:-1])]
+    return np.maximum.reduceat(schedule.backward, starts)

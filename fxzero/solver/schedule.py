@@ -1,0 +1,192 @@
+"""What runs again where, and that schedule's bytes at every instant.
+
+A recomputed value lives from its making to the last read before it is made anew; a value that the
+backward reads without any recompute before is one that the forward saves.
+
+    recompute [(f, 7), (g, 7)]; step 7 reads x3      before step 7: x2 = f(x1), x3 = g(x2)
+                                                     x1 is saved, x2 dies at once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fxzero.solver.problem import Problem
+
+Bytes = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What runs when, and what it costs.
+
+    Attributes:
+        saved: storages carried from the forward to the backward because they are needed there.
+        recompute: (operator, backward step it runs before), in execution order.
+        forward: bytes at each forward position.
+        backward: bytes at each backward event, recomputed operators included; the first event is a
+            loss outside the model.
+        step_events: the event of each backward step.
+        first_event: for each recomputed operator, the first event at which it runs.
+        seconds, flops: total price of the recompute.
+        peak: the largest of all bytes.
+    """
+
+    saved: frozenset[int]
+    recompute: tuple[tuple[int, int], ...]
+    forward: Bytes
+    backward: Bytes
+    step_events: tuple[int, ...]
+    first_event: dict[int, int]
+    seconds: float
+    flops: int
+    peak: int
+
+
+def make_schedule(problem: Problem, saved: Collection[int]) -> Schedule:
+    """The schedule that keeps ``saved`` (and what nothing can make again), each recompute once.
+
+    What is not saved is computed again as late as possible, right before the first step that
+    reads it, and then kept to its last use.
+    """
+    return evaluate(problem, _once_when_needed(problem, frozenset(saved)))
+
+
+def evaluate(problem: Problem, recompute: Sequence[tuple[int, int]]) -> Schedule:
+    """The schedule that runs just these operators again; (operator, step) pairs in order."""
+    return _Books(problem, recompute).close()
+
+
+def _once_when_needed(problem: Problem, saved: frozenset[int]) -> list[tuple[int, int]]:
+    operators, maker = problem.operators, problem.maker
+    present = set(saved) | set(problem.held)
+    order: list[tuple[int, int]] = []
+    for step, reads in enumerate(problem.reads):
+        again: set[int] = set()
+        stack = [s for s in reads if s not in present]
+        while stack:  # a loop, for chains may be thousands deep
+            storage = stack.pop()
+            index = maker[storage]
+            if not operators[index].recomputable:
+                present.add(storage)
+            elif index not in again:
+                again.add(index)
+                stack.extend(s for s in operators[index].reads if s not in present)
+        for index in sorted(again):
+            order.append((index, step))
+            present.update(operators[index].makes)
+    return order
+
+
+class _Books:
+    def __init__(self, problem: Problem, recompute: Sequence[tuple[int, int]]) -> None:
+        self.problem = problem
+        self.recompute = tuple(recompute)
+        self.event = 1
+        self.step_events: list[int] = []
+        self.first_event: dict[int, int] = {}
+        self.last_event: dict[int, int] = {}
+        self.spans: list[_Span] = []
+        self.current: dict[int, _Span] = {}
+        self.saved: set[int] = set()
+
+    def close(self) -> Schedule:
+        problem = self.problem
+        due = iter(self.recompute)
+        index, before = next(due, (-1, -1))
+        for step, reads in enumerate(problem.reads):
+            while before == step:
+                self._run_again(index)
+                index, before = next(due, (-1, -1))
+            self._read(reads)
+            self.step_events.append(self.event)
+            self.event += 1
+        assert index == -1, f"operator {index} is to run before step {before}, which is past"
+        self._hold_outputs()
+        forward, backward = self._forward_bytes(), self._backward_bytes()
+        operators = [problem.operators[index] for index, _ in self.recompute]
+        return Schedule(
+            saved=frozenset(self.saved),
+            recompute=self.recompute,
+            forward=forward,
+            backward=backward,
+            step_events=tuple(self.step_events),
+            first_event=self.first_event,
+            seconds=sum(operator.seconds for operator in operators),
+            flops=sum(operator.flops for operator in operators),
+            peak=int(max(forward.max(initial=0), backward.max(initial=0))),
+        )
+
+    def _read(self, storages: Sequence[int]) -> None:
+        for storage in storages:
+            span = self.current.get(storage)
+            if span is None:
+                self.saved.add(storage)
+                span = self._open(storage, start=0)
+            span.end = self.event
+
+    def _open(self, storage: int, start: int) -> _Span:
+        span = self.current[storage] = _Span(storage, start, start)
+        self.spans.append(span)
+        return span
+
+    def _run_again(self, index: int) -> None:
+        operator = self.problem.operators[index]
+        self._read(operator.reads)
+        for storage in operator.makes:
+            self._open(storage, start=self.event)
+        self.first_event.setdefault(index, self.event)
+        self.last_event[index] = self.event
+        self.event += 1
+
+    def _hold_outputs(self) -> None:
+        """What the caller holds lives to the end, whether or not the backward reads it."""
+        held = self.problem.held
+        self.spans = [s for s in self.spans if s.start > 0 or s.storage not in held]
+        self.spans += [_Span(storage, 0, self.event - 1) for storage in sorted(held)]
+
+    def _forward_bytes(self) -> Bytes:
+        problem = self.problem
+        change = np.zeros(problem.forward_steps + 1, dtype=np.int64)
+        change += problem.forward_change
+        for storage in self.saved - problem.outputs:
+            change[problem.death[storage] + 1] += problem.bytes[storage]
+        for index in self.first_event:
+            change[problem.operators[index].position] += problem.operators[index].state_bytes
+        return problem.fixed + np.cumsum(change[:-1])
+
+    def _backward_bytes(self) -> Bytes:
+        problem = self.problem
+        change = np.zeros(self.event + 1, dtype=np.int64)
+        for span in self.spans:
+            change[span.start] += problem.bytes[span.storage]
+            change[span.end + 1] -= problem.bytes[span.storage]
+        for index, event in self.last_event.items():
+            change[0] += problem.operators[index].state_bytes
+            change[event + 1] -= problem.operators[index].state_bytes
+        return self._base_by_event() + np.cumsum(change[:-1])
+
+    def _base_by_event(self) -> Bytes:
+        """Base memory at every event; while a value is computed again, what the last step left."""
+        problem = self.problem
+        result = np.empty(self.event, dtype=np.int64)
+        result[0] = problem.base_loss
+        start, left = 1, problem.base_before
+        for step, at in enumerate(self.step_events):
+            result[start:at] = left
+            result[at] = problem.base[step]
+            start, left = at + 1, problem.base_after[step]
+        return result
+
+
+@dataclass
+class _Span:
+    """Life of one instance of a value in backward events; start 0 means saved by the forward."""
+
+    storage: int
+    start: int
+    end: int

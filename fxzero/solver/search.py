@@ -1,0 +1,174 @@
+"""Chooses what to save and what to recompute, where and how often, under a peak of bytes.
+
+Every schedule that is considered is judged by its exact bytes at every instant.
+
+    small problem     the program over time (``exact.py``): the optimum, proven
+    any other         the program of single recompute (``program.py``), near its own optimum, with
+                      a bound on what any schedule could do (``bound.py``)
+    near the floor    cuts (``cuts.py``), which also stand in where the program finds nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from fxzero.solver.bound import price_bound
+from fxzero.solver.cuts import CutGraph
+from fxzero.solver.exact import ExactProgram
+from fxzero.solver.problem import Operator, Problem
+from fxzero.solver.program import Frame, Program, frame_around, open_frame
+from fxzero.solver.schedule import Schedule, make_schedule
+
+_EXACT = 120  # decisions of the program over time
+_CLOSE = 1000  # operators up to which the program is solved more closely, in more rounds
+_PROVEN = 1e-6
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A schedule and how good it is known to be.
+
+    Attributes:
+        status: "optimal" if no schedule is cheaper, else "feasible".
+        gap: proven distance from the cheapest schedule, relative to the price of the whole step;
+            None when no bound was asked for.
+    """
+
+    schedule: Schedule
+    status: str
+    gap: float | None
+
+
+class Solver:
+    """Solves one problem for any number of budgets.
+
+    Args:
+        objective: what recompute costs, "time" or "flops".
+    """
+
+    def __init__(self, problem: Problem, *, objective: str = "time") -> None:
+        self.problem = problem
+        self.objective = objective
+        self.close = len(problem.operators) <= _CLOSE
+
+    def price(self, schedule: Schedule) -> float:
+        """What the schedule's recompute costs: seconds, or FLOPs and a little for each second."""
+        if self.objective == "time":
+            return schedule.seconds
+        return schedule.flops + self._second * schedule.seconds
+
+    def operator_price(self, operator: Operator) -> float:
+        """What running the operator once more costs."""
+        if self.objective == "time":
+            return operator.seconds
+        return operator.flops + self._second * operator.seconds
+
+    @cached_property
+    def _second(self) -> float:
+        """FLOPs that a second counts as under the "flops" objective: it decides between equals."""
+        return 1e-4 * self.problem.flops / (self.problem.seconds or 1.0)
+
+    @cached_property
+    def everything(self) -> Schedule:
+        """Nothing recomputed but what tags ask for."""
+        return make_schedule(self.problem, self._allowed(range(len(self.problem.bytes))))
+
+    @cached_property
+    def cuts(self) -> list[Schedule]:
+        """Schedules of cuts, cheapest first, none beaten in both peak and price."""
+        saved = [self._allowed(s) for f in (False, True) for s in CutGraph(self.problem, f).sweep()]
+        made = [make_schedule(self.problem, choice) for choice in dict.fromkeys(saved)]
+        return self._undominated([self.everything, *made])
+
+    @cached_property
+    def smallest(self) -> Schedule:
+        """The schedule with the smallest peak that is found."""
+        if self._exact is not None:
+            return self._exact.smallest()
+        best = min(self.cuts, key=lambda s: (s.peak, self.price(s)))
+        return self._descend(best)
+
+    def floor(self) -> Schedule:
+        """The smallest peak again, but so that a budget of 1 % less finds nothing."""
+        best = self.smallest
+        while (lower := self.solve(int(best.peak * 0.99))) is not None:
+            best = lower.schedule
+        return best
+
+    def solve(self, budget: int | None) -> Solution | None:
+        """The cheapest schedule found within ``budget`` bytes; None if no schedule fits."""
+        if budget is None or self.everything.peak <= budget:
+            return Solution(self.everything, "optimal", 0.0)
+        if self._exact is not None and (solved := self._exact.solve(budget)) is not None:
+            return self._judge(*solved)
+        best = self._program(open_frame(self.problem)).solve(budget) or self._extend(budget)
+        if best is None:
+            return None
+        return self._judge(best, price_bound(self.problem, self.operator_price, budget))
+
+    @cached_property
+    def _exact(self) -> ExactProgram | None:
+        if not ExactProgram.serves(self.problem, _EXACT):
+            return None
+        return ExactProgram(self.problem, self.operator_price)
+
+    def _program(self, frame: Frame) -> Program:
+        gap, nodes = (1e-4, 500) if self.close else (1e-3, 50)
+        return Program(self.problem, self.operator_price, frame, gap=gap, nodes=nodes)
+
+    def _extend(self, budget: int) -> Schedule | None:
+        """The cheapest schedule that saves more than one that is known to fit."""
+        fitting = [s for s in (*self.cuts, self.smallest) if s.peak <= budget]
+        starts = {id(s): s for s in (*fitting[:2], *fitting[-2:])}.values()
+        extended = [
+            self._program(frame_around(self.problem, start)).solve(budget) for start in starts
+        ]
+        found = [s for s in (*fitting, *extended) if s is not None]
+        return min(found, key=lambda s: (self.price(s), s.peak), default=None)
+
+    def _descend(self, best: Schedule) -> Schedule:
+        """A smaller peak, if halving the way to what cannot be freed finds one soon."""
+        low = self._unavoidable()
+        for _ in range(4 if self.close else 2):
+            middle = (low + best.peak) // 2
+            if middle >= best.peak:
+                break
+            frame = open_frame(self.problem)
+            program = Program(
+                self.problem, self.operator_price, frame, gap=0.01, nodes=20, effort=1000
+            )
+            found = program.solve(middle)
+            if found is None:
+                low = middle
+            else:
+                best = found
+        return best
+
+    def _unavoidable(self) -> int:
+        """Bytes below which no schedule's peak can be."""
+        problem = self.problem
+        held = sum(problem.bytes[v] for v in problem.held)
+        reads = (sum(problem.bytes[v] for v in set(r) - problem.held) for r in problem.reads)
+        steps = (base + size for base, size in zip(problem.base, reads, strict=True))
+        forward = problem.fixed + int(problem.forward_change.cumsum().max(initial=0))
+        return max(forward, held + max(steps, default=0), held + problem.base_loss)
+
+    def _judge(self, schedule: Schedule, bound: float) -> Solution:
+        price = self.price(schedule)
+        whole = self.problem.seconds if self.objective == "time" else float(self.problem.flops)
+        excess = max(price - bound, 0.0)
+        if excess <= _PROVEN * max(price, whole):
+            return Solution(schedule, "optimal", 0.0)
+        return Solution(schedule, "feasible", excess / (whole + price))
+
+    def _allowed(self, saved: Iterable[int]) -> frozenset[int]:
+        return (frozenset(saved) - self.problem.must_recompute) | self.problem.must_save
+
+    def _undominated(self, schedules: list[Schedule]) -> list[Schedule]:
+        kept: list[Schedule] = []
+        for schedule in sorted(schedules, key=lambda s: (self.price(s), s.peak)):
+            if not kept or schedule.peak < kept[-1].peak:
+                kept.append(schedule)
+        return kept
