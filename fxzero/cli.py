@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fxzero.plans import Plan
 
 _OK, _NOT_VERIFIED, _USAGE, _DOES_NOT_FIT, _BUG, _INTERRUPTED = 0, 1, 2, 3, 4, 130
+_DTYPES = ["float32", "bfloat16", "float16", "float64"]
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -77,7 +78,7 @@ def _model_options(command: _Command) -> _Command:
             click.option("--seq", type=int, help="Tokens per example.  [default: up to 1024]"),
             click.option(
                 "--dtype",
-                type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+                type=click.Choice(_DTYPES),
                 help="Of the weights.  [default: the configuration's]",
             ),
             click.option(
@@ -124,6 +125,15 @@ def _code(plan: Plan) -> int:
 @_model_options
 @click.option("--json", type=click.Path(path_type=Path), help="Write the plan to this file.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page to this file.")
+@click.option(
+    "--sweep",
+    type=click.IntRange(0, 1000),
+    is_flag=False,
+    flag_value=12,
+    default=0,
+    metavar="[N]",
+    help="Step time for N budgets besides.  [default without N: 12]",
+)
 def plan(json: Path | None, html: Path | None, **options: Any) -> int:
     """Report the memory of a training step, and what to recompute so that it fits."""
     made = _make_plan(**options)
@@ -202,6 +212,19 @@ def replay(directory: Path) -> None:
     from fxzero.passes.runner import replay as run_again
 
     click.echo(run_again(directory))
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--batch", type=int, help="Examples per step.  [default: 1]")
+@click.option("--seq", type=int, help="Tokens per example.  [default: up to 1024]")
+@click.option("--dtype", type=click.Choice(_DTYPES), help="[default: the configuration's]")
+def calibrate(model: str, **options: Any) -> None:
+    """Measure every operator of MODEL on this device; later plans use the times."""
+    from fxzero.calibration import calibrate_model
+    from fxzero.sources import load_model
+
+    click.echo(str(calibrate_model(load_model(model, **options))))
 
 
 @cli.command()

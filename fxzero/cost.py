@@ -1,13 +1,14 @@
-"""Modelled time of one operator: the larger of its arithmetic and its memory traffic.
+"""Time of one operator: measured where a calibration has it, modelled elsewhere.
 
-A roofline model (Williams et al., CACM 2009): seconds = launch + max(FLOPs / peak, bytes /
+The model is a roofline (Williams et al., CACM 2009): seconds = launch + max(FLOPs / peak, bytes /
 bandwidth). Only ratios between operators matter to the solver; absolute times carry the error of
-the hardware description.
+the hardware description.  Modelled times beside measured ones are scaled to compare with them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,9 +55,43 @@ class NodeCost:
     flops: int
 
 
-def node_cost(node: fx.Node, hardware: Hardware) -> NodeCost:
-    """Price of one node; inputs and pure index operations are free."""
-    if node.op != "call_function" or drawn_operator(node) is None:
+@dataclass(frozen=True)
+class CostModel:
+    """Prices of operators on one device.
+
+    Attributes:
+        hardware: describes the device for operators that were not measured.
+        measured: seconds by ``operator_key``.
+        scale: what modelled seconds are multiplied by.
+    """
+
+    hardware: Hardware
+    measured: Mapping[str, float] = field(default_factory=dict)
+    scale: float = 1.0
+
+    def price(self, node: fx.Node) -> NodeCost:
+        """Price of running a node once; inputs and views are free."""
+        modelled = modelled_cost(node, self.hardware)
+        if not modelled.seconds or not self.measured:
+            return modelled
+        seconds = self.measured.get(operator_key(node), modelled.seconds * self.scale)
+        return NodeCost(seconds, modelled.flops)
+
+    @property
+    def source(self) -> str:
+        """Where the times come from, for the notes of a plan."""
+        if not self.measured:
+            return f"step times come from a roofline model of {self.hardware.name}"
+        return (
+            f"step times come from {len(self.measured)} measured kinds of operators, others from a "
+            f"roofline model of {self.hardware.name} times {self.scale:.3g}"
+        )
+
+
+def modelled_cost(node: fx.Node, hardware: Hardware) -> NodeCost:
+    """Roofline price of one node; inputs and views are free."""
+    operator = drawn_operator(node) if node.op == "call_function" else None
+    if operator is None or makes_view(operator):
         return NodeCost(0.0, 0)
     outputs = tensor_leaves(node.meta.get("val"))
     inputs = [leaf for source in node.all_input_nodes for leaf in _leaves(source)]
@@ -65,6 +100,37 @@ def node_cost(node: fx.Node, hardware: Hardware) -> NodeCost:
     width = 2 if outputs and outputs[0].element_size() <= 2 else 4
     seconds = hardware.launch + max(flops / hardware.flops[width], traffic / hardware.bandwidth)
     return NodeCost(seconds, flops)
+
+
+def makes_view(operator: torch._ops.OpOverload) -> bool:
+    """Whether the operator returns an alias of an argument and computes nothing."""
+    returns = operator._schema.returns
+    return bool(returns) and all(
+        r.alias_info is not None and not r.alias_info.is_write for r in returns
+    )
+
+
+def operator_key(node: fx.Node) -> str:
+    """What the time of an operator depends on: its name, shapes, strides, dtypes, other arguments.
+
+    'aten.mm.default(float32[8, 64]:64:1, float32[64, 64]:1:64)'
+    """
+    arguments = node.args[_WRAPPED.get(node.target, -1) + 1 :]
+    parts = [_describe_argument(a) for a in arguments]
+    parts += [f"{name}={_describe_argument(a)}" for name, a in sorted(node.kwargs.items())]
+    return f"{drawn_operator(node)}({', '.join(parts)})"
+
+
+def _describe_argument(argument: Any) -> str:
+    if isinstance(argument, (tuple, list)):
+        return f"[{', '.join(map(_describe_argument, argument))}]"
+    if not isinstance(argument, fx.Node):
+        return repr(argument)
+    value = argument.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return repr(type(value).__name__)
+    strides = "".join(f":{stride}" for stride in value.stride())
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{strides}"
 
 
 def count_flops(node: fx.Node) -> int:

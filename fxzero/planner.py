@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxzero.calibration import cost_model
 from fxzero.capture import capture
-from fxzero.cost import hardware_for
 from fxzero.errors import BudgetError, PlanError, UsageError
 from fxzero.graph import InputRole, TrainGraph
 from fxzero.optimizers import profile_optimizer
@@ -73,6 +73,7 @@ def plan(
     objective: str = "time",
     inner: str = "eager",
     strict: bool = False,
+    sweep: int = 0,
     name: str | None = None,
 ) -> Plan:
     """A Plan for training ``model`` on one device, without running it.
@@ -84,6 +85,7 @@ def plan(
         kwargs: more keyword arguments of the model.
         memory_budget: "22GiB", bytes, "90%" of the device, or None for no limit.
         optimizer: name, torch.optim class, or bytes of state per parameter.
+        sweep: for how many budgets besides to find the step time, for ``Plan.pareto``.
 
     Returns:
         A Plan; ``plan.fits`` is False and ``plan.status`` "infeasible" when nothing fits.
@@ -102,7 +104,7 @@ def plan(
         strict=strict,
     )
     captured = capture(model, args, keywords, inner=options.inner)
-    planner = Planner(captured.graph, options, name or type(model).__name__)
+    planner = Planner(captured.graph, options, name or type(model).__name__, sweep=sweep)
     try:
         return planner.decide().plan
     except BudgetError:
@@ -117,6 +119,7 @@ class Planner:
         writes_buffers: whether the graph updates buffers itself, or returns their new values.
         unapplied: what the caller could not apply; more is found here, and all of it is an error
             under ``strict`` and a note in the Plan otherwise.
+        sweep: number of points between the ends of the Plan's curve.
     """
 
     def __init__(
@@ -128,12 +131,14 @@ class Planner:
         outputs_held: bool = True,
         writes_buffers: bool = True,
         unapplied: tuple[str, ...] = (),
+        sweep: int = 0,
     ) -> None:
         self.graph = graph
         self.writes_buffers = writes_buffers
         self.options = options
         self.name = name
         self.outputs_held = outputs_held
+        self.sweep = sweep
         arguments = [(role, node.meta["val"]) for role, node in graph.pairs()]
         self.device = device_of([value for _, value in arguments])
         trainable = [value for role, value in arguments if role in graph.trainable]
@@ -145,7 +150,7 @@ class Planner:
         self.loss_bytes = _outside_loss_bytes(arguments)
         self.fixed_bytes = self.optimizer.state_bytes + tensor_bytes(held, self.granularity)
         self.fixed_bytes += LOSS_SCALARS if self.loss_bytes else 0
-        self.hardware = hardware_for(self.device)
+        self.costs = cost_model(self.device)
         self.settled = settled_nodes(graph, options.recompute)
         skipped = skipped_passes()
         self.recompute = "none" if "rematerialize" in skipped else options.recompute
@@ -161,7 +166,7 @@ class Planner:
     def solver(self) -> Solver:
         problem = build_problem(
             self.graph,
-            hardware=self.hardware,
+            costs=self.costs,
             device=self.device,
             fixed_bytes=self.fixed_bytes,
             outputs_held=self.outputs_held,
@@ -267,6 +272,13 @@ class Planner:
         timeline = simulate(split, self._surroundings())
         return Emitted(split, timeline, tuple(report.name for report in reports))
 
+    def _sweep(self) -> tuple[Schedule, ...]:
+        """Schedules for budgets in equal distances from the smallest peak to no recompute."""
+        low, high = self.solver.smallest.peak, self.solver.everything.peak
+        budgets = [low + (high - low) * i // (self.sweep + 1) for i in range(1, self.sweep + 1)]
+        solutions = [self.solver.solve(budget) for budget in budgets]
+        return tuple(s.schedule for s in solutions if s is not None)
+
     def _surroundings(self) -> Surroundings:
         return Surroundings(
             self.optimizer.state_bytes, self.outputs_held, self.loss_bytes, self.granularity
@@ -280,13 +292,14 @@ class Planner:
             options=self.options,
             optimizer=self.optimizer,
             device=self.device,
-            hardware=self.hardware,
+            costs=self.costs,
             decisions=decisions,
             split=emitted.split,
             timeline=emitted.timeline,
             passes=emitted.passes,
             smallest=self._smallest_schedule(),
             everything=self.solver.everything,
+            sweep=self._sweep(),
             outputs_held=self.outputs_held,
             loss_bytes=self.loss_bytes,
             unapplied=self.unapplied,

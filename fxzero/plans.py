@@ -136,6 +136,16 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """A plan that one could have: its peak and what its step costs."""
+
+    peak_bytes: int
+    step_seconds: float
+    recompute_seconds: float
+    recompute_flops: int
+
+
+@dataclass(frozen=True)
 class Alternative:
     """Another thing one could write, and its outcome."""
 
@@ -158,6 +168,7 @@ class Plan:
         step_seconds: modelled time of forward and backward, recompute included.
         recompute_seconds, recompute_flops: the part that is recompute.
         graph_digest: which graph the decisions belong to.
+        curve: what ``pareto()`` returns.
         timeline: (position, bytes) after each change, over forward then backward; thinned.
         notes: what could not be applied, and assumptions that the numbers rest on.
     """
@@ -182,6 +193,7 @@ class Plan:
     saved: tuple[Value, ...]
     recomputed: tuple[Value, ...]
     alternatives: tuple[Alternative, ...]
+    curve: tuple[CurvePoint, ...]
     timeline: tuple[tuple[int, int], ...]
     graph_digest: str
     notes: tuple[str, ...] = ()
@@ -192,6 +204,14 @@ class Plan:
         """Whether the planned peak stays within the budget that was asked for."""
         budget = self.request.memory_budget
         return self.status != "infeasible" and (budget is None or self.peak_bytes <= budget)
+
+    def pareto(self) -> tuple[CurvePoint, ...]:
+        """Peak against step time, from the smallest peak that is found to no recompute at all.
+
+        No point is beaten in both.  There are more of them between the ends when the plan was made
+        with ``sweep``.
+        """
+        return self.curve
 
     @property
     def hash(self) -> str:

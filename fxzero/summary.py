@@ -11,7 +11,7 @@ from torch import fx
 
 from fxzero import __version__
 from fxzero.capture import user_line
-from fxzero.cost import Hardware, node_cost
+from fxzero.cost import CostModel
 from fxzero.graph import TrainGraph, describe
 from fxzero.optimizers import OptimizerProfile
 from fxzero.options import Options
@@ -21,6 +21,7 @@ from fxzero.passes.rematerialize import CLONE_OF
 from fxzero.plans import (
     SCHEMA_VERSION,
     Alternative,
+    CurvePoint,
     Decisions,
     ModelSummary,
     Peak,
@@ -48,13 +49,14 @@ class Facts:
     options: Options
     optimizer: OptimizerProfile
     device: str
-    hardware: Hardware
+    costs: CostModel
     decisions: Decisions
     split: Split
     timeline: Timeline
     passes: tuple[str, ...]
     smallest: Schedule
     everything: Schedule
+    sweep: tuple[Schedule, ...]
     outputs_held: bool
     loss_bytes: int
     unapplied: tuple[str, ...]
@@ -66,7 +68,7 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
     step_bytes = _optimizer_step_bytes(facts)
     peak = _optimizer_peak(facts, step_bytes) if step_bytes > timeline.peak_bytes else _peak(facts)
     recomputed = _recomputed(facts)
-    seconds = {node: node_cost(node, facts.hardware) for node in _steps(facts.split)}
+    seconds = {node: facts.costs.price(node) for node in _steps(facts.split)}
     recompute = [cost for node, cost in seconds.items() if CLONE_OF in node.meta]
     step_seconds = sum(cost.seconds for cost in seconds.values())
     recompute_seconds = sum(cost.seconds for cost in recompute)
@@ -95,6 +97,7 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
         saved=_saved(facts),
         recomputed=recomputed,
         alternatives=_alternatives(facts, step_bytes, step_seconds - recompute_seconds),
+        curve=_curve(facts, step_bytes, step_seconds - recompute_seconds),
         timeline=_thin(timeline.points),
         graph_digest=facts.digest,
         notes=_notes(facts),
@@ -196,7 +199,7 @@ def _saved(facts: Facts) -> tuple[Value, ...]:
     values = []
     for entry in sorted(facts.timeline.saved, key=lambda item: -item.bytes):
         assert entry.node is not None
-        cost = node_cost(entry.node, facts.hardware)
+        cost = facts.costs.price(entry.node)
         reason = _why_saved(entry, cost.seconds, facts)
         values.append(_value(entry, facts, reason, cost.seconds))
     return tuple(values)
@@ -224,7 +227,7 @@ def _recomputed(facts: Facts) -> tuple[Value, ...]:
     values = []
     for name in wanted:
         for node in clones[name]:
-            cost = node_cost(node, facts.hardware)
+            cost = facts.costs.price(node)
             size = sum(_own_bytes(node))
             entry = Alive(size, "recomputed", called[name] or name, node)
             reason = f"not kept: {format_bytes(size)} for {format_seconds(cost.seconds)}"
@@ -265,6 +268,18 @@ def _alternatives(facts: Facts, step_bytes: int, base: float) -> tuple[Alternati
     return tuple(result)
 
 
+def _curve(facts: Facts, step_bytes: int, base: float) -> tuple[CurvePoint, ...]:
+    points = [
+        CurvePoint(max(s.peak, step_bytes), base + s.seconds, s.seconds, s.flops)
+        for s in (facts.smallest, *facts.sweep, facts.everything)
+    ]
+    kept: list[CurvePoint] = []
+    for point in sorted(points, key=lambda p: (p.peak_bytes, p.step_seconds)):
+        if not kept or point.step_seconds < kept[-1].step_seconds:
+            kept.append(point)
+    return tuple(kept)
+
+
 def _thin(points: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """At most about 2,000 (position, bytes) pairs that keep every stretch's highest point."""
     width = max(1, -(-len(points) // _TIMELINE_POINTS))
@@ -291,5 +306,5 @@ def _notes(facts: Facts) -> tuple[str, ...]:
             "planned peak where no operator has a workspace; memory is planned as if every "
             "operator ran alone"
         )
-    notes.append(f"step times come from a roofline model of {facts.hardware.name}")
+    notes.append(facts.costs.source)
     return tuple(notes)

@@ -16,6 +16,9 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]
 # Every graph that a test compiles is checked against its law, in child processes too.
 os.environ["FXZERO_SPEC"] = "1"
 
+# A calibration of this machine must not change what the tests see.
+os.environ["FXZERO_CACHE"] = str(_ROOT / "tests" / "no-cache")
+
 # Same examples on every run; test machines are too uneven for a deadline per example.
 settings.register_profile("fxzero", deadline=None, derandomize=True)
 settings.load_profile("fxzero")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxzero.capture import capture
-from fxzero.cost import CPU
+from fxzero.cost import CPU, CostModel
 from fxzero.graph import TrainGraph
 from fxzero.passes.context import PassContext
 from fxzero.plans import Decisions, Rematerialization
@@ -50,7 +50,9 @@ def recompute(*pairs: tuple[str, str]) -> PassContext:
 
 def recompute_most(graph: TrainGraph) -> PassContext:
     """Decisions that save one value in three."""
-    problem = build_problem(graph, hardware=CPU, device="cpu", fixed_bytes=0, outputs_held=False)
+    problem = build_problem(
+        graph, costs=CostModel(CPU), device="cpu", fixed_bytes=0, outputs_held=False
+    )
     schedule = make_schedule(problem, range(0, len(problem.bytes), 3))
     return recompute(
         *((problem.operators[i].name, problem.steps[j]) for i, j in schedule.recompute)

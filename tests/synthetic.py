@@ -8,6 +8,7 @@ from typing import Any
 from fxzero.plans import (
     SCHEMA_VERSION,
     Alternative,
+    CurvePoint,
     Decisions,
     ModelSummary,
     Peak,
@@ -117,6 +118,10 @@ def gpt_plan(*, budget: int | None = 5120 * MiB, recomputed: int = 10, **changes
             Alternative('memory_budget="4GiB"', 3900 * MiB, 1.9, True),
             Alternative('recompute="full"', 2600 * MiB, 2.51, True),
             Alternative('optimizer="sgd"', peak - 732 * MiB, 1.9, True),
+        ),
+        curve=(
+            CurvePoint(peak - 400 * MiB, 2.5, 0.6, 10**12),
+            CurvePoint(peak + recomputed * 96 * MiB, 1.9, 0.0, 0),
         ),
         timeline=_timeline(peak),
         graph_digest="0123456789abcdef",

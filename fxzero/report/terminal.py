@@ -18,11 +18,13 @@ from fxzero.units import format_bytes, format_count, format_seconds
 _ALIVE_ROWS = 12
 _RECOMPUTED_ROWS = 8
 _BREAKDOWN_COLUMNS = 6
+_CURVE_ENDS = 2
+_CURVE_WIDTH = 40
 
 
 def render(plan: Plan, width: int = 100) -> str:
     """The whole report, no line longer than ``width``."""
-    sections = (_heading, _ranks, _alive, _recomputed, _alternatives, _notes)
+    sections = (_heading, _ranks, _alive, _recomputed, _curve, _alternatives, _notes)
     blocks = [
         "\n".join(_clip(line, width) for line in section(plan, width)) for section in sections
     ]
@@ -105,6 +107,21 @@ def _table(
     if others:
         size = format_bytes(sum(row.total_bytes for row in others))
         yield f" {size:>8}  in {sum(row.count for row in others)} smaller values"
+
+
+def _curve(plan: Plan, width: int) -> Iterator[str]:
+    """Only when points between the ends were asked for."""
+    if len(plan.curve) <= _CURVE_ENDS:
+        return
+    yield "peak against step time"
+    slowest = max(point.step_seconds for point in plan.curve)
+    for point in plan.curve:
+        bar = "#" * round(_CURVE_WIDTH * point.step_seconds / slowest) if slowest else ""
+        recompute = share(point.recompute_seconds, point.step_seconds)
+        yield (
+            f" {format_bytes(point.peak_bytes):>8}  {format_seconds(point.step_seconds):>8}  "
+            f"{recompute:>6} recompute  {bar}"
+        )
 
 
 def _alternatives(plan: Plan, width: int) -> Iterator[str]:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from fxzero.cost import Hardware, node_cost
+from fxzero.cost import CostModel
 from fxzero.graph import TrainGraph
 from fxzero.passes.replay_randomness import is_random, rng_state_bytes
 from fxzero.storages import Storages, analyse, is_scalar
@@ -125,7 +125,7 @@ class Problem:
 def build_problem(
     graph: TrainGraph,
     *,
-    hardware: Hardware,
+    costs: CostModel,
     device: str,
     fixed_bytes: int,
     outputs_held: bool,
@@ -144,7 +144,7 @@ def build_problem(
     backward = [n for n in nodes if graph.is_backward(n)]
     storages = analyse(graph.graph.nodes)
     sizes = tuple(-(-size // granularity) * granularity for size in storages.bytes)
-    operators, maker = _operators(forward, storages, hardware, device, _mutated(graph))
+    operators, maker = _operators(forward, storages, costs, device, _mutated(graph))
     results = {"output": frozenset[int](), "gradient": frozenset[int]()}
     for role, value in graph.result_pairs():
         if role.kind in results and isinstance(value, fx.Node):
@@ -156,7 +156,7 @@ def build_problem(
     }
     tangent_bytes = sum(sizes[s] for s in tangents)
     base, after = _backward_base(backward, storages, sizes, results["gradient"], tangent_bytes)
-    prices = [node_cost(node, hardware) for node in nodes]
+    prices = [costs.price(node) for node in nodes]
     settled = {"save": set[int](), "recompute": set[int]()}
     for node in forward:
         if (choice := (policy or {}).get(node.name)) is not None:
@@ -195,7 +195,7 @@ def results_of(graph: TrainGraph) -> list[fx.Node]:
 def _operators(
     forward: list[fx.Node],
     storages: Storages,
-    hardware: Hardware,
+    costs: CostModel,
     device: str,
     mutated: frozenset[fx.Node],
 ) -> tuple[tuple[Operator, ...], tuple[int, ...]]:
@@ -207,7 +207,7 @@ def _operators(
             continue
         for storage in makes:
             maker[storage] = len(operators)
-        price = node_cost(node, hardware)
+        price = costs.price(node)
         reads = {s for source in node.all_input_nodes for s in storages.of[source]}
         operators.append(
             Operator(
