@@ -6,12 +6,12 @@ over the same per-operator prices.  Only the choice of what to recompute differs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 from torch._functorch import config as functorch_config
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from fxzero.graph import TrainGraph
@@ -45,15 +45,16 @@ def torch_budget(
             num_fwd_outputs=sum(role.kind in ("output", "mutation") for role in joint.outputs),
         )
     split = _as_split(graph, forward, backward)
-    once = _total(graph.graph.nodes, price)
+    # Torch drops common subexpressions first; what that spares is no recompute.
+    once = _total(fx_graph_cse(graph.copy().graph).nodes, price)
     twice = _total((*forward.graph.nodes, *backward.graph.nodes), price)
     return Outcome(
         f"torch {solver} {budget:g}", simulate(split, surroundings).peak_bytes, twice - once
     )
 
 
-def _total(nodes: object, price: Price) -> float:
-    return sum(price(node) for node in nodes if node.op == "call_function")  # type: ignore
+def _total(nodes: Iterable[fx.Node], price: Price) -> float:
+    return sum(price(node) for node in nodes if node.op == "call_function")
 
 
 def _as_split(graph: TrainGraph, forward: fx.GraphModule, backward: fx.GraphModule) -> Split:
@@ -83,8 +84,3 @@ def _is_tangent(role: object) -> bool:
 def _drop_missing_gradients(backward: fx.GraphModule) -> None:
     (output,) = backward.graph.find_nodes(op="output")
     output.args = (tuple(node for node in output.args[0] if isinstance(node, fx.Node)),)
-
-
-def measured_price(times: dict[str, float]) -> Price:
-    """Prices by node name, for clones by the name of what they repeat."""
-    return lambda node: times.get(node.meta.get("recomputed_from", node.name), 0.0)

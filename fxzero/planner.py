@@ -24,7 +24,7 @@ from fxzero.optimizers import profile_optimizer
 from fxzero.options import Options, call_arguments, check_options, device_of, model_device
 from fxzero.passes.context import PassContext
 from fxzero.passes.partition import Split, partition
-from fxzero.passes.pipeline import select, skipped_passes
+from fxzero.passes.pipeline import PREPARATION, select, skipped_passes
 from fxzero.passes.runner import checking, run_passes
 from fxzero.passes.spec import check_split
 from fxzero.plans import Decisions, Plan, Rematerialization
@@ -133,30 +133,33 @@ class Planner:
         unapplied: tuple[str, ...] = (),
         sweep: int = 0,
     ) -> None:
-        self.graph = graph
+        arguments = [(role, node.meta["val"]) for role, node in graph.pairs()]
+        self.device = device_of([value for _, value in arguments])
+        context = PassContext(device=self.device, writes_buffers=writes_buffers)
+        preparation = select(skipped_passes(), PREPARATION)
+        self.graph, reports = run_passes(graph.copy(), context, preparation)
+        self.prepared = tuple(report.name for report in reports)
         self.writes_buffers = writes_buffers
         self.options = options
         self.name = name
         self.outputs_held = outputs_held
         self.sweep = sweep
-        arguments = [(role, node.meta["val"]) for role, node in graph.pairs()]
-        self.device = device_of([value for _, value in arguments])
         trainable = [value for role, value in arguments if role in graph.trainable]
         self.optimizer = profile_optimizer(options.optimizer, trainable, self.device)
-        self.digest = graph.digest()
+        self.digest = self.graph.digest()
         self.granularity = CUDA_GRANULARITY if self.device == "cuda" else 1
         held = [value for role, value in arguments if role.kind != "tangent"]
-        held += [node.meta["val"] for node in graph.graph.find_nodes(op="get_attr")]
+        held += [node.meta["val"] for node in self.graph.graph.find_nodes(op="get_attr")]
         self.loss_bytes = _outside_loss_bytes(arguments)
         self.fixed_bytes = self.optimizer.state_bytes + tensor_bytes(held, self.granularity)
         self.fixed_bytes += LOSS_SCALARS if self.loss_bytes else 0
         self.costs = cost_model(self.device)
-        self.settled = settled_nodes(graph, options.recompute)
+        self.settled = settled_nodes(self.graph, options.recompute)
         skipped = skipped_passes()
         self.recompute = "none" if "rematerialize" in skipped else options.recompute
         self.unapplied = (
             *unapplied,
-            *unmet_wishes(graph, self.settled),
+            *unmet_wishes(self.graph, self.settled),
             *(f"pass {name} is switched off by FXZERO_SKIP" for name in skipped),
         )
         if self.unapplied and options.strict:
@@ -197,7 +200,7 @@ class Planner:
 
     def smallest(self) -> Decided:
         """The Plan with the smallest peak, for reports on budgets that nothing fits."""
-        schedule = self.solver.everything if self.recompute == "none" else self.solver.floor()
+        schedule = self.solver.everything if self.recompute == "none" else self.solver.floor
         return self._emit(Solution(schedule, "infeasible", None))
 
     def _smallest_schedule(self) -> Schedule:
@@ -231,7 +234,7 @@ class Planner:
     def restate(self, decided: Decided) -> Decided:
         """What another planner's decisions come to under this one's assumptions."""
         emitted = decided.emitted
-        emitted = replace(emitted, timeline=simulate(emitted.split, self._surroundings()))
+        emitted = replace(emitted, timeline=simulate(emitted.split, self.surroundings))
         facts = self._facts(emitted, decided.plan.decisions)
         return Decided(summarise(facts, status=decided.plan.status, gap=decided.plan.gap), emitted)
 
@@ -269,8 +272,8 @@ class Planner:
         split = partition(graph)
         if checking():
             check_split(split)
-        timeline = simulate(split, self._surroundings())
-        return Emitted(split, timeline, tuple(report.name for report in reports))
+        timeline = simulate(split, self.surroundings)
+        return Emitted(split, timeline, (*self.prepared, *(report.name for report in reports)))
 
     def _sweep(self) -> tuple[Schedule, ...]:
         """Schedules for budgets in equal distances from the smallest peak to no recompute."""
@@ -279,7 +282,9 @@ class Planner:
         solutions = [self.solver.solve(budget) for budget in budgets]
         return tuple(s.schedule for s in solutions if s is not None)
 
-    def _surroundings(self) -> Surroundings:
+    @property
+    def surroundings(self) -> Surroundings:
+        """What the timeline must know besides the graphs."""
         return Surroundings(
             self.optimizer.state_bytes, self.outputs_held, self.loss_bytes, self.granularity
         )

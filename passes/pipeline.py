@@ -2,7 +2,8 @@
 
     FXZERO_SKIP=name,name    run without these passes; the Plan notes it
 
-rematerialize runs first: it rebuilds views in the backward, so that write_back sees which buffers
+deduplicate runs before the plan is made, the others carry it out. Of these rematerialize runs
+first: it rebuilds views in the backward, so that write_back sees which buffers
 the backward still reads.  replay_randomness needs the clones that rematerialize makes.
 """
 
@@ -17,6 +18,7 @@ from typing import Literal
 from fxzero.errors import UsageError, unknown_option
 from fxzero.graph import TrainGraph
 from fxzero.passes.context import PassContext
+from fxzero.passes.deduplicate import deduplicate_pass
 from fxzero.passes.rematerialize import rematerialize_pass
 from fxzero.passes.replay_randomness import replay_randomness_pass
 from fxzero.passes.write_back import write_back_pass
@@ -54,6 +56,10 @@ def make_pass(
     return Pass(name, function, numerics, docstring.strip().partition("\n")[0], completes)
 
 
+# Before the plan is made: what it is made for.
+PREPARATION: tuple[Pass, ...] = (make_pass("deduplicate", deduplicate_pass),)
+
+# After it: what carries it out.
 PASSES: tuple[Pass, ...] = (
     make_pass("rematerialize", rematerialize_pass),
     make_pass("write_back", write_back_pass, completes="capture"),
@@ -68,7 +74,8 @@ def skipped_passes() -> tuple[str, ...]:
         UsageError: a pass that is needed by what still runs, or that nobody knows.
     """
     names = tuple(name for name in os.environ.get("FXZERO_SKIP", "").split(",") if name)
-    skipped = set(PASSES) - set(select(names))
+    every = (*PREPARATION, *PASSES)
+    skipped = set(every) - set(select(names, every))
     for item in PASSES:
         if item in skipped and item.completes and item.completes not in names:
             raise UsageError(
@@ -78,20 +85,21 @@ def skipped_passes() -> tuple[str, ...]:
     return names
 
 
-def select(disabled: Collection[str]) -> tuple[Pass, ...]:
+def select(disabled: Collection[str], passes: tuple[Pass, ...] = PASSES) -> tuple[Pass, ...]:
     """All passes but those named.
 
     Raises:
         UsageError: a name that no pass has.
     """
-    known = [item.name for item in PASSES]
+    known = [item.name for item in (*PREPARATION, *PASSES)]
     for name in disabled:
         if name not in known:
             raise unknown_option(name, known, where="passes to switch off")
-    return tuple(item for item in PASSES if item.name not in disabled)
+    return tuple(item for item in passes if item.name not in disabled)
 
 
 def describe() -> str:
     """One line a pass: name, numerics, summary."""
-    width = max(len(item.name) for item in PASSES)
-    return "\n".join(f"{p.name:<{width}}  {p.numerics:<7}  {p.summary}" for p in PASSES)
+    every = (*PREPARATION, *PASSES)
+    width = max(len(item.name) for item in every)
+    return "\n".join(f"{p.name:<{width}}  {p.numerics:<7}  {p.summary}" for p in every)

@@ -76,8 +76,14 @@ class LinearProgram:
         """Sets a row's upper limit anew."""
         self.limits[row] = (self.limits[row][0], upper)
 
-    def solve(self, *, relative_gap: float = 0.0, nodes: int | None = None) -> Answer | None:
-        """The best values found; None if there are none (or none within ``nodes``)."""
+    def solve(
+        self, *, relative_gap: float = 0.0, nodes: int | None = None, relaxed: bool = False
+    ) -> Answer | None:
+        """The best values found; None if there are none (or none within ``nodes``).
+
+        Args:
+            relaxed: whether integer variables may take fractions.
+        """
         if not self.costs:
             possible = all(low <= 0 <= high for low, high in self.limits)
             return Answer(np.empty(0), 0.0, 0.0) if possible else None
@@ -89,12 +95,12 @@ class LinearProgram:
             options["node_limit"] = nodes
         result = milp(
             np.asarray(self.costs),
-            integrality=np.asarray(self.integer, dtype=int),
+            integrality=np.asarray(self.integer, dtype=int) * (not relaxed),
             bounds=Bounds(np.asarray(self.lower), np.asarray(self.upper)),
             constraints=LinearConstraint(matrix, low, high),
             options=options,
         )
         if result.x is None:
             return None
-        bound = result.mip_dual_bound if any(self.integer) else result.fun
+        bound = result.fun if relaxed or not any(self.integer) else result.mip_dual_bound
         return Answer(result.x, float(result.fun), float(result.fun if bound is None else bound))

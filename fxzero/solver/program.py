@@ -15,7 +15,7 @@ that HiGHS solves in a fraction of a second for a hundred layers.
 Left out at first is what a recompute makes early: a chain that runs for one step also makes values
 that are first read later.  The exact schedule of each answer shows where that matters, and a
 *level* is added there, which says exactly what has been made by then; or, within a step, a
-constant.
+constant.  With levels the integer program is slow: then it is relaxed, and rounded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fxzero.solver.linear import Answer, LinearProgram
 from fxzero.solver.problem import Operator, Problem
 from fxzero.solver.schedule import Bytes, Schedule, make_schedule
 
-_ROUNDS = 12
+_ROUNDS = 16
 _STEPS_A_ROUND = 4
 
 Price = Callable[[Operator], float]
@@ -115,7 +115,7 @@ class Program:
     Args:
         gap: how far from its optimum the program may stop, relative to the price of recompute.
         nodes: how many nodes of the search tree HiGHS may visit in each round.
-        effort: how many variables levels may add: with more of them it takes minutes.
+        effort: how many variables levels may add: with more of them a round takes seconds.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Program:
         *,
         gap: float = 1e-4,
         nodes: int = 200,
-        effort: int = 3000,
+        effort: int = 8000,
     ) -> None:
         self.problem = problem
         self.gap = gap
@@ -255,9 +255,8 @@ class Program:
             self._set_budget(budget)
             if len(self.levels) * len(self.again) > self.effort:
                 return None
-            harder = 10 if self.levels else 1
             answer = self.linear.solve(
-                relative_gap=self.gap * harder, nodes=max(self.nodes // harder, 1)
+                relative_gap=self.gap, nodes=self.nodes, relaxed=bool(self.levels)
             )
             if answer is None:
                 return None

@@ -88,14 +88,14 @@ class Solver:
         if self._exact is not None:
             return self._exact.smallest()
         best = min(self.cuts, key=lambda s: (s.peak, self.price(s)))
-        return self._descend(best)
+        return self._descend(best, tries=4 if self.close else 2)
 
+    @cached_property
     def floor(self) -> Schedule:
-        """The smallest peak again, but so that a budget of 1 % less finds nothing."""
-        best = self.smallest
-        while (lower := self.solve(int(best.peak * 0.99))) is not None:
-            best = lower.schedule
-        return best
+        """The smallest peak again, looked for harder: to within 1 % of where nothing is found."""
+        if self._exact is not None:
+            return self.smallest
+        return self._descend(self.smallest, tries=12)
 
     def solve(self, budget: int | None) -> Solution | None:
         """The cheapest schedule found within ``budget`` bytes; None if no schedule fits."""
@@ -103,7 +103,7 @@ class Solver:
             return Solution(self.everything, "optimal", 0.0)
         if self._exact is not None and (solved := self._exact.solve(budget)) is not None:
             return self._judge(*solved)
-        best = self._program(open_frame(self.problem)).solve(budget) or self._extend(budget)
+        best = self._best(budget)
         if best is None:
             return None
         return self._judge(best, price_bound(self.problem, self.operator_price, budget))
@@ -115,30 +115,39 @@ class Solver:
         return ExactProgram(self.problem, self.operator_price)
 
     def _program(self, frame: Frame) -> Program:
-        gap, nodes = (1e-4, 500) if self.close else (1e-3, 50)
+        gap, nodes = (1e-4, 200) if self.close else (1e-3, 50)
         return Program(self.problem, self.operator_price, frame, gap=gap, nodes=nodes)
 
-    def _extend(self, budget: int) -> Schedule | None:
-        """The cheapest schedule that saves more than one that is known to fit."""
-        fitting = [s for s in (*self.cuts, self.smallest) if s.peak <= budget]
-        starts = {id(s): s for s in (*fitting[:2], *fitting[-2:])}.values()
+    def _best(self, budget: int) -> Schedule | None:
+        program = self._program(open_frame(self.problem))
+        found = program.solve(budget)
+        if found is not None and not program.levels:
+            return found
+        # Near the floor: whatever fits, and the best of what saves more than that.
+        known = [s for s in (*self.cuts, self.smallest, found) if s is not None]
+        fitting = sorted((s for s in known if s.peak <= budget), key=self._rank)
+        if not fitting and self.floor.peak <= budget:
+            fitting = [self.floor]
+        starts = {id(s): s for s in (*fitting[:3], *fitting[-1:])}.values()
         extended = [
             self._program(frame_around(self.problem, start)).solve(budget) for start in starts
         ]
-        found = [s for s in (*fitting, *extended) if s is not None]
-        return min(found, key=lambda s: (self.price(s), s.peak), default=None)
+        return min(
+            (s for s in (*fitting, *extended) if s is not None), key=self._rank, default=None
+        )
 
-    def _descend(self, best: Schedule) -> Schedule:
-        """A smaller peak, if halving the way to what cannot be freed finds one soon."""
+    def _rank(self, schedule: Schedule) -> tuple[float, int]:
+        return self.price(schedule), schedule.peak
+
+    def _descend(self, best: Schedule, tries: int) -> Schedule:
+        """A smaller peak: halves the way from there to what cannot be freed, again and again."""
         low = self._unavoidable()
-        for _ in range(4 if self.close else 2):
-            middle = (low + best.peak) // 2
-            if middle >= best.peak:
+        for _ in range(tries):
+            if best.peak - low <= 0.01 * best.peak:
                 break
+            middle = (low + best.peak) // 2
             frame = open_frame(self.problem)
-            program = Program(
-                self.problem, self.operator_price, frame, gap=0.01, nodes=20, effort=1000
-            )
+            program = Program(self.problem, self.operator_price, frame, gap=0.01, nodes=20)
             found = program.solve(middle)
             if found is None:
                 low = middle

@@ -1,0 +1,254 @@
+"""The solver against other ways of choosing what to recompute, on the same graphs.
+
+    python benchmarks/bench_solver.py [--models gpt2,llama] [--objective flops] [--quick]
+
+For each model: every peak that ``activation_memory_budget`` (with each of torch's solvers) or
+``torch.utils.checkpoint`` around each block reaches is given to fxzero as its budget.  Both sides
+are priced by the same times per operator, measured here, or by FLOPs.  Then: the smallest
+peaks, twenty budgets in a row, and the time to solve at growing depth.  Nothing is trained here;
+``bench_memory.py`` runs the plans.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import harness
+import torch
+from models import MODELS, Case, Loss, build
+from rich.console import Console
+from rich.table import Table
+from rivals import TORCH_SOLVERS, Outcome, torch_budget
+from torch import fx
+from torch.utils.checkpoint import checkpoint
+
+from fxzero.calibration import calibrate
+from fxzero.capture import capture
+from fxzero.graph import TrainGraph
+from fxzero.options import check_options
+from fxzero.planner import Planner
+from fxzero.solver.search import Solver
+
+_RESULTS = Path(__file__).resolve().parent / "results"
+_BUDGETS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
+_MODELS = "gpt2,llama,bert,vit,unet,resnet,t5"
+_DEPTHS = (8, 16, 32, 64, 128)
+_MiB = 2**20
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A rival's plan, and fxzero's within the same peak; prices in seconds or FLOPs.
+
+    Attributes:
+        gap: what fxzero's solver proved: distance from any schedule's price, relative to the step.
+        seconds: time to solve.
+    """
+
+    model: str
+    rival: str
+    peak: int
+    theirs: float
+    ours: float
+    gap: float
+    seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times fxzero's price the rival's is."""
+        return self.theirs / self.ours if self.ours else float("inf")
+
+    @property
+    def lost(self) -> bool:
+        """Whether fxzero pays more; a thousandth is the tolerance of the integer program."""
+        return self.ours > self.theirs * 1.001
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default=_MODELS)
+    parser.add_argument("--objective", choices=("time", "flops"), default="time")
+    parser.add_argument("--quick", action="store_true", help="smaller models, fewer depths")
+    parser.add_argument("--output", type=Path, default=_RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["FXZERO_CACHE"] = cache
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
+    console = Console()
+    cells: list[Cell] = []
+    summaries: list[dict[str, object]] = []
+    for name in options.models.split(","):
+        case = build(name, quick=options.quick, dropout=0.0, dtype=torch.float32, device="cpu")
+        graph = capture(case.module, (), dict(case.inputs)).graph
+        calibrate(graph.graph.nodes, "cpu")
+        solver = _planner(graph, options.objective).solver
+        found = list(_cells(name, case, graph, options.objective))
+        cells += found
+        summaries.append(_summary(name, solver, found))
+        console.print(_table(found))
+        console.print(summaries[-1])
+    depths = [_depth(layers) for layers in _DEPTHS[: 3 if options.quick else None]]
+    for row in depths:
+        console.print(row)
+    lost = [cell for cell in cells if cell.lost]
+    console.print(f"{len(cells)} cells, {len(lost)} lost: {lost}")
+    _write(options, cells, summaries, depths)
+
+
+def _planner(graph: TrainGraph, objective: str = "time") -> Planner:
+    options = check_options(device="cpu", optimizer="none", inner="eager", objective=objective)
+    return Planner(graph, options, "model")
+
+
+def _cells(name: str, case: Case, graph: TrainGraph, objective: str) -> Iterator[Cell]:
+    planner = _planner(graph, objective)
+    price = _price(planner, objective)
+    seen: set[tuple[int, float]] = set()
+    for rival in (*_torch_outcomes(graph, planner, price), _checkpointed(case, objective)):
+        if rival.peak >= planner.solver.everything.peak or (rival.peak, rival.price) in seen:
+            continue
+        seen.add((rival.peak, rival.price))
+        start = time.perf_counter()
+        solution = planner.solver.solve(rival.peak)
+        seconds = time.perf_counter() - start
+        ours, gap = float("inf"), float("nan")
+        if solution is not None:
+            schedule, gap = solution.schedule, solution.gap
+            ours = float(schedule.flops) if objective == "flops" else schedule.seconds
+        yield Cell(name, rival.name, rival.peak, rival.price, ours, gap, seconds)
+
+
+def _price(planner: Planner, objective: str) -> Callable[[fx.Node], float]:
+    costs = planner.costs
+    if objective == "flops":
+        return lambda node: float(costs.price(node).flops)
+    return lambda node: costs.price(node).seconds
+
+
+def _torch_outcomes(
+    graph: TrainGraph, planner: Planner, price: Callable[[fx.Node], float]
+) -> Iterator[Outcome]:
+    for solver in TORCH_SOLVERS:
+        for budget in _BUDGETS:
+            yield torch_budget(graph, planner.surroundings, price, solver=solver, budget=budget)
+
+
+def _checkpointed(case: Case, objective: str) -> Outcome:
+    """The plan that does what ``torch.utils.checkpoint`` around each block asks for, no more."""
+    for block in case.blocks(case.module):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    graph = capture(case.module, (), dict(case.inputs)).graph
+    schedule = _planner(graph, objective).solver.everything
+    for block in case.blocks(case.module):
+        del block.forward
+    price = float(schedule.flops) if objective == "flops" else schedule.seconds
+    return Outcome("checkpoint per block", schedule.peak, price)
+
+
+def _summary(name: str, solver: Solver, cells: list[Cell]) -> dict[str, object]:
+    low, high = solver.smallest.peak, solver.everything.peak
+    prices = []
+    for twentieth in range(20):
+        solution = solver.solve(low + (high - low) * twentieth // 19)
+        assert solution is not None
+        prices.append(solver.price(solution.schedule))
+    rises = [after / before for before, after in pairwise(prices) if after > before]
+    checkpointing = next((c.peak for c in cells if c.rival.startswith("checkpoint")), None)
+    return {
+        "model": name,
+        "operators": len(solver.problem.operators),
+        "smallest_peak_mib": low / _MiB,
+        "checkpoint_peak_mib": checkpointing and checkpointing / _MiB,
+        "no_recompute_mib": high / _MiB,
+        "least_ratio": min((cell.ratio for cell in cells), default=None),
+        "largest_rise_over_20_budgets": max(rises, default=1.0),
+    }
+
+
+def _depth(layers: int) -> dict[str, float]:
+    """Time to solve GPT-2 of a depth for half of the way down to its smallest peak."""
+    family, size, _ = MODELS["gpt2"]
+    with torch.device("meta"):
+        model, inputs = family(replace(size, layers=layers), 0.0)
+    graph = capture(Loss(model), (), inputs).graph
+    start = time.perf_counter()
+    solver = _planner(graph).solver
+    middle = (min(cut.peak for cut in solver.cuts) + solver.everything.peak) // 2
+    solution = solver.solve(middle)
+    seconds = time.perf_counter() - start
+    assert solution is not None
+    return {
+        "layers": layers,
+        "operators": len(solver.problem.operators),
+        "seconds": seconds,
+        "gap": solution.gap or 0.0,
+    }
+
+
+def _table(cells: list[Cell]) -> Table:
+    table = Table()
+    for column in ("model", "rival", "peak MiB", "theirs", "fxzero", "ratio", "gap %", "solve s"):
+        table.add_column(column)
+    for cell in cells:
+        table.add_row(*_row(cell))
+    return table
+
+
+def _row(cell: Cell) -> list[str]:
+    return [
+        cell.model,
+        cell.rival,
+        f"{cell.peak / _MiB:.1f}",
+        f"{cell.theirs:.4g}",
+        f"{cell.ours:.4g}",
+        f"{cell.ratio:.2f}" + (" LOST" if cell.lost else ""),
+        f"{100 * cell.gap:.1f}",
+        f"{cell.seconds:.2f}",
+    ]
+
+
+def _write(
+    options: argparse.Namespace,
+    cells: list[Cell],
+    summaries: list[dict[str, object]],
+    depths: list[dict[str, float]],
+) -> None:
+    quick = "-quick" if options.quick else ""
+    stem = f"{datetime.date.today().isoformat()}-solver-{options.objective}{quick}"
+    report = {
+        "schema": 1,
+        "objective": options.objective,
+        "versions": harness.versions(),
+        "machine": harness.machine("cpu"),
+        "cells": [asdict(cell) for cell in cells],
+        "models": summaries,
+        "depths": depths,
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"{stem}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    header = "| model | rival | peak MiB | theirs | fxzero | ratio | gap % | solve s |"
+    lines = [header, "|---|---|---|---|---|---|---|---|"]
+    lines += [f"| {' | '.join(_row(cell))} |" for cell in cells]
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
