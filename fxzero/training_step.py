@@ -65,6 +65,7 @@ class TrainingStep:
         self._outputs_held = True
         self._outputs_seen = False
         self._gradients_settled = False
+        self._stale = False
         self._decided: Decided
         self._recapture(args, kwargs, None)
 
@@ -76,6 +77,9 @@ class TrainingStep:
     def run(self, leaves: Sequence[torch.Tensor]) -> Any:
         """The model's return value for flat inputs, attached to autograd."""
         self._follow_outputs()
+        if self._stale:
+            self._stale = False
+            self._plan_again()
         if self._wanted is not None:
             args, kwargs = self._captured.inputs.fill(leaves)
             self._recapture(args, kwargs, self._wanted)
@@ -108,8 +112,7 @@ class TrainingStep:
             return
         self._planner = self._planner.observing(outputs_held=self._outputs_held)
         self._decided = self._planner.restate(self._decided)
-        if self.given is None and self._worth_planning_again():
-            self._plan_again()
+        self._stale = self.given is None and self._worth_planning_again()
 
     def _plan_again(self) -> None:
         """A cheaper plan for what is known now; a plan that fits is not given up for less."""

@@ -93,12 +93,13 @@ def test_the_set_of_commands_and_options_is_this() -> None:
         for name, command in cli.commands.items()
     }
     assert found == {
-        "plan": planning | {"json", "html"},
+        "plan": planning | {"json", "html", "sweep"},
         "explain": planning,
         "diff": {"before", "after"},
         "passes": set(),
         "verify": {"model", "memory_budget", "inner"},
         "replay": {"directory"},
+        "calibrate": {"model", "batch", "seq", "dtype"},
         "doctor": set(),
         "demo": {"memory_budget", "steps", "out"},
     }
@@ -138,6 +139,7 @@ def test_plan_prints_the_report_and_returns_0_where_it_fits(
         "optimizer": "sgd",
         "recompute": "auto",
         "objective": "time",
+        "sweep": 0,
     }
 
 
@@ -271,11 +273,12 @@ def test_diff_prints_what_changed(run: Callable[..., Ran], tmp_path: Path) -> No
 
 def test_passes_lists_name_numerics_and_summary(run: Callable[..., Ran]) -> None:
     lines = run("passes").out.splitlines()
-    assert [line.split()[:2] for line in lines[:2]] == [
+    assert [line.split()[:2] for line in lines[:3]] == [
+        ["deduplicate", "exact"],
         ["rematerialize", "exact"],
         ["write_back", "exact"],
     ]
-    assert lines[1].endswith("exact    Buffer updates become writes at the end of the forward.")
+    assert lines[2].endswith("exact    Buffer updates become writes at the end of the forward.")
 
 
 @dataclass(frozen=True)

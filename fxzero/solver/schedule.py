@@ -116,7 +116,7 @@ class _Books:
             backward=backward,
             step_events=tuple(self.step_events),
             first_event=self.first_event,
-            seconds=sum(operator.seconds for operator in operators),
+            seconds=float(sum(operator.seconds for operator in operators)),
             flops=sum(operator.flops for operator in operators),
             peak=int(max(forward.max(initial=0), backward.max(initial=0))),
         )

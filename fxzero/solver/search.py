@@ -98,14 +98,14 @@ class Solver:
         return self._descend(self.smallest, tries=12)
 
     def solve(self, budget: int | None) -> Solution | None:
-        """The cheapest schedule found within ``budget`` bytes; None if no schedule fits."""
+        """The cheapest schedule found within ``budget`` bytes; None below ``floor``."""
         if budget is None or self.everything.peak <= budget:
             return Solution(self.everything, "optimal", 0.0)
+        if budget < self.smallest.peak and budget < self.floor.peak:
+            return None
         if self._exact is not None and (solved := self._exact.solve(budget)) is not None:
             return self._judge(*solved)
         best = self._best(budget)
-        if best is None:
-            return None
         return self._judge(best, price_bound(self.problem, self.operator_price, budget))
 
     @cached_property
@@ -118,23 +118,20 @@ class Solver:
         gap, nodes = (1e-4, 200) if self.close else (1e-3, 50)
         return Program(self.problem, self.operator_price, frame, gap=gap, nodes=nodes)
 
-    def _best(self, budget: int) -> Schedule | None:
+    def _best(self, budget: int) -> Schedule:
         program = self._program(open_frame(self.problem))
         found = program.solve(budget)
         if found is not None and not program.levels:
             return found
         # Near the floor: whatever fits, and the best of what saves more than that.
-        known = [s for s in (*self.cuts, self.smallest, found) if s is not None]
+        lowest = self.smallest if self.smallest.peak <= budget else self.floor
+        known = [s for s in (*self.cuts, lowest, found) if s is not None]
         fitting = sorted((s for s in known if s.peak <= budget), key=self._rank)
-        if not fitting and self.floor.peak <= budget:
-            fitting = [self.floor]
         starts = {id(s): s for s in (*fitting[:3], *fitting[-1:])}.values()
         extended = [
             self._program(frame_around(self.problem, start)).solve(budget) for start in starts
         ]
-        return min(
-            (s for s in (*fitting, *extended) if s is not None), key=self._rank, default=None
-        )
+        return min((s for s in (*fitting, *extended) if s is not None), key=self._rank)
 
     def _rank(self, schedule: Schedule) -> tuple[float, int]:
         return self.price(schedule), schedule.peak
