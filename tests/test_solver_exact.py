@@ -12,7 +12,10 @@ from test_solver import peak_by_hand, problems
 
 from fxzero.solver.bound import price_bound
 from fxzero.solver.exact import ExactProgram
+from fxzero.solver.frames import frame_around, open_frame
 from fxzero.solver.problem import Operator, Problem
+from fxzero.solver.program import Program
+from fxzero.solver.schedule import make_schedule
 from fxzero.solver.search import Solver
 
 _CALM = {"deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -50,3 +53,32 @@ def test_the_optimum_of_a_few_graphs_is_that_of_brute_force(problem: Problem, sh
 @settings(max_examples=500, derandomize=True, **_CALM)
 def test_the_optimum_of_300_graphs_is_that_of_brute_force(problem: Problem, share: float) -> None:
     check_against_brute_force(problem, share)
+
+
+@given(problems(8, 6), st.floats(0, 1))
+@settings(max_examples=80, derandomize=True, **_CALM)
+def test_the_program_of_single_recompute_fits_and_is_not_below_the_bound(
+    problem: Problem, share: float
+) -> None:
+    solver = Solver(problem)
+    low, high = solver.smallest.peak, solver.everything.peak
+    budget = low + int(max(high - low, 0) * share)
+    schedule = Program(problem, seconds, open_frame(problem)).solve(budget)
+    if schedule is not None:
+        assert peak_by_hand(problem, schedule) <= schedule.peak <= budget
+        assert schedule.seconds >= price_bound(problem, seconds, budget) - 1e-6
+        assert len(schedule.recompute) == len(dict(schedule.recompute))
+
+
+@given(problems(8, 6), st.data())
+@settings(max_examples=80, derandomize=True, **_CALM)
+def test_saving_more_than_a_schedule_that_fits_fits_and_is_not_dearer(
+    problem: Problem, data: st.DataObject
+) -> None:
+    saved = data.draw(st.sets(st.sampled_from(range(len(problem.bytes)))))
+    start = make_schedule(problem, (saved - problem.must_recompute) | problem.must_save)
+    budget = start.peak + data.draw(st.integers(0, 200))
+    extended = Program(problem, seconds, frame_around(problem, start)).solve(budget)
+    assert extended is not None
+    assert peak_by_hand(problem, extended) <= extended.peak <= budget
+    assert extended.seconds <= start.seconds + 1e-6

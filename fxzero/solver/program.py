@@ -21,15 +21,15 @@ constant.  With levels the integer program is slow: then it is relaxed, and roun
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 from fxzero.solver.bound import running_sum
+from fxzero.solver.frames import Frame, step_tops
 from fxzero.solver.linear import Answer, LinearProgram
 from fxzero.solver.problem import Operator, Problem
-from fxzero.solver.schedule import Bytes, Schedule, make_schedule
+from fxzero.solver.schedule import Schedule, make_schedule
 
 _ROUNDS = 16
 _STEPS_A_ROUND = 4
@@ -37,80 +37,8 @@ _STEPS_A_ROUND = 4
 Price = Callable[[Operator], float]
 
 
-@dataclass(frozen=True)
-class Frame:
-    """What a program takes as given.
-
-    Attributes:
-        settled: values that are there whatever is decided.
-        first: the first backward step that reads each value.
-        until: the last step at which a value takes memory only because it was saved.
-        steps: bytes at each backward step that no decision changes.
-        loss: the same while a loss outside the model is computed.
-        forward: the same at each forward position.
-        states: whether generator states that recompute needs come on top.
-    """
-
-    settled: frozenset[int]
-    first: dict[int, int]
-    until: dict[int, int]
-    steps: Bytes
-    loss: int
-    forward: Bytes
-    states: bool
-
-
-def open_frame(problem: Problem) -> Frame:
-    """Anything may be saved or not."""
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
-    for step, values in enumerate(problem.reads):
-        for value in values:
-            first.setdefault(value, step)
-            last[value] = step
-    change = np.zeros(len(problem.reads) + 1, dtype=np.int64)
-    for value in first.keys() - problem.held:
-        change[first[value]] += problem.bytes[value]
-        change[last[value] + 1] -= problem.bytes[value]
-    held = sum(problem.bytes[v] for v in problem.held)
-    return Frame(
-        settled=problem.held,
-        first=first,
-        until=_until(problem, first),
-        steps=np.asarray(problem.base, dtype=np.int64) + np.cumsum(change)[:-1] + held,
-        loss=problem.base_loss + held,
-        forward=problem.fixed + np.cumsum(problem.forward_change)[: problem.forward_steps],
-        states=True,
-    )
-
-
-def frame_around(problem: Problem, schedule: Schedule) -> Frame:
-    """What the schedule saves stays saved, and more may be.
-
-    Saving more makes nothing earlier or longer, so the rows hold for every answer.
-    """
-    steps = np.repeat(
-        np.arange(len(schedule.step_events)), np.diff([0, *(e + 1 for e in schedule.step_events)])
-    )
-    until = dict.fromkeys(problem.needed, -1)
-    for index, event in schedule.first_event.items():
-        # Within its step a recomputed value may come late, where a saved one is there throughout.
-        until.update(dict.fromkeys(problem.operators[index].makes, int(steps[event])))
-    return Frame(
-        settled=schedule.saved | problem.held,
-        first=open_frame(problem).first,
-        until=until,
-        steps=step_tops(schedule),
-        loss=int(schedule.backward[0]),
-        forward=schedule.forward,
-        states=False,
-    )
-
-
 class Program:
-    """The program of one problem, for any number of budgets.
-
-    Levels stay from one budget to the next, so the answers depend on the order of budgets.
+    """The program of one problem within a frame.
 
     Args:
         gap: how far from its optimum the program may stop, relative to the price of recompute.
@@ -248,10 +176,9 @@ class Program:
         for step, row in self.levels.items():
             self.linear.limit(row, (budget - constants[step]) / unit)
 
-    def solve(self, budget: int, *, rounds: int = _ROUNDS) -> Schedule | None:
+    def solve(self, budget: int) -> Schedule | None:
         """The cheapest schedule found within ``budget`` bytes; None if none was found."""
-        self.extra[:] = 0.0
-        for _ in range(rounds):
+        for _ in range(_ROUNDS):
             self._set_budget(budget)
             if len(self.levels) * len(self.again) > self.effort:
                 return None
@@ -316,27 +243,3 @@ class Program:
                     variable = made[maker]
                     terms[variable] = terms.get(variable, 0.0) + problem.bytes[value] / problem.unit
         self.levels[step] = self.linear.row(terms)
-
-
-def _until(problem: Problem, first: dict[int, int]) -> dict[int, int]:
-    """The last step at which a value is there only because it was saved.
-
-    The one before its first read; for a value that only recompute reads, before the last first
-    read of what is made from it.
-    """
-    readers: dict[int, list[int]] = {}
-    for index in dict.fromkeys(problem.maker[v] for v in problem.needed):
-        for value in problem.operators[index].reads:
-            readers.setdefault(value, []).append(index)
-    until = {value: step - 1 for value, step in first.items()}
-    for value in reversed(problem.needed):
-        if value not in until:
-            made = (o for q in readers.get(value, ()) for o in problem.operators[q].makes)
-            until[value] = max((until[o] for o in made if o in until), default=-1)
-    return until
-
-
-def step_tops(schedule: Schedule) -> Bytes:
-    """The most bytes at each backward step, what is recomputed right before it included."""
-    starts = [0, *(event + 1 for event in schedule.step_events[:-1])]
-    return np.maximum.reduceat(schedule.backward, starts)

@@ -17,8 +17,9 @@ from functools import cached_property
 from fxzero.solver.bound import price_bound
 from fxzero.solver.cuts import CutGraph
 from fxzero.solver.exact import ExactProgram
+from fxzero.solver.frames import Frame, frame_around, open_frame
 from fxzero.solver.problem import Operator, Problem
-from fxzero.solver.program import Frame, Program, frame_around, open_frame
+from fxzero.solver.program import Program
 from fxzero.solver.schedule import Schedule, make_schedule
 
 _EXACT = 120  # decisions of the program over time

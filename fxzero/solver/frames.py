@@ -1,0 +1,106 @@
+"""What the program of single recompute takes as given: the bytes that no decision changes.
+
+An open frame leaves every value free.  A frame around a schedule keeps what the schedule saves and
+asks what else to save: that makes nothing earlier and nothing longer, so the schedule's own bytes
+plus what is saved besides, up to where it used to be recomputed, are never too few.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fxzero.solver.problem import Problem
+from fxzero.solver.schedule import Bytes, Schedule
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a program takes as given.
+
+    Attributes:
+        settled: values that are there whatever is decided.
+        first: the first backward step that reads each value.
+        until: the last step at which a value takes memory only because it was saved.
+        steps: bytes at each backward step that no decision changes.
+        loss: the same while a loss outside the model is computed.
+        forward: the same at each forward position.
+        states: whether generator states that recompute needs come on top.
+    """
+
+    settled: frozenset[int]
+    first: dict[int, int]
+    until: dict[int, int]
+    steps: Bytes
+    loss: int
+    forward: Bytes
+    states: bool
+
+
+def open_frame(problem: Problem) -> Frame:
+    """Anything may be saved or not."""
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for step, values in enumerate(problem.reads):
+        for value in values:
+            first.setdefault(value, step)
+            last[value] = step
+    change = np.zeros(len(problem.reads) + 1, dtype=np.int64)
+    for value in first.keys() - problem.held:
+        change[first[value]] += problem.bytes[value]
+        change[last[value] + 1] -= problem.bytes[value]
+    held = sum(problem.bytes[v] for v in problem.held)
+    return Frame(
+        settled=problem.held,
+        first=first,
+        until=_until(problem, first),
+        steps=np.asarray(problem.base, dtype=np.int64) + np.cumsum(change)[:-1] + held,
+        loss=problem.base_loss + held,
+        forward=problem.fixed + np.cumsum(problem.forward_change)[: problem.forward_steps],
+        states=True,
+    )
+
+
+def frame_around(problem: Problem, schedule: Schedule) -> Frame:
+    """What the schedule saves stays saved, and more may be."""
+    steps = np.repeat(
+        np.arange(len(schedule.step_events)), np.diff([0, *(e + 1 for e in schedule.step_events)])
+    )
+    until = dict.fromkeys(problem.needed, -1)
+    for index, event in schedule.first_event.items():
+        # Within its step a recomputed value may come late, where a saved one is there throughout.
+        until.update(dict.fromkeys(problem.operators[index].makes, int(steps[event])))
+    return Frame(
+        settled=schedule.saved | problem.held,
+        first=open_frame(problem).first,
+        until=until,
+        steps=step_tops(schedule),
+        loss=int(schedule.backward[0]),
+        forward=schedule.forward,
+        states=False,
+    )
+
+
+def _until(problem: Problem, first: dict[int, int]) -> dict[int, int]:
+    """The last step at which a value is there only because it was saved.
+
+    The one before its first read; for a value that only recompute reads, before the last first
+    read of what is made from it.
+    """
+    readers: dict[int, list[int]] = {}
+    for index in dict.fromkeys(problem.maker[v] for v in problem.needed):
+        for value in problem.operators[index].reads:
+            readers.setdefault(value, []).append(index)
+    until = {value: step - 1 for value, step in first.items()}
+    for value in reversed(problem.needed):
+        if value not in until:
+            made = (o for q in readers.get(value, ()) for o in problem.operators[q].makes)
+            until[value] = max((until[o] for o in made if o in until), default=-1)
+    return until
+
+
+def step_tops(schedule: Schedule) -> Bytes:
+    """The most bytes at each backward step, what is recomputed right before it included."""
+    starts = [0, *(event + 1 for event in schedule.step_events[:-1])]
+    return np.maximum.reduceat(schedule.backward, starts)
