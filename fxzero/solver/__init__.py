@@ -1,0 +1,12 @@
+"""What to save and what to recompute, where and how often, under a peak of bytes.
+
+    problem     the training step in numbers: storages, operators, bytes that no decision changes
+    schedule    what runs again where, and its exact bytes at every instant: the judge of all below
+    program     the integer program of single recompute, for graphs of any size (with frames, linear)
+    exact       the program over time, for small problems: proven optima
+    bound       what no schedule can undercut
+    cuts        small peaks
+    search      which of these to ask, and what has been proven
+
+Nothing here knows of graphs, but for ``problem``; ``planner.py`` turns schedules into decisions.
+"""
