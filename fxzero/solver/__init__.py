@@ -2,7 +2,7 @@
 
     problem     the training step in numbers: storages, operators, bytes that no decision changes
     schedule    what runs again where, and its exact bytes at every instant: the judge of all below
-    program     the integer program of single recompute, for graphs of any size (with frames, linear)
+    program     the integer program of single recompute, for any size (with frames, linear)
     exact       the program over time, for small problems: proven optima
     bound       what no schedule can undercut
     cuts        small peaks
