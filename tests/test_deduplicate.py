@@ -44,9 +44,10 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hidden = self.linear(x)
-        first = fxzero.name(hidden.exp(), "first") * torch.rand(8)
-        second = fxzero.name(hidden.exp(), "second") * torch.rand(8)
-        return (first + second).sum(), hidden.sin(), hidden.sin()
+        bias = self.linear.bias
+        first = fxzero.name(bias.exp(), "first") * torch.rand(8)
+        second = fxzero.name(bias.exp(), "second") * torch.rand(8)
+        return (hidden.square() * first + second).sum(), bias.sin(), bias.sin()
 
 
 def deduplicated(model: nn.Module, *inputs: Tensor) -> TrainGraph:
@@ -60,7 +61,7 @@ def count(graph: TrainGraph, target: object) -> int:
     return sum(not graph.is_backward(node) for node in nodes)
 
 
-INPUTS = torch.randn(4, 8), torch.rand(4, 8) > 0.5
+INPUTS = torch.randn(512, 8), torch.rand(8) > 0.5
 
 
 def test_a_bias_that_every_layer_makes_is_made_once() -> None:
@@ -85,6 +86,12 @@ def test_random_numbers_outputs_and_named_values_stay_two() -> None:
     assert count(graph, torch.ops.aten.sin.default) == 2
     assert count(graph, torch.ops.aten.alias.default) == 2
     assert count(graph, torch.ops.aten.exp.default) == 1
+
+
+def test_large_values_stay_two() -> None:
+    rows = torch.rand(512, 8) > 0.5
+    graph = deduplicated(Masked(), INPUTS[0], rows)
+    assert count(graph, torch.ops.aten.where.self) == 2
 
 
 def test_results_are_those_of_eager() -> None:

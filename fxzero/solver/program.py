@@ -15,7 +15,7 @@ that HiGHS solves in a fraction of a second for a hundred layers.
 Left out at first is what a recompute makes early: a chain that runs for one step also makes values
 that are first read later.  The exact schedule of each answer shows where that matters, and a
 *level* is added there, which says exactly what has been made by then; or, within a step, a
-constant.  With levels the integer program is slow: then it is relaxed, and rounded.
+constant.  Levels make the integer program slow: after a few rounds it is relaxed, and rounded.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from fxzero.solver.problem import Operator, Problem
 from fxzero.solver.schedule import Schedule, make_schedule
 
 _ROUNDS = 16
+_INTEGER_ROUNDS = 3
 _STEPS_A_ROUND = 4
 
 Price = Callable[[Operator], float]
@@ -178,12 +179,14 @@ class Program:
 
     def solve(self, budget: int) -> Schedule | None:
         """The cheapest schedule found within ``budget`` bytes; None if none was found."""
-        for _ in range(_ROUNDS):
+        for number in range(_ROUNDS):
             self._set_budget(budget)
             if len(self.levels) * len(self.again) > self.effort:
                 return None
             answer = self.linear.solve(
-                relative_gap=self.gap, nodes=self.nodes, relaxed=bool(self.levels)
+                relative_gap=self.gap * (10 if self.levels else 1),
+                nodes=self.nodes // 10 if self.levels else self.nodes,
+                relaxed=number >= _INTEGER_ROUNDS,
             )
             if answer is None:
                 return None
