@@ -24,7 +24,7 @@ from fxzero.optimizers import profile_optimizer
 from fxzero.options import Options, call_arguments, check_options, device_of, model_device
 from fxzero.passes.context import PassContext
 from fxzero.passes.partition import Split, partition
-from fxzero.passes.pipeline import PREPARATION, select, skipped_passes
+from fxzero.passes.pipeline import PREPARATION, Pass, select, skipped_passes
 from fxzero.passes.runner import checking, run_passes
 from fxzero.passes.spec import check_split
 from fxzero.plans import Decisions, Plan, Rematerialization
@@ -114,7 +114,102 @@ def plan(
 class Planner:
     """Plans one captured graph for any number of budgets; the graph itself is never changed.
 
+    Merging equal operations saves memory where their values are kept, and costs some where they
+    would not be, so both graphs are planned and the better plan is taken.
+
+    Args: those of ``GraphPlanner``.
+    """
+
+    def __init__(self, graph: TrainGraph, options: Options, name: str, **given: Any) -> None:
+        merged = GraphPlanner(graph, options, name, PREPARATION, **given)
+        self.variants: tuple[GraphPlanner, ...] = (merged,)
+        if len(merged.graph.graph.nodes) < len(graph.graph.nodes):
+            self.variants += (GraphPlanner(graph, options, name, (), **given),)
+
+    @property
+    def outputs_held(self) -> bool:
+        return self.variants[0].outputs_held
+
+    def decide(self) -> Decided:
+        """The Plan for the options' budget.
+
+        Raises:
+            BudgetError: nothing found fits.
+        """
+        found = [d for d in (variant.decide() for variant in self.variants) if d is not None]
+        if not found:
+            raise self._budget_error()
+        return self._complete(min(found, key=self._rank))
+
+    def smallest(self) -> Decided:
+        """The Plan with the smallest peak, for reports on budgets that nothing fits."""
+        found = [variant.smallest() for variant in self.variants]
+        return min(found, key=lambda decided: decided.plan.minimum_budget)
+
+    def replay(self, plan: Plan) -> Decided:
+        """Carries out the decisions of a given Plan, without a solver.
+
+        Raises:
+            PlanError: the Plan belongs to another graph.
+        """
+        for variant in self.variants:
+            if plan.graph_digest == variant.digest:
+                return variant.replay(plan)
+        raise PlanError(
+            f"the plan belongs to graph {plan.graph_digest}, this model traces to "
+            f"{self.variants[0].digest}\n  it was made for {plan.model.name} with inputs "
+            f"{', '.join(plan.model.inputs)}\n  plan again for this model, these inputs and "
+            "this version of torch"
+        )
+
+    def observing(self, *, outputs_held: bool) -> Planner:
+        """The same planner for a caller who holds the outputs during the backward, or does not."""
+        other = copy.copy(self)
+        other.variants = tuple(v.observing(outputs_held=outputs_held) for v in self.variants)
+        return other
+
+    def restate(self, decided: Decided) -> Decided:
+        """What another planner's decisions come to under this one's assumptions."""
+        digest = decided.plan.graph_digest
+        variant = next(v for v in self.variants if v.digest == digest)
+        return self._complete(variant.restate(decided))
+
+    def _rank(self, decided: Decided) -> tuple[float, int]:
+        plan = decided.plan
+        by_flops = self.variants[0].options.objective == "flops"
+        # Not the recompute alone: merged operations run less often in the forward.
+        return (plan.recompute_flops if by_flops else plan.step_seconds), plan.peak_bytes
+
+    def _complete(self, decided: Decided) -> Decided:
+        """With the smallest budget of all variants."""
+        others = [v.minimum_budget(decided) for v in self.variants]
+        plan = replace(decided.plan, minimum_budget=min(decided.plan.minimum_budget, *others))
+        return replace(decided, plan=plan)
+
+    def _budget_error(self) -> BudgetError:
+        planner = self.variants[0]
+        budget = planner.options.memory_budget
+        assert budget is not None
+        smallest = self.smallest()
+        plan, timeline = smallest.plan, smallest.emitted.timeline
+        required = plan.minimum_budget
+        alternatives = [(f'memory_budget="{_round_up(required)}"', required)]
+        saved = planner.optimizer.state_bytes
+        if saved and required - saved <= budget:
+            alternatives.append(('optimizer="sgd"', required - saved))
+        return BudgetError(
+            budget_bytes=budget,
+            required_bytes=required,
+            fixed={**timeline.fixed, "gradients": timeline.gradient_bytes},
+            alternatives=alternatives,
+        )
+
+
+class GraphPlanner:
+    """Plans a captured graph as some passes prepare it.
+
     Args:
+        preparation: passes that run before the plan is made.
         outputs_held: whether the caller keeps the model's outputs during the backward.
         writes_buffers: whether the graph updates buffers itself, or returns their new values.
         unapplied: what the caller could not apply; more is found here, and all of it is an error
@@ -127,6 +222,7 @@ class Planner:
         graph: TrainGraph,
         options: Options,
         name: str,
+        preparation: tuple[Pass, ...],
         *,
         outputs_held: bool = True,
         writes_buffers: bool = True,
@@ -136,8 +232,8 @@ class Planner:
         arguments = [(role, node.meta["val"]) for role, node in graph.pairs()]
         self.device = device_of([value for _, value in arguments])
         context = PassContext(device=self.device, writes_buffers=writes_buffers)
-        preparation = select(skipped_passes(), PREPARATION)
-        self.graph, reports = run_passes(graph.copy(), context, preparation)
+        chosen = select(skipped_passes(), preparation)
+        self.graph, reports = run_passes(graph.copy(), context, chosen)
         self.prepared = tuple(report.name for report in reports)
         self.writes_buffers = writes_buffers
         self.options = options
@@ -179,12 +275,8 @@ class Planner:
         )
         return Solver(problem, objective=self.options.objective)
 
-    def decide(self) -> Decided:
-        """The Plan for the options' budget.
-
-        Raises:
-            BudgetError: nothing found fits.
-        """
+    def decide(self) -> Decided | None:
+        """The Plan for the options' budget; None if nothing found fits."""
         budget = target = self.options.memory_budget
         for _ in range(_TIGHTENINGS):
             solution = self._solve(target)
@@ -195,11 +287,10 @@ class Planner:
                 return decided
             assert target is not None
             target -= decided.plan.peak_bytes - budget
-        assert budget is not None
-        raise self._budget_error(budget)
+        return None
 
     def smallest(self) -> Decided:
-        """The Plan with the smallest peak, for reports on budgets that nothing fits."""
+        """The Plan with the smallest peak."""
         schedule = self.solver.everything if self.recompute == "none" else self.solver.floor
         return self._emit(Solution(schedule, "infeasible", None))
 
@@ -210,21 +301,15 @@ class Planner:
         return self.solver.smallest
 
     def replay(self, plan: Plan) -> Decided:
-        """Carries out the decisions of a given Plan, without a solver.
-
-        Raises:
-            PlanError: the Plan belongs to another graph.
-        """
-        if plan.graph_digest != self.digest:
-            raise PlanError(
-                f"the plan belongs to graph {plan.graph_digest}, this model traces to "
-                f"{self.digest}\n  it was made for {plan.model.name} with inputs "
-                f"{', '.join(plan.model.inputs)}\n  plan again for this model, these inputs and "
-                "this version of torch"
-            )
+        """Carries out the decisions of a Plan for this graph."""
         return Decided(plan, self._carry_out(plan.decisions))
 
-    def observing(self, *, outputs_held: bool) -> Planner:
+    def minimum_budget(self, decided: Decided) -> int:
+        """The smallest budget of this graph, given any plan for the optimizer step's part."""
+        step = next(p.peak_bytes for p in decided.plan.phases if p.name == "optimizer step")
+        return max(self._smallest_schedule().peak, step)
+
+    def observing(self, *, outputs_held: bool) -> GraphPlanner:
         """The same planner for a caller who holds the outputs during the backward, or does not."""
         other = copy.copy(self)
         other.outputs_held = outputs_held
@@ -308,21 +393,6 @@ class Planner:
             outputs_held=self.outputs_held,
             loss_bytes=self.loss_bytes,
             unapplied=self.unapplied,
-        )
-
-    def _budget_error(self, budget: int) -> BudgetError:
-        smallest = self.smallest()
-        plan, timeline = smallest.plan, smallest.emitted.timeline
-        required = plan.minimum_budget
-        alternatives = [(f'memory_budget="{_round_up(required)}"', required)]
-        saved = self.optimizer.state_bytes
-        if saved and required - saved <= budget:
-            alternatives.append(('optimizer="sgd"', required - saved))
-        return BudgetError(
-            budget_bytes=budget,
-            required_bytes=required,
-            fixed={**timeline.fixed, "gradients": timeline.gradient_bytes},
-            alternatives=alternatives,
         )
 
 

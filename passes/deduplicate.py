@@ -4,12 +4,11 @@ Models repeat themselves: every attention layer turns the same mask into the sam
 asks for the same table of positions.  What the backward reads of these would be saved once for each
 layer.
 
-What is merged lives on from its first use to its last in the forward, where nothing is recomputed,
-so large values stay as they are.
+What is merged lives on from its first use to its last in the forward, where nothing is recomputed:
+for large values that can cost more than it spares, so the planner tries both.
 
 Invariant: no two forward nodes with the same operator, arguments and checkpoint region are left,
-but for large ones, random ones, model outputs (they own their memory) and values that the user
-named.
+but for random ones, model outputs (they own their memory) and values that the user named.
 
     forward:   b1 = where(m, 0, -inf); y1 = attention(q1, b1)        b1 = where(m, 0, -inf)
                b2 = where(m, 0, -inf); y2 = attention(q2, b2)   ->   y1 = attention(q1, b1)
@@ -28,25 +27,16 @@ from fxzero.passes.context import PassContext
 from fxzero.passes.replay_randomness import is_random
 from fxzero.storages import analyse
 
-# The largest share of the bytes that the forward makes that a merged value may have.
-_SHARE = 1 / 400
-
 
 def deduplicate_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
     """Replaces each repeated forward node by the first of its kind."""
     (output,) = graph.graph.find_nodes(op="output")
     storages = analyse(graph.graph.nodes)
     owned = {storage for node in output.all_input_nodes for storage in storages.of[node]}
-    made = (n for n in graph.graph.nodes if n.op == "call_function" and not graph.is_backward(n))
-    forward = {storage for node in made for storage in storages.of[node]}
-    most = _SHARE * sum(storages.bytes[storage] for storage in forward)
-    large = {storage for storage in forward if storages.bytes[storage] > most}
     first: dict[tuple[object, ...], fx.Node] = {}
     for node in list(graph.graph.nodes):
         mine = set(storages.of.get(node, ()))
         if graph.is_backward(node) or mine & owned or not _may_merge(node):
-            continue
-        if mine & large and not storages.is_view(node):
             continue
         kept = first.setdefault(_kind(node), node)
         if kept is not node:

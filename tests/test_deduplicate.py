@@ -88,12 +88,6 @@ def test_random_numbers_outputs_and_named_values_stay_two() -> None:
     assert count(graph, torch.ops.aten.exp.default) == 1
 
 
-def test_large_values_stay_two() -> None:
-    rows = torch.rand(512, 8) > 0.5
-    graph = deduplicated(Masked(), INPUTS[0], rows)
-    assert count(graph, torch.ops.aten.where.self) == 2
-
-
 def test_results_are_those_of_eager() -> None:
     model = Masked()
     model(*INPUTS).backward()

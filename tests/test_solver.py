@@ -275,7 +275,8 @@ def test_the_peak_of_checkpointing_every_block_is_met_and_undercut(
 def test_the_price_never_grows_with_the_budget(name: str) -> None:
     model, args, kwargs, _ = zoo.build(name)
     graph = capture(model, args, kwargs).graph
-    solver = Planner(graph, Options(optimizer="sgd"), name, outputs_held=False).solver
+    planner = Planner(graph, Options(optimizer="sgd"), name, outputs_held=False)
+    solver = planner.variants[0].solver
     low, high = solver.smallest.peak, solver.everything.peak
     prices = []
     for ninth in range(10):
