@@ -7,9 +7,13 @@ file.  ``tests/test_torch_contract.py`` states what each function must do on a s
 
 from __future__ import annotations
 
+import ast
+import bisect
+import builtins
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -235,18 +239,53 @@ class TransparentDispatchMode(TorchDispatchMode):
         return True
 
 
-def peak_of_allocations(profiler: Any) -> int:
-    """Peak of the CPU bytes allocated since a memory profile started."""
+def peak_of_allocations(profiler: Any, *, inside_operators: bool = True) -> int:
+    """Peak of the CPU bytes allocated since a memory profile started.
+
+    Args:
+        inside_operators: whether memory counts that an operator frees before it returns.
+    """
     events = profiler.profiler.kineto_results.events()
     memory = sorted(
         ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"),
         key=lambda item: item[0],
     )
+    scratch = set() if inside_operators else _scratch(memory, _outermost_operators(events))
     current = peak = 0
-    for _, change in memory:
-        current += change
-        peak = max(peak, current)
+    for index, (_, change) in enumerate(memory):
+        if index not in scratch:
+            current += change
+            peak = max(peak, current)
     return peak
+
+
+def _outermost_operators(events: Any) -> list[tuple[int, int]]:
+    """When operators began and ended that no other one called ("aten::mm", "mkldnn::...")."""
+    spans: list[tuple[int, int]] = []
+    for start, end in sorted(
+        (e.start_ns(), e.end_ns())
+        for e in events
+        if "::" in e.name() and not e.name().startswith("autograd::")
+    ):
+        if not spans or start >= spans[-1][1]:
+            spans.append((start, end))
+    return spans
+
+
+def _scratch(memory: list[tuple[int, int]], spans: list[tuple[int, int]]) -> set[int]:
+    """Positions of allocations that the same operator frees, and of those frees."""
+    starts = [start for start, _ in spans]
+    made: dict[tuple[int, int], list[int]] = {}
+    found: set[int] = set()
+    for index, (time, change) in enumerate(memory):
+        span = bisect.bisect_right(starts, time) - 1
+        if span < 0 or time > spans[span][1]:
+            continue
+        if change > 0:
+            made.setdefault((span, change), []).append(index)
+        elif made.get((span, -change)):
+            found |= {made[span, -change].pop(), index}
+    return found
 
 
 def is_compiled_callable(value: Any) -> bool:
@@ -279,6 +318,7 @@ def autocast_state() -> tuple[Any, ...]:
 
 def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
     """The table that graphs for Inductor are traced with; random operators stay what eager runs."""
+    import torch._inductor.lowering  # the table's max_pool2d uses it without importing it
     from torch._inductor.decomposition import select_decomp_table
 
     return {
@@ -288,8 +328,19 @@ def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
     }
 
 
+# Inductor keeps a freed buffer for a later one of its size, however long that takes.
+_INDUCTOR_OPTIONS = {"fallback_random": True, "allow_buffer_reuse": False}
+# A score that no pair of kernels without a value between them reaches: those, far apart in the
+# planned order, would run at once and hold all their results.
+_NEVER_SIDE_BY_SIDE = {"score_fusion_memory_threshold": 10**18}
+
+
 def compile_with_inductor(
-    module: fx.GraphModule, replace_target: Callable[[Any], Any], *, backward: bool
+    module: fx.GraphModule,
+    replace_target: Callable[[Any], Any],
+    *,
+    backward: bool,
+    side_by_side: bool = True,
 ) -> Callable[[list[Any]], list[Any]]:
     """A boxed function that Inductor generated for a graph of aten operators.
 
@@ -298,6 +349,8 @@ def compile_with_inductor(
 
     Args:
         replace_target: what stands for an operator that Inductor does not know.
+        side_by_side: whether operators that read the same values may be fused; it saves time, and
+            takes memory where they are far apart.
     """
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
@@ -317,7 +370,7 @@ def compile_with_inductor(
     fake_mode = fake_mode_of([v for value in values for v in tensors_in(value)])
     with (
         tracing(TracingContext(fake_mode)),
-        config.patch(fallback_random=True),
+        config.patch(_INDUCTOR_OPTIONS | ({} if side_by_side else _NEVER_SIDE_BY_SIDE)),
         torch.no_grad(),
     ):
         compiled: Any = compile_fx_inner(copied, inputs, is_backward=backward)
@@ -325,7 +378,70 @@ def compile_with_inductor(
     def run(arguments: list[Any]) -> list[Any]:
         return list(compiled(arguments))
 
+    run.__generated__ = compiled  # type: ignore[attr-defined]
     return run
+
+
+def without_kernels(function: Callable[[list[Any]], list[Any]]) -> Callable[[list[Any]], list[Any]]:
+    """What a function that Inductor generated does to memory, for fake tensors.
+
+    It allocates, calls operators of torch and frees as the generated code does; generated kernels,
+    which write into what is allocated, do nothing.  Other functions come back as they are.
+    """
+    compiled = getattr(function, "__generated__", None)
+    if compiled is None:
+        return function
+    from torch._inductor.select_algorithm import extern_kernels
+
+    source = ast.parse(compiled.source_code)
+    (call,) = (n for n in ast.walk(source) if isinstance(n, ast.FunctionDef) and n.name == "call")
+    parameters = call.args.args
+    call.args.args = [name for name in parameters if name.arg != "self"]
+    names = _Names(
+        torch=torch,
+        aten=torch.ops.aten,
+        inductor_ops=torch.ops.inductor,
+        device=torch.device,
+        inf=math.inf,
+        nan=math.nan,
+        extern_kernels=extern_kernels,
+        empty_strided=torch.empty_strided,
+        reinterpret_tensor=_reinterpret,
+    )
+    for kind in ("cpu", "cuda"):
+        names[f"empty_strided_{kind}"] = functools.partial(_empty, kind)
+    names |= compiled.constants or {}
+    exec(compile(ast.Module([call], []), "<generated code>", "exec"), names)
+    run: Callable[[list[Any]], list[Any]] = names["call"]
+    return lambda arguments: list(run(arguments))
+
+
+class _Names(dict[str, Any]):
+    """Global names of generated code; those nobody gave are kernels."""
+
+    def __missing__(self, name: str) -> Any:
+        return getattr(builtins, name, _NO_KERNEL)
+
+
+class _NoKernel:
+    """Can be called and looked into, and does nothing."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _NoKernel:
+        return self
+
+    def __getattr__(self, name: str) -> _NoKernel:
+        return self
+
+
+_NO_KERNEL = _NoKernel()
+
+
+def _empty(kind: str, size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device=kind)
+
+
+def _reinterpret(tensor: torch.Tensor, size: Any, stride: Any, offset: int = 0) -> torch.Tensor:
+    return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
 
 
 def is_partial_graph(module: fx.GraphModule) -> bool:

@@ -1,21 +1,42 @@
-"""Turns a forward and a backward graph into functions that run: eagerly or through Inductor."""
+"""Turns a forward and a backward graph into functions that run: eagerly or through Inductor.
+
+Under a budget, code that Inductor generated runs only if its rehearsed peak stays within it.  Each
+of the two graphs takes the first of these ways that does:
+
+    Inductor
+    Inductor that fuses only what passes a value on
+    operator by operator, whose peak is the planned one
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from fxzero import _torch, randomness
 from fxzero.execution import BoxedFunction, compile_to_python
+from fxzero.rehearsal import Peaks
 from fxzero.runtime import Executable, Owner
 
 if TYPE_CHECKING:
     from fxzero.passes.partition import Split
 
+log = logging.getLogger(__name__)
+
+Rehearse = Callable[[BoxedFunction, BoxedFunction], Peaks]
+
 
 def compile_split(
-    split: Split, inner: str, *, attached: tuple[int, ...], owner: Owner
+    split: Split,
+    inner: str,
+    *,
+    attached: tuple[int, ...],
+    owner: Owner,
+    limit: int | None,
+    rehearse: Rehearse,
 ) -> Executable:
     """An Executable for the two graphs.
 
@@ -23,11 +44,18 @@ def compile_split(
         inner: "eager" runs node by node, "inductor" generates code.
         attached: outputs that autograd must know besides those with a tangent.
         owner: told what each backward shows.
+        limit: bytes that generated code may reach; None: any.
+        rehearse: the peaks of two functions.
     """
+    if inner == "eager" or limit is None:
+        forward = compile_graph(split.forward, inner, backward=False)
+        backward = compile_graph(split.backward, inner, backward=True)
+    else:
+        forward, backward = _compile_within(split, limit, rehearse)
     names = [node.name for node in split.forward.graph.find_nodes(op="placeholder")]
     return Executable(
-        forward=compile_graph(split.forward, inner, backward=False),
-        backward=compile_graph(split.backward, inner, backward=True),
+        forward=forward,
+        backward=backward,
         output_count=split.output_count,
         differentiable=split.tangents,
         attached=attached,
@@ -38,11 +66,38 @@ def compile_split(
     )
 
 
+def _compile_within(
+    split: Split, limit: int, rehearse: Rehearse
+) -> tuple[BoxedFunction, BoxedFunction]:
+    """A forward and a backward that stay within ``limit``, which the plan does."""
+    forward = compile_graph(split.forward, "inductor", backward=False)
+    backward = compile_graph(split.backward, "inductor", backward=True)
+    for inner in ("inductor in order", "eager"):
+        peaks = rehearse(forward, backward)
+        if peaks.largest > limit:
+            log.info("generated code needs %s of %d bytes: %s", peaks, limit, inner)
+        if peaks.forward > limit:
+            forward = compile_graph(split.forward, inner, backward=False)
+        if peaks.backward > limit:
+            backward = compile_graph(split.backward, inner, backward=True)
+    if rehearse(forward, backward).largest > limit:
+        # What the forward leaves is larger than planned, so that no backward has room.
+        forward = compile_graph(split.forward, "eager", backward=False)
+        backward = compile_graph(split.backward, "eager", backward=True)
+    return forward, backward
+
+
 def compile_graph(module: fx.GraphModule, inner: str, *, backward: bool) -> BoxedFunction:
-    """A function over a list of arguments, which it empties, that runs one graph."""
+    """A function over a list of arguments, which it empties, that runs one graph.
+
+    Args:
+        inner: "eager", "inductor", or "inductor in order", which fuses neighbours only.
+    """
     if inner == "eager":
         return compile_to_python(module)
-    return _torch.compile_with_inductor(module, _inductor_target, backward=backward)
+    return _torch.compile_with_inductor(
+        module, _inductor_target, backward=backward, side_by_side=inner == "inductor"
+    )
 
 
 def _inductor_target(target: Any) -> Any:

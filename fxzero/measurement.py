@@ -37,6 +37,8 @@ class Measurement:
         output: what the function returned.
         baseline_bytes: memory of the function's own that existed before the call.
         method: "tensors", "allocator" (profiler record) or "cuda".
+        tensor_bytes: the peak without what operators free before they return, which plans do not
+            count either; on CUDA the same as ``peak_bytes``.
     """
 
     peak_bytes: int
@@ -44,6 +46,7 @@ class Measurement:
     output: Any
     baseline_bytes: int
     method: str
+    tensor_bytes: int
 
 
 def measure(fn: Callable[[], Any]) -> Measurement:
@@ -61,7 +64,8 @@ def _measure_cuda(fn: Callable[[], Any]) -> Measurement:
     output = fn()
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    return Measurement(torch.cuda.max_memory_allocated(), seconds, output, before, "cuda")
+    peak = torch.cuda.max_memory_allocated()
+    return Measurement(peak, seconds, output, before, "cuda", peak)
 
 
 def _measure_cpu(fn: Callable[[], Any]) -> Measurement:
@@ -75,9 +79,10 @@ def _measure_cpu(fn: Callable[[], Any]) -> Measurement:
         output = fn()
     seconds = time.perf_counter() - start
     if record is None:
-        return Measurement(counter.peak, seconds, output, baseline, "tensors")
+        return Measurement(counter.peak, seconds, output, baseline, "tensors", counter.peak)
     peak = baseline + _torch.peak_of_allocations(record)
-    return Measurement(peak, seconds, output, baseline, "allocator")
+    tensors = baseline + _torch.peak_of_allocations(record, inside_operators=False)
+    return Measurement(peak, seconds, output, baseline, "allocator", tensors)
 
 
 def _is_compiled(value: Any) -> bool:

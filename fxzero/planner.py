@@ -19,6 +19,7 @@ from torch import nn
 from fxzero.calibration import cost_model
 from fxzero.capture import capture
 from fxzero.errors import BudgetError, PlanError, UsageError
+from fxzero.execution import BoxedFunction
 from fxzero.graph import InputRole, TrainGraph
 from fxzero.optimizers import profile_optimizer
 from fxzero.options import Options, call_arguments, check_options, device_of, model_device
@@ -29,6 +30,7 @@ from fxzero.passes.runner import checking, run_passes
 from fxzero.passes.spec import check_split
 from fxzero.plans import Decisions, Plan, Rematerialization
 from fxzero.policies import settled_nodes, unmet_wishes
+from fxzero.rehearsal import Peaks, rehearse
 from fxzero.solver.problem import build_problem
 from fxzero.solver.schedule import Schedule
 from fxzero.solver.search import Solution, Solver
@@ -152,15 +154,7 @@ class Planner:
         Raises:
             PlanError: the Plan belongs to another graph.
         """
-        for variant in self.variants:
-            if plan.graph_digest == variant.digest:
-                return variant.replay(plan)
-        raise PlanError(
-            f"the plan belongs to graph {plan.graph_digest}, this model traces to "
-            f"{self.variants[0].digest}\n  it was made for {plan.model.name} with inputs "
-            f"{', '.join(plan.model.inputs)}\n  plan again for this model, these inputs and "
-            "this version of torch"
-        )
+        return self._variant(plan).replay(plan)
 
     def observing(self, *, outputs_held: bool) -> Planner:
         """The same planner for a caller who holds the outputs during the backward, or does not."""
@@ -170,9 +164,23 @@ class Planner:
 
     def restate(self, decided: Decided) -> Decided:
         """What another planner's decisions come to under this one's assumptions."""
-        digest = decided.plan.graph_digest
-        variant = next(v for v in self.variants if v.digest == digest)
-        return self._complete(variant.restate(decided))
+        return self._complete(self._variant(decided.plan).restate(decided))
+
+    def rehearse(self, decided: Decided, forward: BoxedFunction, backward: BoxedFunction) -> Peaks:
+        """The peaks of functions that run the graphs of ``decided``."""
+        return self._variant(decided.plan).rehearse(decided, forward, backward)
+
+    def _variant(self, plan: Plan) -> GraphPlanner:
+        """Whose graph the plan belongs to."""
+        for variant in self.variants:
+            if plan.graph_digest == variant.digest:
+                return variant
+        raise PlanError(
+            f"the plan belongs to graph {plan.graph_digest}, this model traces to "
+            f"{self.variants[0].digest}\n  it was made for {plan.model.name} with inputs "
+            f"{', '.join(plan.model.inputs)}\n  plan again for this model, these inputs and "
+            "this version of torch"
+        )
 
     def _rank(self, decided: Decided) -> tuple[float, int]:
         plan = decided.plan
@@ -322,6 +330,12 @@ class GraphPlanner:
         emitted = replace(emitted, timeline=simulate(emitted.split, self.surroundings))
         facts = self._facts(emitted, decided.plan.decisions)
         return Decided(summarise(facts, status=decided.plan.status, gap=decided.plan.gap), emitted)
+
+    def rehearse(self, decided: Decided, forward: BoxedFunction, backward: BoxedFunction) -> Peaks:
+        """The peaks of functions that run the graphs of ``decided``."""
+        emitted = decided.emitted
+        fixed = sum(emitted.timeline.fixed.values())
+        return rehearse(emitted.split, forward, backward, self.surroundings, fixed)
 
     def _solve(self, budget: int | None) -> Solution | None:
         if self.recompute == "none":

@@ -302,9 +302,8 @@ def _notes(facts: Facts) -> tuple[str, ...]:
     notes.append("memory inside operators (convolution and attention workspaces) is not counted")
     if facts.options.inner == "inductor":
         notes.append(
-            "Inductor fuses operators and reuses buffers, so what it measures is at or below the "
-            "planned peak where no operator has a workspace; memory is planned as if every "
-            "operator ran alone"
+            "memory is planned as if every operator ran alone; code that Inductor generates may "
+            "need less, and runs under a budget only if its rehearsed peak is within it"
         )
     notes.append(facts.costs.source)
     return tuple(notes)

@@ -11,9 +11,11 @@ meanwhile, and which outputs gradients come from.  The plan starts from the safe
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from fxzero.options import Options
 from fxzero.planner import Decided, Planner
 from fxzero.plans import Plan
 from fxzero.randomness import RandomState
+from fxzero.rehearsal import as_it_runs
 from fxzero.structure import flatten
 
 log = logging.getLogger(__name__)
@@ -111,7 +114,7 @@ class TrainingStep:
         if self._planner.outputs_held == self._outputs_held:
             return
         self._planner = self._planner.observing(outputs_held=self._outputs_held)
-        self._decided = self._planner.restate(self._decided)
+        self._decided = self._as_it_runs(self._planner.restate(self._decided))
         self._stale = self.given is None and self._worth_planning_again()
 
     def _plan_again(self) -> None:
@@ -131,13 +134,26 @@ class TrainingStep:
         return plan.recompute_flops if flops else plan.recompute_seconds
 
     def _adopt(self, decided: Decided) -> None:
-        self._decided = decided
         split = decided.emitted.split
         self._executable = compile_split(
-            split, self.options.inner, attached=self._captured.attached, owner=self
+            split,
+            self.options.inner,
+            attached=self._captured.attached,
+            owner=self,
+            limit=self.options.memory_budget if decided.plan.fits else None,
+            rehearse=functools.partial(self._planner.rehearse, decided),
         )
+        self._decided = self._as_it_runs(decided)
         self._sources = [self._source(role) for role in split.inputs]
-        log.info("planned %s: peak %d bytes", self.shapes, decided.plan.peak_bytes)
+        log.info("planned %s: peak %d bytes", self.shapes, self._decided.plan.peak_bytes)
+
+    def _as_it_runs(self, decided: Decided) -> Decided:
+        """The same with a plan that says what generated code needs."""
+        if self.options.inner == "eager":
+            return decided
+        run = self._executable
+        peaks = self._planner.rehearse(decided, run.forward, run.backward)
+        return replace(decided, plan=as_it_runs(decided.plan, peaks))
 
     def _source(self, role: InputRole) -> Source:
         """How the tensor behind a placeholder is found at each call; weights may be replaced."""

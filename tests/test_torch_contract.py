@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import collections
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from fxzero import _torch
@@ -291,6 +294,15 @@ def test_the_peak_of_a_memory_profile_is_that_of_its_allocations() -> None:
     assert 3500 <= _torch.peak_of_allocations(record) < 3500 + 256
 
 
+def test_what_operators_free_before_they_return_can_be_left_out_of_the_peak() -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    image, kernel = torch.ones(1, 16, 32, 32), torch.ones(16, 16, 3, 3)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        torch.nn.functional.conv2d(image, kernel)
+    assert _torch.peak_of_allocations(record, inside_operators=False) < 16 * 30 * 30 * 4 + 256
+
+
 def test_what_torch_compile_returned_is_known() -> None:
     def function(x: Tensor) -> Tensor:
         return x + 1
@@ -323,6 +335,15 @@ def test_autocast_state_tells_settings_apart() -> None:
     assert _torch.autocast_state() == plain
 
 
+def test_inductors_decompositions_can_be_traced_in_a_process_that_compiled_nothing_before() -> None:
+    script = (
+        "import torch; from fxzero import _torch\n"
+        "pool = _torch.inductor_decompositions()[torch.ops.aten.max_pool2d.default]\n"
+        "pool(torch.rand(1, 1, 8, 8), [2, 2])"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_inductors_decompositions_leave_random_operators_whole() -> None:
     table = _torch.inductor_decompositions()
     assert aten.native_layer_norm.default in table
@@ -340,6 +361,33 @@ def test_inductor_compiles_a_graph_to_a_boxed_function_that_keeps_strides() -> N
     assert arguments == []
     torch.testing.assert_close(found, X.tanh().t().exp())
     assert found.stride() == X.tanh().t().exp().stride()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="needs a C++ compiler")
+def test_generated_code_without_kernels_allocates_and_frees_the_same_storages() -> None:
+    def function(x: Tensor) -> list[Tensor]:
+        return [torch.mm(x.tanh(), x.permute(1, 0)).exp()]
+
+    module = make_fx(function, tracing_mode="fake")(X)
+    run = _torch.compile_with_inductor(
+        module, lambda target: target, backward=False, side_by_side=False
+    )
+    rehearsal = _torch.without_kernels(run)
+    with _torch.FakeTensorMode(allow_non_fake_inputs=True):
+        arguments = [torch.empty(X.shape)]
+        (found,) = rehearsal(arguments)
+        assert arguments == []
+    (expected,) = run([X.clone()])
+    assert (found.shape, found.stride()) == (expected.shape, expected.stride())
+    assert found.untyped_storage().nbytes() == expected.untyped_storage().nbytes()
+
+
+def test_a_function_without_kernels_of_its_own_is_rehearsed_as_it_is() -> None:
+    def run(arguments: list[Any]) -> list[Any]:
+        return arguments
+
+    assert _torch.without_kernels(run) is run
 
 
 def test_the_random_operators_for_inductor_draw_the_same_numbers_again() -> None:

@@ -1,0 +1,145 @@
+"""The peak of the code that runs, found by running it on fake tensors.
+
+The timeline counts operators that run one by one.  Inductor's code differs: a fused kernel holds
+all that its operators read and write at once, a value is computed where it is read, which keeps
+what it is computed from, and convolutions get copies in another layout.  So its peak may be below
+or above the timeline's.  A rehearsal runs the two functions of a step on tensors without memory,
+with kernels that do nothing, and counts storages as they come and go.
+
+    buf0 = empty_strided_cpu(...)    a fake tensor: counted
+    cpp_fused_add_0(x, y, buf0)      nothing
+    del x                            freed
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxzero import _torch
+from fxzero.execution import BoxedFunction
+from fxzero.passes.partition import Split
+from fxzero.plans import Plan, Value
+from fxzero.storages import is_scalar, storage_identity
+from fxzero.timeline import Surroundings
+from fxzero.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Most bytes alive at once in each half of a step, everything that is fixed included."""
+
+    forward: int
+    backward: int
+
+    @property
+    def largest(self) -> int:
+        return max(self.forward, self.backward)
+
+
+def rehearse(
+    split: Split,
+    forward: BoxedFunction,
+    backward: BoxedFunction,
+    around: Surroundings,
+    fixed_bytes: int,
+) -> Peaks:
+    """The peaks of a step that runs ``forward`` and ``backward``, the functions of ``split``.
+
+    Args:
+        fixed_bytes: what lives throughout, the step's inputs included.
+    """
+    forward, backward = _torch.without_kernels(forward), _torch.without_kernels(backward)
+    with _torch.FakeTensorMode(allow_non_fake_inputs=True), _Counter(around.granularity) as counter:
+        inputs = [_like(node) for node in split.forward.graph.find_nodes(op="placeholder")]
+        counter.restart(fixed_bytes)
+        results = forward(list(inputs))
+        outputs = results[: split.output_count]
+        saved = results[split.output_count :]
+        forward_peak = counter.peak
+        placeholders = list(split.backward.graph.find_nodes(op="placeholder"))
+        tangents = [_like(node) for node in placeholders[len(saved) :]]
+        if not around.outputs_held:
+            (returned,) = split.forward.graph.find_nodes(op="output")
+            nodes = returned.args[0][: split.output_count]
+            outputs = [v for v, n in zip(outputs, nodes, strict=True) if is_scalar(n)]
+        results.clear()
+        arguments = [*saved, *tangents]
+        saved.clear()
+        counter.restart(counter.current)
+        gradients = backward(arguments)
+        backward_peak = counter.peak
+        # The caller holds these to the end.
+        del inputs, outputs, tangents, gradients
+    return Peaks(forward_peak, backward_peak)
+
+
+def as_it_runs(plan: Plan, peaks: Peaks) -> Plan:
+    """The plan with what its generated code needs, if that is more than was planned."""
+    note = f"by rehearsal, the peak of the generated code is {format_bytes(peaks.largest)}"
+    plan = replace(plan, notes=(*plan.notes, note))
+    excess = peaks.largest - plan.peak_bytes
+    if excess <= 0:
+        return plan
+    value = Value("generated code", excess, "", "", "", "temporary", "held by fused operators")
+    phase = "forward" if peaks.forward > peaks.backward else "backward"
+    alive = tuple(sorted((*plan.peak.alive, value), key=lambda item: -item.bytes))
+    peak = replace(plan.peak, bytes=peaks.largest, phase=phase, alive=alive)
+    (rank,) = plan.ranks
+    breakdown = dict(rank.breakdown)
+    breakdown["temporary"] = breakdown.get("temporary", 0) + excess
+    needed = {"forward": peaks.forward, "backward": peaks.backward}
+    return replace(
+        plan,
+        peak_bytes=peaks.largest,
+        peak=peak,
+        ranks=(replace(rank, peak_bytes=peaks.largest, breakdown=breakdown),),
+        phases=tuple(
+            replace(item, peak_bytes=max(item.peak_bytes, needed.get(item.name, 0)))
+            for item in plan.phases
+        ),
+    )
+
+
+def _like(node: fx.Node) -> torch.Tensor:
+    value = node.meta["val"]
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+class _Counter(_torch.TransparentDispatchMode):
+    """Bytes of the fake storages that operators make inside the ``with`` block."""
+
+    def __init__(self, granularity: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.granularity = granularity
+        self.current = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def restart(self, current: int) -> None:
+        """Goes on from ``current`` bytes, whatever was counted so far."""
+        self.current = self.peak = current
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in _torch.tensors_in(result):
+            self._count(tensor)
+        return result
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage, key = tensor.untyped_storage(), storage_identity(tensor)
+        if key not in self._sizes:
+            size = -(-storage.nbytes() // self.granularity) * self.granularity
+            self._sizes[key] = size
+            self.current += size
+            self.peak = max(self.peak, self.current)
+            weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.current -= self._sizes.pop(key)
