@@ -34,6 +34,7 @@ from fxzero.rehearsal import Peaks, rehearse
 from fxzero.solver.problem import build_problem
 from fxzero.solver.schedule import Schedule
 from fxzero.solver.search import Solution, Solver
+from fxzero.storages import analyse
 from fxzero.summary import Facts, summarise
 from fxzero.timeline import (
     CUDA_GRANULARITY,
@@ -45,6 +46,8 @@ from fxzero.timeline import (
 )
 
 _TIGHTENINGS = 4
+# Merged values below this share of what the forward makes are not worth planning twice.
+_SMALL_SHARE = 1 / 400
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Planner:
     def __init__(self, graph: TrainGraph, options: Options, name: str, **given: Any) -> None:
         merged = GraphPlanner(graph, options, name, PREPARATION, **given)
         self.variants: tuple[GraphPlanner, ...] = (merged,)
-        if len(merged.graph.graph.nodes) < len(graph.graph.nodes):
+        if _merged_share(graph, merged.graph) > _SMALL_SHARE:
             self.variants += (GraphPlanner(graph, options, name, (), **given),)
 
     @property
@@ -408,6 +411,21 @@ class GraphPlanner:
             loss_bytes=self.loss_bytes,
             unapplied=self.unapplied,
         )
+
+
+def _merged_share(before: TrainGraph, after: TrainGraph) -> float:
+    """Bytes of the largest value that preparation merged, by all that the forward makes."""
+    storages = analyse(before.graph.nodes)
+    kept = {node.name for node in after.graph.nodes}
+    made = [
+        (sum(storages.bytes[s] for s in storages.of[node]), node.name in kept)
+        for node in before.graph.nodes
+        if node.op == "call_function"
+        and not before.is_backward(node)
+        and not storages.is_view(node)
+    ]
+    largest = max((size for size, stays in made if not stays), default=0)
+    return largest / max(sum(size for size, _ in made), 1)
 
 
 def _round_up(size: int) -> str:
