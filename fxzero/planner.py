@@ -18,6 +18,7 @@ from torch import nn
 
 from fxzero.calibration import cost_model
 from fxzero.capture import capture
+from fxzero.cost import CostModel
 from fxzero.errors import BudgetError, PlanError, UsageError
 from fxzero.execution import BoxedFunction
 from fxzero.graph import InputRole, TrainGraph
@@ -126,10 +127,11 @@ class Planner:
     """
 
     def __init__(self, graph: TrainGraph, options: Options, name: str, **given: Any) -> None:
-        merged = GraphPlanner(graph, options, name, PREPARATION, **given)
+        costs = cost_model(device_of([node.meta["val"] for _, node in graph.pairs()]))
+        merged = GraphPlanner(graph, options, name, PREPARATION, costs, **given)
         self.variants: tuple[GraphPlanner, ...] = (merged,)
         if _merged_share(graph, merged.graph) > _SMALL_SHARE:
-            self.variants += (GraphPlanner(graph, options, name, (), **given),)
+            self.variants += (GraphPlanner(graph, options, name, (), costs, **given),)
 
     @property
     def outputs_held(self) -> bool:
@@ -221,6 +223,7 @@ class GraphPlanner:
 
     Args:
         preparation: passes that run before the plan is made.
+        costs: prices of operators on the graph's device.
         outputs_held: whether the caller keeps the model's outputs during the backward.
         writes_buffers: whether the graph updates buffers itself, or returns their new values.
         unapplied: what the caller could not apply; more is found here, and all of it is an error
@@ -234,6 +237,7 @@ class GraphPlanner:
         options: Options,
         name: str,
         preparation: tuple[Pass, ...],
+        costs: CostModel,
         *,
         outputs_held: bool = True,
         writes_buffers: bool = True,
@@ -260,7 +264,7 @@ class GraphPlanner:
         self.loss_bytes = _outside_loss_bytes(arguments)
         self.fixed_bytes = self.optimizer.state_bytes + tensor_bytes(held, self.granularity)
         self.fixed_bytes += LOSS_SCALARS if self.loss_bytes else 0
-        self.costs = cost_model(self.device)
+        self.costs = costs
         self.settled = settled_nodes(self.graph, options.recompute)
         skipped = skipped_passes()
         self.recompute = "none" if "rematerialize" in skipped else options.recompute
@@ -324,7 +328,8 @@ class GraphPlanner:
         """The same planner for a caller who holds the outputs during the backward, or does not."""
         other = copy.copy(self)
         other.outputs_held = outputs_held
-        vars(other).pop("solver", None)
+        for derived in ("solver", "swept"):
+            vars(other).pop(derived, None)
         return other
 
     def restate(self, decided: Decided) -> Decided:
@@ -377,7 +382,8 @@ class GraphPlanner:
         timeline = simulate(split, self.surroundings)
         return Emitted(split, timeline, (*self.prepared, *(report.name for report in reports)))
 
-    def _sweep(self) -> tuple[Schedule, ...]:
+    @cached_property
+    def swept(self) -> tuple[Schedule, ...]:
         """Schedules for budgets in equal distances from the smallest peak to no recompute."""
         low, high = self.solver.smallest.peak, self.solver.everything.peak
         budgets = [low + (high - low) * i // (self.sweep + 1) for i in range(1, self.sweep + 1)]
@@ -406,7 +412,7 @@ class GraphPlanner:
             passes=emitted.passes,
             smallest=self._smallest_schedule(),
             everything=self.solver.everything,
-            sweep=self._sweep(),
+            sweep=self.swept,
             outputs_held=self.outputs_held,
             loss_bytes=self.loss_bytes,
             unapplied=self.unapplied,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from fxzero.solver.problem import Problem
 
@@ -123,7 +123,7 @@ def _made_from(p: Problem, order: list[int], q: int) -> set[int]:
     return {v for other in order if other > q for v in p.operators[other].makes}
 
 
-def _subsets(items: object) -> Iterator[Set]:
-    pool = list(items)  # type: ignore[call-overload]
+def _subsets(items: Iterable[int]) -> Iterator[Set]:
+    pool = list(items)
     for count in range(len(pool) + 1):
         yield from map(frozenset, itertools.combinations(pool, count))

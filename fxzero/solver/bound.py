@@ -30,10 +30,10 @@ def price_bound(problem: Problem, price: Price, budget: int) -> float:
             cost=price(problem.operators[q]) * scale,
             upper=float(problem.operators[q].recomputable),
         )
-        for q in dict.fromkeys(problem.maker[v] for v in problem.needed)
+        for q in problem.makers
     }
     kept = {v: linear.variable() for v in problem.needed if v not in problem.held}
-    last = {v: step for step, reads in enumerate(problem.reads) for v in reads}
+    last = problem.last_read
     _add_needs(problem, linear, again, kept, last)
     _add_forward(problem, linear, kept, budget)
     _add_backward(problem, linear, kept, last, budget)
@@ -61,7 +61,7 @@ def _add_needs(
 def _add_forward(
     problem: Problem, linear: LinearProgram, kept: dict[int, int], budget: int
 ) -> None:
-    natural = problem.fixed + np.cumsum(problem.forward_change)[: problem.forward_steps]
+    natural = problem.forward_bytes
     begin: dict[int, dict[int, float]] = {}
     for value, variable in kept.items():
         if value not in problem.outputs and problem.death[value] + 1 < problem.forward_steps:
@@ -81,7 +81,7 @@ def _add_backward(
     last: dict[int, int],
     budget: int,
 ) -> None:
-    held = sum(problem.bytes[v] for v in problem.held)
+    held = problem.held_bytes
     ends: dict[int, dict[int, float]] = {}
     for value, step in last.items():
         if value in kept:

@@ -35,8 +35,7 @@ class ExactProgram:
         self.linear = LinearProgram()
         self.steps = len(problem.reads)
         self.values = [v for v in problem.needed if v not in problem.held]
-        makers = {problem.maker[v] for v in problem.needed}
-        self.operators = sorted(q for q in makers if problem.operators[q].recomputable)
+        self.operators = sorted(q for q in problem.makers if problem.operators[q].recomputable)
         scale = max((price(problem.operators[q]) for q in self.operators), default=0.0) or 1.0
         self.scale = 1.0 / scale
         self.limits: list[tuple[int, float]] = []
@@ -53,7 +52,7 @@ class ExactProgram:
         An operator that makes a value that the caller holds and another one besides would make a
         second instance of the first, which the program does not know.
         """
-        makers = {problem.maker[v] for v in problem.needed}
+        makers = set(problem.makers)
         held = {problem.maker[v] for v in problem.held}
         mixed = any(not set(problem.operators[q].makes) <= problem.held for q in held & makers)
         return len(problem.reads) * len(makers) <= decisions and not mixed
@@ -110,7 +109,7 @@ class ExactProgram:
 
     def _add_forward(self) -> None:
         problem = self.problem
-        natural = problem.fixed + np.cumsum(problem.forward_change)
+        natural = problem.forward_bytes
         for position in range(problem.forward_steps):
             terms: dict[int, float] = {}
             for value in self.values:
@@ -124,7 +123,7 @@ class ExactProgram:
 
     def _add_backward(self) -> None:
         problem = self.problem
-        held = float(sum(problem.bytes[v] for v in problem.held))
+        held = float(problem.held_bytes)
         saved = {self.here[v, 0]: float(problem.bytes[v]) for v in self.values}
         self._limit({**saved, **self._states(0)}, problem.base_loss + held)
         left = problem.base_before

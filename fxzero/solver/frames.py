@@ -40,24 +40,20 @@ class Frame:
 
 def open_frame(problem: Problem) -> Frame:
     """Anything may be saved or not."""
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
-    for step, values in enumerate(problem.reads):
-        for value in values:
-            first.setdefault(value, step)
-            last[value] = step
+    first, last = problem.first_read, problem.last_read
     change = np.zeros(len(problem.reads) + 1, dtype=np.int64)
     for value in first.keys() - problem.held:
         change[first[value]] += problem.bytes[value]
         change[last[value] + 1] -= problem.bytes[value]
-    held = sum(problem.bytes[v] for v in problem.held)
     return Frame(
         settled=problem.held,
         first=first,
         until=_until(problem, first),
-        steps=np.asarray(problem.base, dtype=np.int64) + np.cumsum(change)[:-1] + held,
-        loss=problem.base_loss + held,
-        forward=problem.fixed + np.cumsum(problem.forward_change)[: problem.forward_steps],
+        steps=np.asarray(problem.base, dtype=np.int64)
+        + np.cumsum(change)[:-1]
+        + problem.held_bytes,
+        loss=problem.base_loss + problem.held_bytes,
+        forward=problem.forward_bytes,
         states=True,
     )
 
@@ -73,7 +69,7 @@ def frame_around(problem: Problem, schedule: Schedule) -> Frame:
         until.update(dict.fromkeys(problem.operators[index].makes, int(steps[event])))
     return Frame(
         settled=schedule.saved | problem.held,
-        first=open_frame(problem).first,
+        first=problem.first_read,
         until=until,
         steps=step_tops(schedule),
         loss=int(schedule.backward[0]),
@@ -89,7 +85,7 @@ def _until(problem: Problem, first: dict[int, int]) -> dict[int, int]:
     read of what is made from it.
     """
     readers: dict[int, list[int]] = {}
-    for index in dict.fromkeys(problem.maker[v] for v in problem.needed):
+    for index in problem.makers:
         for value in problem.operators[index].reads:
             readers.setdefault(value, []).append(index)
     until = {value: step - 1 for value, step in first.items()}

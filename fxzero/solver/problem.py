@@ -109,6 +109,35 @@ class Problem:
                     change[self.death[storage] + 1] -= self.bytes[storage]
         return change
 
+    @property
+    def forward_bytes(self) -> NDArray[np.int64]:
+        """Bytes at each forward position when nothing is saved."""
+        return self.fixed + np.cumsum(self.forward_change)[: self.forward_steps]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the outputs that the caller keeps."""
+        return sum(self.bytes[storage] for storage in self.held)
+
+    @cached_property
+    def first_read(self) -> dict[int, int]:
+        """The first backward step that reads each storage."""
+        first: dict[int, int] = {}
+        for step, reads in enumerate(self.reads):
+            for storage in reads:
+                first.setdefault(storage, step)
+        return first
+
+    @cached_property
+    def last_read(self) -> dict[int, int]:
+        """The last backward step that reads each storage."""
+        return {storage: step for step, reads in enumerate(self.reads) for storage in reads}
+
+    @cached_property
+    def makers(self) -> tuple[int, ...]:
+        """Operators that make what is needed, in order."""
+        return tuple(dict.fromkeys(self.maker[storage] for storage in self.needed))
+
     @cached_property
     def needed(self) -> tuple[int, ...]:
         """Storages that the backward reads, and all that they are made from, in order."""

@@ -65,8 +65,7 @@ class Program:
         self.frame = frame
         self.scale = 1.0 / (max(map(price, problem.operators), default=0.0) or 1.0)
         self.saved = {v: self._saved_variable(v) for v in problem.needed}
-        makers = dict.fromkeys(problem.maker[v] for v in problem.needed)
-        self.again = {q: self._again_variable(q, price) for q in makers}
+        self.again = {q: self._again_variable(q, price) for q in problem.makers}
         self._add_needs()
         self.extra = np.zeros(len(problem.reads))
         self.levels: dict[int, int] = {}

@@ -23,7 +23,7 @@ from fxzero.solver.program import Program
 from fxzero.solver.schedule import Schedule, make_schedule
 
 _EXACT = 120  # decisions of the program over time
-_CLOSE = 1000  # operators up to which the program is solved more closely, in more rounds
+_CLOSE = 1000  # operators up to which the program is solved more closely
 _PROVEN = 1e-6
 
 
@@ -115,12 +115,16 @@ class Solver:
             return None
         return ExactProgram(self.problem, self.operator_price)
 
+    @cached_property
+    def _open(self) -> Frame:
+        return open_frame(self.problem)
+
     def _program(self, frame: Frame) -> Program:
         gap, nodes = (1e-4, 200) if self.close else (1e-3, 50)
         return Program(self.problem, self.operator_price, frame, gap=gap, nodes=nodes)
 
     def _best(self, budget: int) -> Schedule:
-        program = self._program(open_frame(self.problem))
+        program = self._program(self._open)
         found = program.solve(budget)
         if found is not None and not program.levels:
             return found
@@ -144,8 +148,7 @@ class Solver:
             if best.peak - low <= 0.01 * best.peak:
                 break
             middle = (low + best.peak) // 2
-            frame = open_frame(self.problem)
-            program = Program(self.problem, self.operator_price, frame, gap=0.01, nodes=20)
+            program = Program(self.problem, self.operator_price, self._open, gap=0.01, nodes=20)
             found = program.solve(middle)
             if found is None:
                 low = middle
@@ -156,10 +159,10 @@ class Solver:
     def _unavoidable(self) -> int:
         """Bytes below which no schedule's peak can be."""
         problem = self.problem
-        held = sum(problem.bytes[v] for v in problem.held)
+        held = problem.held_bytes
         reads = (sum(problem.bytes[v] for v in set(r) - problem.held) for r in problem.reads)
         steps = (base + size for base, size in zip(problem.base, reads, strict=True))
-        forward = problem.fixed + int(problem.forward_change.cumsum().max(initial=0))
+        forward = int(problem.forward_bytes.max(initial=problem.fixed))
         return max(forward, held + max(steps, default=0), held + problem.base_loss)
 
     def _judge(self, schedule: Schedule, bound: float) -> Solution:
