@@ -306,8 +306,7 @@ class GraphPlanner:
 
     def smallest(self) -> Decided:
         """The Plan with the smallest peak."""
-        schedule = self.solver.everything if self.recompute == "none" else self.solver.floor
-        return self._emit(Solution(schedule, "infeasible", None))
+        return self._emit(Solution(self._smallest_schedule(), "infeasible", None))
 
     def _smallest_schedule(self) -> Schedule:
         """The smallest peak that the ``recompute`` option can reach."""

@@ -190,9 +190,7 @@ def test_the_smallest_peak_is_reached_and_not_a_byte_less(problem: Problem) -> N
     solution = solver.solve(solver.smallest.peak)
     assert solution is not None
     assert solution.schedule.peak <= solver.smallest.peak
-    floor = solver.floor.peak
-    assert floor <= solver.smallest.peak
-    assert solver.solve(floor) is not None
+    assert solver.solve(solver.smallest.peak - 1) is None
 
 
 @given(problems(), st.sampled_from(["time", "flops"]))

@@ -31,7 +31,6 @@ from fxzero.solver.linear import Answer, LinearProgram
 from fxzero.solver.problem import Operator, Problem
 from fxzero.solver.schedule import Schedule, make_schedule
 
-_ROUNDS = 16
 _INTEGER_ROUNDS = 3
 _STEPS_A_ROUND = 4
 
@@ -44,6 +43,7 @@ class Program:
     Args:
         gap: how far from its optimum the program may stop, relative to the price of recompute.
         nodes: how many nodes of the search tree HiGHS may visit in each round.
+        rounds: how often the program is refined.
         effort: how many variables levels may add: with more of them a round takes seconds.
     """
 
@@ -55,11 +55,13 @@ class Program:
         *,
         gap: float = 1e-4,
         nodes: int = 200,
+        rounds: int = 16,
         effort: int = 8000,
     ) -> None:
         self.problem = problem
         self.gap = gap
         self.nodes = nodes
+        self.rounds = rounds
         self.effort = effort
         self.linear = LinearProgram()
         self.frame = frame
@@ -178,7 +180,7 @@ class Program:
 
     def solve(self, budget: int) -> Schedule | None:
         """The cheapest schedule found within ``budget`` bytes; None if none was found."""
-        for number in range(_ROUNDS):
+        for number in range(self.rounds):
             self._set_budget(budget)
             if len(self.levels) * len(self.again) > self.effort:
                 return None

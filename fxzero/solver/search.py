@@ -25,6 +25,9 @@ from fxzero.solver.schedule import Schedule, make_schedule
 _EXACT = 120  # decisions of the program over time
 _CLOSE = 1000  # operators up to which the program is solved more closely
 _PROVEN = 1e-6
+# What lies below a peak is mostly found in the first rounds or not at all.
+_DESCENT_ROUNDS = 4
+_STRIDE, _LEAST_STRIDE = 0.02, 0.004
 
 
 @dataclass(frozen=True)
@@ -88,21 +91,13 @@ class Solver:
         """The schedule with the smallest peak that is found."""
         if self._exact is not None:
             return self._exact.smallest()
-        best = min(self.cuts, key=lambda s: (s.peak, self.price(s)))
-        return self._descend(best, tries=4 if self.close else 2)
-
-    @cached_property
-    def floor(self) -> Schedule:
-        """The smallest peak again, looked for harder: to within 1 % of where nothing is found."""
-        if self._exact is not None:
-            return self.smallest
-        return self._descend(self.smallest, tries=12)
+        return self._descend(min(self.cuts, key=lambda s: (s.peak, self.price(s))))
 
     def solve(self, budget: int | None) -> Solution | None:
-        """The cheapest schedule found within ``budget`` bytes; None below ``floor``."""
+        """The cheapest schedule found within ``budget`` bytes; None below ``smallest``."""
         if budget is None or self.everything.peak <= budget:
             return Solution(self.everything, "optimal", 0.0)
-        if budget < self.smallest.peak and budget < self.floor.peak:
+        if budget < self.smallest.peak:
             return None
         if self._exact is not None and (solved := self._exact.solve(budget)) is not None:
             return self._judge(*solved)
@@ -129,8 +124,7 @@ class Solver:
         if found is not None and not program.levels:
             return found
         # Near the floor: whatever fits, and the best of what saves more than that.
-        lowest = self.smallest if self.smallest.peak <= budget else self.floor
-        known = [s for s in (*self.cuts, lowest, found) if s is not None]
+        known = [s for s in (*self.cuts, self.smallest, found) if s is not None]
         fitting = sorted((s for s in known if s.peak <= budget), key=self._rank)
         starts = {id(s): s for s in (*fitting[:3], *fitting[-1:])}.values()
         extended = [
@@ -141,19 +135,23 @@ class Solver:
     def _rank(self, schedule: Schedule) -> tuple[float, int]:
         return self.price(schedule), schedule.peak
 
-    def _descend(self, best: Schedule, tries: int) -> Schedule:
-        """A smaller peak: halves the way from there to what cannot be freed, again and again."""
-        low = self._unavoidable()
-        for _ in range(tries):
-            if best.peak - low <= 0.01 * best.peak:
-                break
-            middle = (low + best.peak) // 2
-            program = Program(self.problem, self.operator_price, self._open, gap=0.01, nodes=20)
-            found = program.solve(middle)
+    def _descend(self, best: Schedule) -> Schedule:
+        """A smaller peak: goes down in strides that grow while something is found."""
+        low, stride = self._unavoidable(), _STRIDE
+        while stride >= _LEAST_STRIDE and best.peak > low:
+            target = max(int(best.peak * (1 - stride)), low)
+            found = Program(
+                self.problem,
+                self.operator_price,
+                self._open,
+                gap=0.01,
+                nodes=20,
+                rounds=_DESCENT_ROUNDS,
+            ).solve(target)
             if found is None:
-                low = middle
+                low, stride = target + 1, stride / 4
             else:
-                best = found
+                best, stride = found, stride * 2
         return best
 
     def _unavoidable(self) -> int:
