@@ -197,14 +197,14 @@ class ExactProgram:
 
         return at
 
-    def solve(self, budget: int) -> tuple[Schedule, float] | None:
+    def solve(self, budget: int, *, nodes: int = _NODES) -> tuple[Schedule, float] | None:
         """The cheapest schedule within ``budget`` bytes, and the price that none goes below.
 
         None if there is none, or none within the limit on nodes.
         """
         for row, constant in self.limits:
             self.linear.limit(row, (budget - constant) / self.problem.unit)
-        answer = self.linear.solve(nodes=_NODES)
+        answer = self.linear.solve(nodes=nodes)
         if answer is None:
             return None
         return self._schedule(answer), answer.bound / self.scale

@@ -7,12 +7,14 @@ plus what is saved besides, up to where it used to be recomputed, are never too 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fxzero.solver.problem import Problem
-from fxzero.solver.schedule import Bytes, Schedule
+from fxzero.solver.schedule import Bytes, Schedule, make_schedule, save_more
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Frame:
         loss: the same while a loss outside the model is computed.
         forward: the same at each forward position.
         states: whether generator states that recompute needs come on top.
+        runs: how often an operator runs again, if it does; once if it is not named.
+        around: the schedule that the frame is built around, if any.
     """
 
     settled: frozenset[int]
@@ -36,6 +40,14 @@ class Frame:
     loss: int
     forward: Bytes
     states: bool
+    runs: Mapping[int, int] = field(default_factory=dict)
+    around: Schedule | None = None
+
+    def schedule(self, problem: Problem, saved: Collection[int]) -> Schedule:
+        """What becomes of the decision to save these values."""
+        if self.around is None:
+            return make_schedule(problem, problem.must_save.union(saved))
+        return save_more(problem, self.around, self.settled.union(saved) - self.around.saved)
 
 
 def open_frame(problem: Problem) -> Frame:
@@ -60,13 +72,10 @@ def open_frame(problem: Problem) -> Frame:
 
 def frame_around(problem: Problem, schedule: Schedule) -> Frame:
     """What the schedule saves stays saved, and more may be."""
-    steps = np.repeat(
-        np.arange(len(schedule.step_events)), np.diff([0, *(e + 1 for e in schedule.step_events)])
-    )
     until = dict.fromkeys(problem.needed, -1)
-    for index, event in schedule.first_event.items():
+    for index, step in schedule.recompute:
         # Within its step a recomputed value may come late, where a saved one is there throughout.
-        until.update(dict.fromkeys(problem.operators[index].makes, int(steps[event])))
+        until.update(dict.fromkeys(problem.operators[index].makes, step))
     return Frame(
         settled=schedule.saved | problem.held,
         first=problem.first_read,
@@ -75,6 +84,8 @@ def frame_around(problem: Problem, schedule: Schedule) -> Frame:
         loss=int(schedule.backward[0]),
         forward=schedule.forward,
         states=False,
+        runs=Counter(index for index, _ in schedule.recompute),
+        around=schedule,
     )
 
 

@@ -15,7 +15,9 @@ that HiGHS solves in a fraction of a second for a hundred layers.
 Left out at first is what a recompute makes early: a chain that runs for one step also makes values
 that are first read later.  The exact schedule of each answer shows where that matters, and a
 *level* is added there, which says exactly what has been made by then; or, within a step, a
-constant.  Levels make the integer program slow: after a few rounds it is relaxed, and rounded.
+constant.  Levels make the integer program slow: with more than a few it is relaxed, and rounded.
+What still exceeds the budget is mended by eviction (``eviction.py``), round after round, and the
+cheapest of all that fit is the answer.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ from itertools import pairwise
 import numpy as np
 
 from fxzero.solver.bound import running_sum
+from fxzero.solver.eviction import evict
 from fxzero.solver.frames import Frame, step_tops
 from fxzero.solver.linear import Answer, LinearProgram
 from fxzero.solver.problem import Operator, Problem
-from fxzero.solver.schedule import Schedule, make_schedule
+from fxzero.solver.schedule import Schedule
 
-_INTEGER_ROUNDS = 3
+_SHARES = (0.25, 0.5, 0.75)  # fractions from which on a value is saved
+_SMALL = 300  # variables of levels up to which the program stays an integer one
 _STEPS_A_ROUND = 4
 
 Price = Callable[[Operator], float]
@@ -55,10 +59,11 @@ class Program:
         *,
         gap: float = 1e-4,
         nodes: int = 200,
-        rounds: int = 16,
+        rounds: int = 8,
         effort: int = 8000,
     ) -> None:
         self.problem = problem
+        self.price = price
         self.gap = gap
         self.nodes = nodes
         self.rounds = rounds
@@ -67,7 +72,7 @@ class Program:
         self.frame = frame
         self.scale = 1.0 / (max(map(price, problem.operators), default=0.0) or 1.0)
         self.saved = {v: self._saved_variable(v) for v in problem.needed}
-        self.again = {q: self._again_variable(q, price) for q in problem.makers}
+        self.again = {q: self._again_variable(q) for q in problem.makers}
         self._add_needs()
         self.extra = np.zeros(len(problem.reads))
         self.levels: dict[int, int] = {}
@@ -84,11 +89,10 @@ class Program:
         upper = float(must or not must_not or not may_again)
         return self.linear.variable(lower=float(must), upper=upper, integer=True)
 
-    def _again_variable(self, index: int, price: Price) -> int:
+    def _again_variable(self, index: int) -> int:
         operator = self.problem.operators[index]
-        return self.linear.variable(
-            cost=price(operator) * self.scale, upper=float(operator.recomputable)
-        )
+        cost = self.price(operator) * self.frame.runs.get(index, 1) * self.scale
+        return self.linear.variable(cost=cost, upper=float(operator.recomputable))
 
     def _add_needs(self) -> None:
         problem, settled = self.problem, self.frame.settled
@@ -180,26 +184,37 @@ class Program:
 
     def solve(self, budget: int) -> Schedule | None:
         """The cheapest schedule found within ``budget`` bytes; None if none was found."""
-        for number in range(self.rounds):
+        best: Schedule | None = None
+        for _ in range(self.rounds):
             self._set_budget(budget)
-            if len(self.levels) * len(self.again) > self.effort:
-                return None
-            answer = self.linear.solve(
-                relative_gap=self.gap * (10 if self.levels else 1),
-                nodes=self.nodes // 10 if self.levels else self.nodes,
-                relaxed=number >= _INTEGER_ROUNDS,
-            )
+            effort = len(self.levels) * len(self.again)
+            answer = None if effort > self.effort else self._answer(relaxed=effort > _SMALL)
             if answer is None:
-                return None
-            schedule = self._schedule(answer)
-            if schedule.peak <= budget:
-                return schedule
-            self._refine(schedule, budget)
-        return None
+                break
+            rounded = [self._schedule(answer, s) for s in (_SHARES if self.levels else (0.5,))]
+            fitting = [evict(self.problem, s, budget, self.price) for s in rounded]
+            best = min((s for s in (best, *fitting) if s), key=self._rank, default=None)
+            over = [s for s in rounded if s.peak > budget]
+            if not over:
+                break
+            self._refine(over[len(over) // 2], budget)
+        return best
 
-    def _schedule(self, answer: Answer) -> Schedule:
-        kept = [v for v, variable in self.saved.items() if answer.values[variable] > 0.5]
-        return make_schedule(self.problem, self.problem.must_save.union(kept))
+    def _answer(self, *, relaxed: bool) -> Answer | None:
+        levels = bool(self.levels)
+        return self.linear.solve(
+            relative_gap=self.gap * (10 if levels else 1),
+            nodes=self.nodes // 10 if levels else self.nodes,
+            relaxed=relaxed,
+        )
+
+    def _rank(self, schedule: Schedule) -> float:
+        operators = (self.problem.operators[index] for index, _ in schedule.recompute)
+        return sum(self.price(operator) for operator in operators)
+
+    def _schedule(self, answer: Answer, share: float) -> Schedule:
+        kept = [v for v, variable in self.saved.items() if answer.values[variable] > share]
+        return self.frame.schedule(self.problem, kept)
 
     def _refine(self, schedule: Schedule, budget: int) -> None:
         """Adds what the program did not know where the schedule exceeds the budget."""

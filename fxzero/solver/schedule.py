@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,24 @@ from numpy.typing import NDArray
 from fxzero.solver.problem import Problem
 
 Bytes = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Life:
+    """One instance of a value in backward events.
+
+    Attributes:
+        start: the event that makes it; 0 for one that the forward saved.
+        reads: the events that read it, in order.
+    """
+
+    storage: int
+    start: int
+    reads: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.reads[-1] if self.reads else self.start
 
 
 @dataclass(frozen=True)
@@ -31,7 +50,7 @@ class Schedule:
         backward: bytes at each backward event, recomputed operators included; the first event is a
             loss outside the model.
         step_events: the event of each backward step.
-        first_event: for each recomputed operator, the first event at which it runs.
+        lives: the instances of values in the backward, but for outputs that the caller keeps.
         seconds, flops: total price of the recompute.
         peak: the largest of all bytes.
     """
@@ -41,10 +60,16 @@ class Schedule:
     forward: Bytes
     backward: Bytes
     step_events: tuple[int, ...]
-    first_event: dict[int, int]
+    lives: tuple[Life, ...]
     seconds: float
     flops: int
     peak: int
+
+    @cached_property
+    def steps(self) -> Bytes:
+        """The backward step that each event belongs to."""
+        ends = np.asarray(self.step_events, dtype=np.int64) + 1
+        return np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
 
 
 def make_schedule(problem: Problem, saved: Collection[int]) -> Schedule:
@@ -54,6 +79,24 @@ def make_schedule(problem: Problem, saved: Collection[int]) -> Schedule:
     reads it, and then kept to its last use.
     """
     return evaluate(problem, _once_when_needed(problem, frozenset(saved)))
+
+
+def save_more(problem: Problem, schedule: Schedule, saved: Collection[int]) -> Schedule:
+    """The schedule that saves these values too, less the recomputes that are not needed then."""
+    there = problem.held.union(saved)
+    pending = list(schedule.recompute)
+    needed: list[tuple[int, int]] = []
+    wanted: set[int] = set()
+    for step in reversed(range(len(problem.reads))):
+        wanted.update(problem.reads[step])
+        while pending and pending[-1][1] == step:
+            index, _ = pending.pop()
+            operator = problem.operators[index]
+            if not there.issuperset(wanted.intersection(operator.makes)):
+                needed.append((index, step))
+                wanted.difference_update(operator.makes)
+                wanted.update(operator.reads)
+    return evaluate(problem, needed[::-1])
 
 
 def evaluate(problem: Problem, recompute: Sequence[tuple[int, int]]) -> Schedule:
@@ -88,10 +131,9 @@ class _Books:
         self.recompute = tuple(recompute)
         self.event = 1
         self.step_events: list[int] = []
-        self.first_event: dict[int, int] = {}
         self.last_event: dict[int, int] = {}
-        self.spans: list[_Span] = []
-        self.current: dict[int, _Span] = {}
+        self.opened: list[tuple[int, int, list[int]]] = []  # storage, start, reads
+        self.current: dict[int, list[int]] = {}
         self.saved: set[int] = set()
 
     def close(self) -> Schedule:
@@ -106,8 +148,8 @@ class _Books:
             self.step_events.append(self.event)
             self.event += 1
         assert index == -1, f"operator {index} is to run before step {before}, which is past"
-        self._hold_outputs()
-        forward, backward = self._forward_bytes(), self._backward_bytes()
+        lives = [Life(storage, start, tuple(reads)) for storage, start, reads in self.opened]
+        forward, backward = self._forward_bytes(), self._backward_bytes(lives)
         operators = [problem.operators[index] for index, _ in self.recompute]
         return Schedule(
             saved=frozenset(self.saved),
@@ -115,7 +157,7 @@ class _Books:
             forward=forward,
             backward=backward,
             step_events=tuple(self.step_events),
-            first_event=self.first_event,
+            lives=tuple(life for life in lives if life.storage not in problem.held),
             seconds=float(sum(operator.seconds for operator in operators)),
             flops=sum(operator.flops for operator in operators),
             peak=int(max(forward.max(initial=0), backward.max(initial=0))),
@@ -123,31 +165,25 @@ class _Books:
 
     def _read(self, storages: Sequence[int]) -> None:
         for storage in storages:
-            span = self.current.get(storage)
-            if span is None:
+            reads = self.current.get(storage)
+            if reads is None:
                 self.saved.add(storage)
-                span = self._open(storage, start=0)
-            span.end = self.event
+                reads = self._open(storage, start=0)
+            reads.append(self.event)
 
-    def _open(self, storage: int, start: int) -> _Span:
-        span = self.current[storage] = _Span(storage, start, start)
-        self.spans.append(span)
-        return span
+    def _open(self, storage: int, start: int) -> list[int]:
+        reads: list[int] = []
+        self.current[storage] = reads
+        self.opened.append((storage, start, reads))
+        return reads
 
     def _run_again(self, index: int) -> None:
         operator = self.problem.operators[index]
         self._read(operator.reads)
         for storage in operator.makes:
             self._open(storage, start=self.event)
-        self.first_event.setdefault(index, self.event)
         self.last_event[index] = self.event
         self.event += 1
-
-    def _hold_outputs(self) -> None:
-        """What the caller holds lives to the end, whether or not the backward reads it."""
-        held = self.problem.held
-        self.spans = [s for s in self.spans if s.start > 0 or s.storage not in held]
-        self.spans += [_Span(storage, 0, self.event - 1) for storage in sorted(held)]
 
     def _forward_bytes(self) -> Bytes:
         problem = self.problem
@@ -155,16 +191,20 @@ class _Books:
         change += problem.forward_change
         for storage in self.saved - problem.outputs:
             change[problem.death[storage] + 1] += problem.bytes[storage]
-        for index in self.first_event:
+        for index in self.last_event:
             change[problem.operators[index].position] += problem.operators[index].state_bytes
         return problem.fixed + np.cumsum(change[:-1])
 
-    def _backward_bytes(self) -> Bytes:
+    def _backward_bytes(self, lives: Sequence[Life]) -> Bytes:
         problem = self.problem
         change = np.zeros(self.event + 1, dtype=np.int64)
-        for span in self.spans:
-            change[span.start] += problem.bytes[span.storage]
-            change[span.end + 1] -= problem.bytes[span.storage]
+        # What the caller holds lives to the end, whether or not the backward reads it.
+        change[0] = problem.held_bytes
+        for life in lives:
+            if life.start == 0 and life.storage in problem.held:
+                continue
+            change[life.start] += problem.bytes[life.storage]
+            change[life.end + 1] -= problem.bytes[life.storage]
         for index, event in self.last_event.items():
             change[0] += problem.operators[index].state_bytes
             change[event + 1] -= problem.operators[index].state_bytes
@@ -181,12 +221,3 @@ class _Books:
             result[at] = problem.base[step]
             start, left = at + 1, problem.base_after[step]
         return result
-
-
-@dataclass
-class _Span:
-    """Life of one instance of a value in backward events; start 0 means saved by the forward."""
-
-    storage: int
-    start: int
-    end: int

@@ -16,6 +16,7 @@ from functools import cached_property
 
 from fxzero.solver.bound import price_bound
 from fxzero.solver.cuts import CutGraph
+from fxzero.solver.eviction import evict
 from fxzero.solver.exact import ExactProgram
 from fxzero.solver.frames import Frame, frame_around, open_frame
 from fxzero.solver.problem import Operator, Problem
@@ -24,9 +25,9 @@ from fxzero.solver.schedule import Schedule, make_schedule
 
 _EXACT = 120  # decisions of the program over time
 _CLOSE = 1000  # operators up to which the program is solved more closely
+_FEW = 100  # operators up to which tighter budgets are tried too
+_TIGHTER = (0.02, 0.04)  # of what lies between the smallest peak and no recompute
 _PROVEN = 1e-6
-# What lies below a peak is mostly found in the first rounds or not at all.
-_DESCENT_ROUNDS = 4
 _STRIDE, _LEAST_STRIDE = 0.02, 0.004
 
 
@@ -123,14 +124,19 @@ class Solver:
         found = program.solve(budget)
         if found is not None and not program.levels:
             return found
-        # Near the floor: whatever fits, and the best of what saves more than that.
-        known = [s for s in (*self.cuts, self.smallest, found) if s is not None]
-        fitting = sorted((s for s in known if s.peak <= budget), key=self._rank)
-        starts = {id(s): s for s in (*fitting[:3], *fitting[-1:])}.values()
-        extended = [
-            self._program(frame_around(self.problem, start)).solve(budget) for start in starts
-        ]
-        return min((s for s in (*fitting, *extended) if s is not None), key=self._rank)
+        known = [evict(self.problem, cut, budget, self.operator_price) for cut in self.cuts]
+        fitting = [s for s in (self.smallest, found, *known) if s is not None]
+        starts = [min(fitting, key=self._rank), *self._tighter(budget)]
+        more = [self._program(frame_around(self.problem, s)).solve(budget) for s in starts]
+        return min((s for s in (*starts, *more) if s is not None), key=self._rank)
+
+    def _tighter(self, budget: int) -> list[Schedule]:
+        """Answers for a little less: where few values matter, the best may be there."""
+        if len(self.problem.operators) > _FEW:
+            return []
+        room = self.everything.peak - self.smallest.peak
+        found = [self._program(self._open).solve(int(budget - room * s)) for s in _TIGHTER]
+        return [schedule for schedule in found if schedule is not None]
 
     def _rank(self, schedule: Schedule) -> tuple[float, int]:
         return self.price(schedule), schedule.peak
@@ -140,14 +146,16 @@ class Solver:
         low, stride = self._unavoidable(), _STRIDE
         while stride >= _LEAST_STRIDE and best.peak > low:
             target = max(int(best.peak * (1 - stride)), low)
-            found = Program(
-                self.problem,
-                self.operator_price,
-                self._open,
-                gap=0.01,
-                nodes=20,
-                rounds=_DESCENT_ROUNDS,
-            ).solve(target)
+            found = evict(self.problem, best, target, self.operator_price)
+            if found is None:
+                found = Program(
+                    self.problem,
+                    self.operator_price,
+                    self._open,
+                    gap=0.01,
+                    nodes=20,
+                    rounds=1,
+                ).solve(target)
             if found is None:
                 low, stride = target + 1, stride / 4
             else:

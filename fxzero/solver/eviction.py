@@ -1,0 +1,138 @@
+"""Makes a schedule fit: what is in the way of its peak goes, and comes back for its next read.
+
+As a cache that knows the future would do, again and again at the worst instant: of the values that
+are there and not read just then, the one goes that costs least to make again for the bytes that
+it frees.  It ends after its read before that instant (or is not saved at all), and is recomputed
+before the step of its next one, with whatever that needs and is not there.
+
+    x:  made - read - - - PEAK - - - read        x:  made - read      PEAK      made - read
+
+Programs decide what is recomputed once; here a value may be recomputed as often as it has reads.
+DTR (Kirisame et al., ICLR 2021) evicts by a similar measure while a model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from fxzero.solver.problem import Operator, Problem
+from fxzero.solver.schedule import Life, Schedule, evaluate
+
+_TRIES = 20  # evictions in a row that may bring the peak no lower
+
+Price = Callable[[Operator], float]
+
+
+def evict(problem: Problem, schedule: Schedule, budget: int, price: Price) -> Schedule | None:
+    """A schedule within ``budget`` bytes that recomputes more; None if none was found."""
+    lowest, tries = schedule.peak, 0
+    while tries < _TRIES:
+        if schedule.peak <= budget:
+            return schedule
+        tries = 0 if schedule.peak < lowest else tries + 1
+        lowest = min(lowest, schedule.peak)
+        gaps = list(_gaps(problem, schedule))
+        if not gaps:
+            return None
+        excess = schedule.peak - budget
+        books = _Books(problem, schedule, price)
+        best = min(gaps, key=lambda gap: books.price(gap) / min(gap.bytes, excess))
+        longer = books.without(best)
+        if longer is None:
+            return None
+        schedule = longer
+    return None
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """A value that may be away until its next read, at event ``until``."""
+
+    storage: int
+    bytes: int
+    until: int
+
+
+def _gaps(problem: Problem, schedule: Schedule) -> Iterator[_Gap]:
+    """What may be away at the instant of the peak."""
+    forward = schedule.forward.max(initial=0) > schedule.backward.max(initial=0)
+    peak = int(np.argmax(schedule.forward if forward else schedule.backward))
+    for life in schedule.lives:
+        if not problem.bytes[life.storage]:
+            continue
+        if life.start == 0 and life.storage in problem.must_save:
+            continue
+        until = _saved_across(problem, life, peak) if forward else _unread_across(life, peak)
+        if until is not None and (forward or schedule.steps[until] > schedule.steps[peak]):
+            yield _Gap(life.storage, problem.bytes[life.storage], until)
+
+
+def _saved_across(problem: Problem, life: Life, position: int) -> int | None:
+    """The first read of a saved value that is dead in the forward at ``position``."""
+    storage = life.storage
+    if life.start > 0 or not life.reads or storage in problem.outputs:
+        return None
+    return life.reads[0] if problem.death[storage] < position else None
+
+
+def _unread_across(life: Life, event: int) -> int | None:
+    """The next read of a value that is there at ``event`` for later only."""
+    if not life.start <= event < life.end or event in life.reads:
+        return None
+    if life.start == event > 0:
+        return None
+    return next(read for read in life.reads if read > event)
+
+
+class _Books:
+    """What is there when, in one schedule, and so what it takes to make a value again."""
+
+    def __init__(self, problem: Problem, schedule: Schedule, price: Price) -> None:
+        self.problem = problem
+        self.schedule = schedule
+        self.operator_price = price
+        self.again = set(schedule.recompute)
+        self.lives: dict[int, list[Life]] = {}
+        for life in schedule.lives:
+            self.lives.setdefault(life.storage, []).append(life)
+
+    def price(self, gap: _Gap) -> float:
+        """What it costs to make the value again at the end of the gap."""
+        chain = self._chain(gap)
+        if not chain:
+            return float("inf")
+        return sum(self.operator_price(self.problem.operators[index]) for index in chain)
+
+    def without(self, gap: _Gap) -> Schedule | None:
+        """The schedule in which the value is away; None if it cannot be made again."""
+        chain = self._chain(gap)
+        if not chain:
+            return None
+        step = int(self.schedule.steps[gap.until])
+        order = sorted(self.again.union((index, step) for index in chain), key=lambda x: x[::-1])
+        return evaluate(self.problem, order)
+
+    def _chain(self, gap: _Gap) -> set[int] | None:
+        """Operators to run at the end of the gap that do not run there already."""
+        step = int(self.schedule.steps[gap.until])
+        chain: set[int] = set()
+        pending = [gap.storage]
+        while pending:
+            storage = pending.pop()
+            index = self.problem.maker[storage]
+            operator = self.problem.operators[index]
+            if not operator.recomputable:
+                return None
+            if (index, step) in self.again or index in chain:
+                continue
+            chain.add(index)
+            pending.extend(s for s in operator.reads if not self._is_there(s, gap.until))
+        return chain
+
+    def _is_there(self, storage: int, event: int) -> bool:
+        if storage in self.problem.held:
+            return True
+        return any(life.start <= event <= life.end for life in self.lives.get(storage, ()))

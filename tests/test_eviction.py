@@ -1,0 +1,100 @@
+"""Eviction: values that stand in the way of the peak go, and are recomputed as often as needed."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from test_solver import peak_by_hand, problems
+
+from fxzero.solver.eviction import evict
+from fxzero.solver.problem import Operator, Problem
+from fxzero.solver.schedule import Schedule, make_schedule, save_more
+
+
+def seconds(operator: Operator) -> float:
+    return operator.seconds
+
+
+def one_value(reads: tuple[tuple[int, ...], ...], base: tuple[int, ...]) -> Problem:
+    """One operator makes a value of 10 bytes in a second; the backward reads it now and then."""
+    operator = Operator("op", 0, (), (0,), 1.0, 1, 0, True)
+    return Problem(
+        bytes=(10,),
+        operators=(operator,),
+        maker=(0,),
+        death=(0,),
+        forward_steps=1,
+        steps=tuple(f"step{i}" for i in range(len(reads))),
+        reads=reads,
+        base=base,
+        base_after=(0,) * len(reads),
+        base_before=0,
+        base_loss=0,
+        fixed=0,
+        outputs=frozenset(),
+        held=frozenset(),
+        must_save=frozenset(),
+        must_recompute=frozenset(),
+        seconds=1.0,
+        flops=1,
+    )
+
+
+def everything(problem: Problem) -> Schedule:
+    return make_schedule(problem, range(len(problem.bytes)))
+
+
+def test_a_value_is_away_between_two_reads() -> None:
+    problem = one_value(reads=((0,), (), (0,)), base=(0, 100, 0))
+    assert everything(problem).peak == 110
+    schedule = evict(problem, everything(problem), 105, seconds)
+    assert schedule is not None
+    assert schedule.saved == {0}
+    assert schedule.recompute == ((0, 2),)
+    assert (schedule.peak, schedule.seconds) == (100, 1.0)
+
+
+def test_a_value_is_recomputed_as_often_as_it_has_to_go() -> None:
+    problem = one_value(reads=((), (0,), (), (0,)), base=(100, 0, 100, 0))
+    schedule = evict(problem, everything(problem), 100, seconds)
+    assert schedule is not None
+    assert schedule.saved == frozenset()
+    assert schedule.recompute == ((0, 1), (0, 3))
+    assert (schedule.peak, schedule.seconds) == (100, 2.0)
+
+
+def test_what_is_read_at_the_peak_cannot_go() -> None:
+    problem = one_value(reads=((), (0,)), base=(0, 100))
+    assert evict(problem, everything(problem), 109, seconds) is None
+    start = everything(problem)
+    assert evict(problem, start, 110, seconds) is start
+
+
+@given(problems(), st.data())
+def test_what_is_left_fits_by_books_kept_elsewhere(problem: Problem, data: st.DataObject) -> None:
+    start = make_schedule(
+        problem, problem.must_save | data.draw(st.sets(st.sampled_from(range(len(problem.bytes)))))
+    )
+    budget = int(start.peak * data.draw(st.floats(0.3, 1.0)))
+    schedule = evict(problem, start, budget, seconds)
+    if schedule is None:
+        return
+    assert schedule.peak <= budget
+    assert peak_by_hand(problem, schedule) <= budget
+    assert set(start.recompute) <= set(schedule.recompute)
+    assert problem.must_save & start.saved <= schedule.saved
+
+
+@given(problems(), st.data())
+def test_saving_more_recomputes_less_and_nothing_that_is_saved(
+    problem: Problem, data: st.DataObject
+) -> None:
+    values = st.sets(st.sampled_from(range(len(problem.bytes))))
+    start = make_schedule(problem, data.draw(values))
+    lower = evict(problem, start, int(start.peak * data.draw(st.floats(0.3, 1.0))), seconds)
+    before, saved = lower or start, data.draw(values)
+    after = save_more(problem, before, saved)
+    peak_by_hand(problem, after)
+    assert set(after.recompute) <= set(before.recompute)
+    for index, _ in after.recompute:
+        assert not problem.held.union(saved).issuperset(problem.operators[index].makes)
