@@ -77,12 +77,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one variant; ``failed`` is the first line of what it raised."""
+    """What was measured of one variant; ``failed`` is the first line of what it raised.
+
+    ``planned_seconds`` comes from operators timed one by one, so it says nothing of fused ones.
+    """
 
     name: str
     failed: str | None = None
     budget_bytes: int | None = None
     planned_bytes: int | None = None
+    planned_seconds: float | None = None
     peak: Peak | None = None
     check: Check | None = None
     first_step_seconds: float | None = None
@@ -164,6 +168,7 @@ def _prepare(
         variant.name,
         budget_bytes=plan and plan.request.memory_budget,
         planned_bytes=plan and plan.peak_bytes,
+        planned_seconds=plan and plan.step_seconds,
         peak=peak,
         check=check,
         first_step_seconds=first,
@@ -294,6 +299,7 @@ def columns(rows: Sequence[Row], with_dropout: Sequence[Row]) -> list[tuple[str,
         "by",
         "tensors MiB",
         "time / eager",
+        "planned / time",
         "first step s",
         "loss and gradients",
         "with dropout",
@@ -304,7 +310,7 @@ def columns(rows: Sequence[Row], with_dropout: Sequence[Row]) -> list[tuple[str,
 
 def _cells(row: Row, eager: Row, dropout: Row) -> tuple[str, ...]:
     if row.peak is None or row.check is None:
-        return (row.name, "", "", "", "", "", "", "", f"failed: {row.failed}", "")
+        return (row.name, *[""] * 8, f"failed: {row.failed}", "")
     assert eager.peak is not None
     return (
         row.name,
@@ -314,6 +320,7 @@ def _cells(row: Row, eager: Row, dropout: Row) -> tuple[str, ...]:
         row.peak.method,
         _mib(row.peak.tensor_bytes),
         f"{row.median / eager.median:.2f}" if row.median and eager.median else "",
+        f"{row.planned_seconds / row.median:.2f}" if row.planned_seconds and row.median else "",
         f"{row.first_step_seconds:.1f}",
         _verdict(row.check),
         f"failed: {dropout.failed}" if dropout.check is None else _dropout_verdict(dropout.check),

@@ -26,10 +26,26 @@ _TRIES = 20  # evictions in a row that may bring the peak no lower
 Price = Callable[[Operator], float]
 
 
-def evict(problem: Problem, schedule: Schedule, budget: int, price: Price) -> Schedule | None:
-    """A schedule within ``budget`` bytes that recomputes more; None if none was found."""
+def total_price(problem: Problem, schedule: Schedule, price: Price) -> float:
+    """What all recompute of a schedule costs."""
+    return sum(price(problem.operators[index]) for index, _ in schedule.recompute)
+
+
+def evict(
+    problem: Problem,
+    schedule: Schedule,
+    budget: int,
+    price: Price,
+    at_most: float = float("inf"),
+) -> Schedule | None:
+    """A schedule within ``budget`` bytes that recomputes more; None if none was found.
+
+    Args:
+        at_most: a total price above which it is not worth going on.
+    """
     lowest, tries = schedule.peak, 0
-    while tries < _TRIES:
+    spent = total_price(problem, schedule, price)
+    while tries < _TRIES and spent <= at_most:
         if schedule.peak <= budget:
             return schedule
         tries = 0 if schedule.peak < lowest else tries + 1
@@ -40,6 +56,7 @@ def evict(problem: Problem, schedule: Schedule, budget: int, price: Price) -> Sc
         excess = schedule.peak - budget
         books = _Books(problem, schedule, price)
         best = min(gaps, key=lambda gap: books.price(gap) / min(gap.bytes, excess))
+        spent += books.price(best)
         longer = books.without(best)
         if longer is None:
             return None

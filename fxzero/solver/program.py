@@ -28,7 +28,7 @@ from itertools import pairwise
 import numpy as np
 
 from fxzero.solver.bound import running_sum
-from fxzero.solver.eviction import evict
+from fxzero.solver.eviction import evict, total_price
 from fxzero.solver.frames import Frame, step_tops
 from fxzero.solver.linear import Answer, LinearProgram
 from fxzero.solver.problem import Operator, Problem
@@ -192,8 +192,8 @@ class Program:
             if answer is None:
                 break
             rounded = [self._schedule(answer, s) for s in (_SHARES if self.levels else (0.5,))]
-            fitting = [evict(self.problem, s, budget, self.price) for s in rounded]
-            best = min((s for s in (best, *fitting) if s), key=self._rank, default=None)
+            for start in rounded:
+                best = self._better(best, start, budget)
             over = [s for s in rounded if s.peak > budget]
             if not over:
                 break
@@ -208,9 +208,13 @@ class Program:
             relaxed=relaxed,
         )
 
-    def _rank(self, schedule: Schedule) -> float:
-        operators = (self.problem.operators[index] for index, _ in schedule.recompute)
-        return sum(self.price(operator) for operator in operators)
+    def _better(self, best: Schedule | None, start: Schedule, budget: int) -> Schedule | None:
+        """What eviction makes of ``start`` if it is cheaper than the best so far, else the best."""
+        price = float("inf") if best is None else total_price(self.problem, best, self.price)
+        found = evict(self.problem, start, budget, self.price, at_most=price)
+        if found is None or total_price(self.problem, found, self.price) >= price:
+            return best
+        return found
 
     def _schedule(self, answer: Answer, share: float) -> Schedule:
         kept = [v for v, variable in self.saved.items() if answer.values[variable] > share]

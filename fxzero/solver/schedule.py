@@ -213,11 +213,9 @@ class _Books:
     def _base_by_event(self) -> Bytes:
         """Base memory at every event; while a value is computed again, what the last step left."""
         problem = self.problem
-        result = np.empty(self.event, dtype=np.int64)
+        ends = np.asarray(self.step_events, dtype=np.int64)
+        left = np.asarray([problem.base_before, *problem.base_after[:-1]], dtype=np.int64)
+        result = np.repeat(left[: len(ends)], np.diff(ends, prepend=-1))
+        result[ends] = problem.base
         result[0] = problem.base_loss
-        start, left = 1, problem.base_before
-        for step, at in enumerate(self.step_events):
-            result[start:at] = left
-            result[at] = problem.base[step]
-            start, left = at + 1, problem.base_after[step]
         return result

@@ -5,7 +5,7 @@ Every schedule that is considered is judged by its exact bytes at every instant.
     small problem     the program over time (``exact.py``): the optimum, proven
     any other         the program of single recompute (``program.py``), near its own optimum, with
                       a bound on what any schedule could do (``bound.py``)
-    near the floor    cuts (``cuts.py``), which also stand in where the program finds nothing
+    near the floor    eviction (``eviction.py``) from what the program or cuts (``cuts.py``) save
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from fxzero.solver.problem import Operator, Problem
 from fxzero.solver.program import Program
 from fxzero.solver.schedule import Schedule, make_schedule
 
-_EXACT = 120  # decisions of the program over time
+_EXACT = 120  # decisions up to which the program over time is solved to its end
+_TRIED, _NODES = 1500, 300  # decisions up to which it is tried besides, for so many nodes
 _CLOSE = 1000  # operators up to which the program is solved more closely
 _FEW = 100  # operators up to which tighter budgets are tried too
 _TIGHTER = (0.02, 0.04)  # of what lies between the smallest peak and no recompute
@@ -103,7 +104,14 @@ class Solver:
         if self._exact is not None and (solved := self._exact.solve(budget)) is not None:
             return self._judge(*solved)
         best = self._best(budget)
-        return self._judge(best, price_bound(self.problem, self.operator_price, budget))
+        bound = price_bound(self.problem, self.operator_price, budget)
+        solution = self._judge(best, bound)
+        if solution.status == "feasible" and ExactProgram.serves(self.problem, _TRIED):
+            program = ExactProgram(self.problem, self.operator_price)
+            if (tried := program.solve(budget, nodes=_NODES)) is not None:
+                exact, proven = tried
+                return self._judge(min(exact, best, key=self._rank), max(bound, proven))
+        return solution
 
     @cached_property
     def _exact(self) -> ExactProgram | None:
