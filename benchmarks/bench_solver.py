@@ -16,9 +16,10 @@ import datetime
 import functools
 import json
 import os
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -188,7 +189,10 @@ def _summary(name: str, planner: Planner, cells: list[Cell]) -> dict[str, object
         "smallest_peak_mib": low / _MiB,
         "checkpoint_peak_mib": checkpointing and checkpointing / _MiB,
         "no_recompute_mib": high / _MiB,
+        "cells": len(cells),
+        "lost": sum(cell.lost for cell in cells),
         "least_ratio": min((cell.ratio for cell in cells), default=None),
+        "median_ratio": statistics.median(cell.ratio for cell in cells) if cells else None,
         "largest_rise_over_20_budgets": max(rises, default=1.0),
     }
 
@@ -255,11 +259,25 @@ def _write(
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{stem}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
-    header = "| model | rival | peak MiB | theirs | fxzero | ratio | gap % | solve s |"
-    lines = [header, "|---|---|---|---|---|---|---|---|"]
-    lines += [f"| {' | '.join(_row(cell))} |" for cell in cells]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    heads = ("model", "rival", "peak MiB", "theirs", "fxzero", "ratio", "gap %", "solve s")
+    tables = [
+        _markdown(tuple(summaries[0]), [[_shown(v) for v in s.values()] for s in summaries]),
+        _markdown(tuple(depths[0]), [[_shown(v) for v in row.values()] for row in depths]),
+        _markdown(heads, [_row(cell) for cell in cells]),
+    ]
+    path.with_suffix(".md").write_text("\n".join(tables))
     print(path)
+
+
+def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = ["---"] * len(heads)
+    return "".join(
+        f"| {' | '.join(line)} |\n" for line in ([h.replace("_", " ") for h in heads], rule, *lines)
+    )
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
