@@ -44,7 +44,7 @@ test: $(READY)  ## run all tests that need no CUDA device
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not cuda" $(PYTEST_ARGS)
 
 test-quick: $(READY)  ## the same without the slow ones
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not cuda" $(PYTEST_ARGS)
+	$(PYTEST) -n $(WORKERS) -m "not slow and not cuda" $(PYTEST_ARGS)
 
 test-all: $(READY)  ## run every test, one at a time; those marked cuda are skipped without a device
 	$(PYTEST) $(PYTEST_ARGS)
