@@ -20,8 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+import harness
 
 from fxzero.solver.bound import price_bound
 from fxzero.solver.exact import ExactProgram
@@ -264,18 +263,9 @@ def _optimum(
     return ExactProgram(problem, solver.operator_price).solve(budget, nodes=nodes)
 
 
-def table(rows: list[Cell]) -> Table:
-    shown = Table()
-    for column in _COLUMNS:
-        shown.add_column(column)
-    for row in rows:
-        shown.add_row(*_row(row))
-    return shown
-
-
-def _row(cell: Cell) -> list[str]:
+def _row(cell: Cell) -> tuple[str, ...]:
     optimum = "not proven" if cell.optimum is None else f"{100 * cell.optimum:.2f}"
-    return [
+    return (
         cell.network,
         f"{cell.budget / _GiB:.2f}",
         f"{100 * cell.ours:.2f}",
@@ -283,7 +273,7 @@ def _row(cell: Cell) -> list[str]:
         f"{100 * cell.bound:.2f}",
         f"{cell.seconds:.2f}",
         f"{cell.exact_seconds:.1f}",
-    ]
+    )
 
 
 def main() -> None:
@@ -293,21 +283,18 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=3000, help="nodes of the exact program")
     parser.add_argument("--output", type=Path, default=_RESULTS)
     options = parser.parse_args()
-    console = Console()
     rows: list[Cell] = []
     for name in options.networks.split(","):
         found = list(cells(name, options.budgets, options.nodes))
-        console.print(table(found))
+        harness.show([_COLUMNS, *map(_row, found)])
         rows += found
     above = [r for r in rows if r.optimum is not None and r.ours > r.optimum + 1e-4]
     proven = sum(row.optimum is not None for row in rows)
-    console.print(f"{len(rows)} budgets, {proven} optima proven, above the optimum: {above}")
+    print(f"{len(rows)} budgets, {proven} optima proven, above the optimum: {above}")
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{datetime.date.today().isoformat()}-checkmate.json"
     path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    lines = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
-    lines += [f"| {' | '.join(_row(row))} |" for row in rows]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    path.with_suffix(".md").write_text(harness.markdown([_COLUMNS, *map(_row, rows)]))
     print(path)
 
 

@@ -19,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -261,19 +261,12 @@ def _write(
     path.write_text(json.dumps(report, indent=1) + "\n")
     heads = ("model", "rival", "peak MiB", "theirs", "fxzero", "ratio", "gap %", "solve s")
     tables = [
-        _markdown(tuple(summaries[0]), [[_shown(v) for v in s.values()] for s in summaries]),
-        _markdown(tuple(depths[0]), [[_shown(v) for v in row.values()] for row in depths]),
-        _markdown(heads, [_row(cell) for cell in cells]),
+        [tuple(rows[0]), *(tuple(_shown(value) for value in row.values()) for row in rows)]
+        for rows in (summaries, depths)
     ]
-    path.with_suffix(".md").write_text("\n".join(tables))
+    tables.append([heads, *(tuple(_row(cell)) for cell in cells)])
+    path.with_suffix(".md").write_text("\n".join(harness.markdown(table) for table in tables))
     print(path)
-
-
-def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---"] * len(heads)
-    return "".join(
-        f"| {' | '.join(line)} |\n" for line in ([h.replace("_", " ") for h in heads], rule, *lines)
-    )
 
 
 def _shown(value: object) -> str:

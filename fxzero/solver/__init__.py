@@ -4,6 +4,7 @@
     schedule    what runs again where, and its exact bytes at every instant: the judge of all below
     program     the integer program of single recompute, for any size (with frames, linear)
     exact       the program over time, for small problems: proven optima
+    eviction    makes a schedule fit; values may then be recomputed more than once
     bound       what no schedule can undercut
     cuts        small peaks
     search      which of these to ask, and what has been proven

@@ -50,17 +50,21 @@ def evict(
             return schedule
         tries = 0 if schedule.peak < lowest else tries + 1
         lowest = min(lowest, schedule.peak)
-        gaps = list(_gaps(problem, schedule))
-        if not gaps:
-            return None
         excess = schedule.peak - budget
-        books = _Books(problem, schedule, price)
-        best = min(gaps, key=lambda gap: books.price(gap) / min(gap.bytes, excess))
-        spent += books.price(best)
-        longer = books.without(best)
-        if longer is None:
+        books = _Books(problem, schedule)
+        cheapest, share = None, float("inf")
+        for gap in _gaps(problem, schedule):
+            chain = books.chain(gap)
+            if not chain:
+                continue
+            cost = sum(price(problem.operators[index]) for index in chain)
+            if cost / min(gap.bytes, excess) < share:
+                cheapest, share = (gap, chain, cost), cost / min(gap.bytes, excess)
+        if cheapest is None:
             return None
-        schedule = longer
+        gap, chain, cost = cheapest
+        spent += cost
+        schedule = books.without(gap, chain)
     return None
 
 
@@ -107,33 +111,22 @@ def _unread_across(life: Life, event: int) -> int | None:
 class _Books:
     """What is there when, in one schedule, and so what it takes to make a value again."""
 
-    def __init__(self, problem: Problem, schedule: Schedule, price: Price) -> None:
+    def __init__(self, problem: Problem, schedule: Schedule) -> None:
         self.problem = problem
         self.schedule = schedule
-        self.operator_price = price
         self.again = set(schedule.recompute)
         self.lives: dict[int, list[Life]] = {}
         for life in schedule.lives:
             self.lives.setdefault(life.storage, []).append(life)
 
-    def price(self, gap: _Gap) -> float:
-        """What it costs to make the value again at the end of the gap."""
-        chain = self._chain(gap)
-        if not chain:
-            return float("inf")
-        return sum(self.operator_price(self.problem.operators[index]) for index in chain)
-
-    def without(self, gap: _Gap) -> Schedule | None:
-        """The schedule in which the value is away; None if it cannot be made again."""
-        chain = self._chain(gap)
-        if not chain:
-            return None
+    def without(self, gap: _Gap, chain: set[int]) -> Schedule:
+        """The schedule in which the value is away, and these operators run at the gap's end."""
         step = int(self.schedule.steps[gap.until])
         order = sorted(self.again.union((index, step) for index in chain), key=lambda x: x[::-1])
         return evaluate(self.problem, order)
 
-    def _chain(self, gap: _Gap) -> set[int] | None:
-        """Operators to run at the end of the gap that do not run there already."""
+    def chain(self, gap: _Gap) -> set[int] | None:
+        """Operators to run besides at the end of the gap; None if one cannot run again."""
         step = int(self.schedule.steps[gap.until])
         chain: set[int] = set()
         pending = [gap.storage]
