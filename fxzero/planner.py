@@ -143,10 +143,10 @@ class Planner:
         Raises:
             BudgetError: nothing found fits.
         """
-        found = [d for d in (variant.decide() for variant in self.variants) if d is not None]
-        if not found:
-            raise self._budget_error()
-        return self._complete(min(found, key=self._rank))
+        for variant in sorted(self.variants, key=lambda v: v.outlook):
+            if (decided := variant.decide()) is not None:
+                return self._complete(decided)
+        raise self._budget_error()
 
     def smallest(self) -> Decided:
         """The Plan with the smallest peak, for reports on budgets that nothing fits."""
@@ -186,12 +186,6 @@ class Planner:
             f"{', '.join(plan.model.inputs)}\n  plan again for this model, these inputs and "
             "this version of torch"
         )
-
-    def _rank(self, decided: Decided) -> tuple[float, int]:
-        plan = decided.plan
-        by_flops = self.variants[0].options.objective == "flops"
-        # Not the recompute alone: merged operations run less often in the forward.
-        return (plan.recompute_flops if by_flops else plan.step_seconds), plan.peak_bytes
 
     def _complete(self, decided: Decided) -> Decided:
         """With the smallest budget of all variants."""
@@ -290,11 +284,27 @@ class GraphPlanner:
         )
         return Solver(problem, objective=self.options.objective)
 
+    @cached_property
+    def proposed(self) -> Solution | None:
+        """What the solver answers to the options' budget."""
+        return self._solve(self.options.memory_budget)
+
+    @property
+    def outlook(self) -> tuple[float, float]:
+        """The price and the peak to expect of ``decide``; infinite where nothing fits."""
+        if self.proposed is None:
+            return float("inf"), float("inf")
+        schedule = self.proposed.schedule
+        if self.options.objective == "flops":
+            return schedule.flops, schedule.peak
+        # Not the recompute alone: merged operations run less often in the forward.
+        return self.solver.problem.seconds + schedule.seconds, schedule.peak
+
     def decide(self) -> Decided | None:
         """The Plan for the options' budget; None if nothing found fits."""
         budget = target = self.options.memory_budget
+        solution = self.proposed
         for _ in range(_TIGHTENINGS):
-            solution = self._solve(target)
             if solution is None:
                 break
             decided = self._emit(solution)
@@ -302,6 +312,7 @@ class GraphPlanner:
                 return decided
             assert target is not None
             target -= decided.plan.peak_bytes - budget
+            solution = self._solve(target)
         return None
 
     def smallest(self) -> Decided:
@@ -327,7 +338,7 @@ class GraphPlanner:
         """The same planner for a caller who holds the outputs during the backward, or does not."""
         other = copy.copy(self)
         other.outputs_held = outputs_held
-        for derived in ("solver", "swept"):
+        for derived in ("solver", "proposed", "swept"):
             vars(other).pop(derived, None)
         return other
 

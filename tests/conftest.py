@@ -1,5 +1,6 @@
 """What all tests share: a clean sys.path, a fixed seed, one thread, no CUDA tests without CUDA."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -39,3 +40,17 @@ def _deterministic_torch() -> None:
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def remembering_solvers() -> object:
+    """Makes solvers that remember equal problems: one search for the smallest peak serves all."""
+    from fxzero.solver.search import Solver
+
+    return functools.lru_cache(maxsize=8)(Solver)
+
+
+@pytest.fixture
+def shared_solvers(monkeypatch: pytest.MonkeyPatch, remembering_solvers: object) -> None:
+    """Plans of equal problems share a solver, for tests that plan one model at many budgets."""
+    monkeypatch.setattr("fxzero.planner.Solver", remembering_solvers)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 import torch.nn.functional as F
 import zoo
 from helpers import NOT_TRACED_AS_RUN, Outcome, assert_same, eager, run, tiers
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed
 
 from fxzero import BudgetError, Plan, UsageError
 from fxzero.errors import BackendOptionError
 
+pytestmark = pytest.mark.usefixtures("shared_solvers")
 X = torch.randn(32, 16)
 
 
@@ -77,29 +80,76 @@ class Branching(Net):
         return self.half(torch.tanh(x)).square().mean()
 
 
-@pytest.mark.parametrize("share", [100, 60, 40])
+class Shares:
+    """A backend for many budgets: Dynamo traces once, ``chosen`` says whose graphs run."""
+
+    def __init__(self, budgets: dict[int, int], directory: Path) -> None:
+        self.budgets = budgets
+        self.directory = directory
+        self.chosen = max(budgets)
+
+    def __call__(self, gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        made = {share: self.made(gm, inputs, share) for share in self.budgets}
+
+        def call(*args: Any) -> Any:
+            graph = made[self.chosen]
+            if isinstance(graph, BudgetError):
+                raise graph
+            return graph(*args)
+
+        return call
+
+    def made(self, gm: fx.GraphModule, inputs: list[Tensor], share: int) -> Any:
+        options = {"inner": "eager", "optimizer": "sgd", "plan_dir": self.directory / str(share)}
+        try:
+            return lookup_backend("fxzero")(
+                gm, inputs, options={**options, "memory_budget": self.budgets[share]}
+            )
+        except BudgetError as refusal:
+            return refusal
+
+
 @pytest.mark.parametrize("name", tiers(zoo.CASES, quick=("rand_ops", "buffers", "kwargs_only")))
-def test_a_zoo_model_equals_eager_bitwise_within_its_plan(
-    name: str, share: int, tmp_path: Path
-) -> None:
+def test_a_zoo_model_equals_eager_bitwise_within_its_plan(name: str, tmp_path: Path) -> None:
     expected: Sequence[Outcome] = eager(name)
-    budget = expected[0].peak * share // 100
+    budgets = {share: expected[0].peak * share // 100 for share in (100, 60, 40)}
     if name in NOT_TRACED_AS_RUN:
         expected = two_steps(name, recompute="none")
         torch._dynamo.reset()
-    try:
-        found = two_steps(name, memory_budget=budget, plan_dir=tmp_path)
-    except BackendCompilerFailed as failure:
-        refusal = failure.inner_exception
-        if isinstance(refusal, BudgetError) and refusal.required_bytes > budget:
-            return
-        raise
-    plans = plans_in(tmp_path)
-    assert all(plan.fits for plan in plans)
-    for one, other in zip(found, expected, strict=True):
+    model, args, kwargs, loss = zoo.build(name)
+    start = copy.deepcopy(model.state_dict())
+    backend = Shares(budgets, tmp_path)
+    call = torch.compile(model, backend=backend, dynamic=False)
+    for share, budget in budgets.items():
+        backend.chosen = share
+        model.load_state_dict(start)
+        try:
+            found = [run(model, args, kwargs, loss, seed=seed, call=call) for seed in range(2)]
+        except BudgetError as refusal:
+            if refusal.required_bytes > budget:
+                continue
+            raise
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+        plans = plans_in(tmp_path / str(share))
+        assert plans
+        assert all(plan.fits for plan in plans)
+        if len(plans) == 1:
+            assert found[1].peak - unused_bytes(name, found[1]) <= plans[0].peak_bytes
+
+
+@pytest.mark.parametrize("name", ["rand_ops", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_a_backend_asked_for_by_name_is_exact_and_keeps_its_budget(
+    name: str, tmp_path: Path
+) -> None:
+    expected = eager(name)
+    budget = expected[0].peak * 6 // 10
+    for one, other in zip(
+        two_steps(name, memory_budget=budget, plan_dir=tmp_path), expected, strict=True
+    ):
         assert_same(one, other)
-    if len(plans) == 1:
-        assert found[1].peak - unused_bytes(name, found[1]) <= plans[0].peak_bytes
+        assert one.peak <= budget
+    assert all(plan.fits for plan in plans_in(tmp_path))
 
 
 @pytest.mark.parametrize("kind", [Broken, Branching])

@@ -13,6 +13,8 @@ from helpers import NOT_TRACED_AS_RUN, Outcome, Subject, assert_equal, assert_sa
 import fxzero
 from fxzero import BudgetError
 
+pytestmark = pytest.mark.usefixtures("shared_solvers")
+
 
 @pytest.fixture(scope="module")
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import fxzero
 
+pytestmark = pytest.mark.usefixtures("shared_solvers")
+
 
 class Drops(nn.Module):
     """Every activation passes a dropout; the loss depends smoothly on all parameters."""
@@ -20,7 +22,7 @@ class Drops(nn.Module):
     def __init__(self, p: float, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.p = p
-        self.layers = nn.ModuleList([nn.Linear(12, 12, dtype=dtype) for _ in range(4)])
+        self.layers = nn.ModuleList([nn.Linear(12, 12, dtype=dtype) for _ in range(3)])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

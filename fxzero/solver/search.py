@@ -24,7 +24,8 @@ from fxzero.solver.program import Program
 from fxzero.solver.schedule import Schedule, make_schedule
 
 _EXACT = 120  # decisions up to which the program over time is solved to its end
-_TRIED, _NODES = 1500, 300  # decisions up to which it is tried besides, for so many nodes
+_TRIED = 1500  # decisions up to which its root node is tried besides, if the gap is wider than
+_WORTHWHILE = 0.005  # this share of the step
 _CLOSE = 1000  # operators up to which the program is solved more closely
 _FEW = 100  # operators up to which tighter budgets are tried too
 _TIGHTER = (0.02, 0.04)  # of what lies between the smallest peak and no recompute
@@ -106,9 +107,10 @@ class Solver:
         best = self._best(budget)
         bound = price_bound(self.problem, self.operator_price, budget)
         solution = self._judge(best, bound)
-        if solution.status == "feasible" and ExactProgram.serves(self.problem, _TRIED):
+        wide = solution.gap is not None and solution.gap > _WORTHWHILE
+        if wide and ExactProgram.serves(self.problem, _TRIED):
             program = ExactProgram(self.problem, self.operator_price)
-            if (tried := program.solve(budget, nodes=_NODES)) is not None:
+            if (tried := program.solve(budget, nodes=1)) is not None:
                 exact, proven = tried
                 return self._judge(min(exact, best, key=self._rank), max(bound, proven))
         return solution
