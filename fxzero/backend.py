@@ -30,8 +30,17 @@ from fxzero.planner import Planner
 
 log = logging.getLogger(__name__)
 
-_KNOWN = ("memory_budget", "optimizer", "recompute", "objective", "inner", "strict", "plan_dir")
-_WHOLE_MODEL = ("mesh", "zero", "pipeline", "precision", "offload", "loss_fn", "plan")
+_KNOWN = (
+    "memory_budget",
+    "optimizer",
+    "recompute",
+    "objective",
+    "inner",
+    "strict",
+    "offload",
+    "plan_dir",
+)
+_WHOLE_MODEL = ("mesh", "zero", "pipeline", "precision", "loss_fn", "plan")
 
 
 def fxzero(

@@ -98,6 +98,7 @@ def _model_options(command: _Command) -> _Command:
                 show_default=True,
                 help="What to spend least of.",
             ),
+            click.option("--offload", is_flag=True, help="Saved values may wait in host memory."),
         ]
     ):
         command = decorate(command)
@@ -156,7 +157,7 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
 @cli.command()
 @_model_options
 def explain(**options: Any) -> int:
-    """List every saved and recomputed value: bytes, module, source line, reason."""
+    """List every saved, recomputed or offloaded value: bytes, module, source line, reason."""
     from fxzero.explanation import explain_plan
 
     made = _make_plan(**options)

@@ -35,10 +35,9 @@ _ONE_DEVICE_ONLY: dict[str, tuple[Any, ...]] = {
     "mesh": (None,),
     "zero": ("auto", 0),
     "pipeline": (None, 1),
-    "offload": (False,),
     "precision": (None,),
 }
-_OPTIONS = ("memory_budget", "optimizer", "recompute", "objective", "inner", "strict")
+_OPTIONS = ("memory_budget", "optimizer", "recompute", "objective", "inner", "strict", "offload")
 
 
 def compile(
@@ -71,6 +70,7 @@ def compile(
         recompute: "auto", "none", "full", or a function from a graph node to "save",
             "recompute" or None.
         objective: what recompute costs: "time" or "flops".
+        offload: whether saved values may wait for the backward in host memory.
         inner: "inductor" or "eager"; None: inductor where a compiler is present.
         plan: a Plan or a path to one, replayed without a solver for the graph it was made for.
         strict: what cannot be applied (a pass that is switched off, a value that was to be
@@ -85,7 +85,6 @@ def compile(
         "mesh": mesh,
         "zero": zero,
         "pipeline": pipeline,
-        "offload": offload,
         "precision": precision,
     }
     if unknown:
@@ -102,6 +101,7 @@ def compile(
         objective=objective,
         inner=inner,
         strict=strict,
+        offload=offload,
     )
     if isinstance(plan, (str, Path)):
         plan = Plan.load(plan)

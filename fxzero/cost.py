@@ -7,7 +7,7 @@ the hardware description.  Modelled times beside measured ones are scaled to com
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from fxzero.randomness import draw, draw_again
 from fxzero.storages import tensor_leaves
+from fxzero.transfers import TRANSFERS
 
 # Where the wrapped operator stands among the arguments.
 _WRAPPED: dict[Any, int] = {draw: 0, draw_again: 1}
@@ -30,16 +31,19 @@ class Hardware:
         flops: dense floating-point operations a second by bytes per element (2 or 4).
         bandwidth: bytes a second to and from device memory.
         launch: seconds that any operator takes.
+        link: bytes a second between device and host memory, in one direction.
     """
 
     name: str
     flops: dict[int, float]
     bandwidth: float
     launch: float
+    link: float
 
 
-CPU = Hardware("cpu", {2: 5e10, 4: 5e10}, 1.0e10, 3e-6)
-CUDA = Hardware("cuda", {2: 4.0e14, 4: 4.0e13}, 2.0e12, 4e-6)
+# On the CPU a copy "to the host" is a copy: it reads and writes the same memory.
+CPU = Hardware("cpu", {2: 5e10, 4: 5e10}, 1.0e10, 3e-6, 5.0e9)
+CUDA = Hardware("cuda", {2: 4.0e14, 4: 4.0e13}, 2.0e12, 4e-6, 2.5e10)
 
 
 def hardware_for(device: str) -> Hardware:
@@ -77,6 +81,11 @@ class CostModel:
         seconds = self.measured.get(operator_key(node), modelled.seconds * self.scale)
         return NodeCost(seconds, modelled.flops)
 
+    def round_trip(self, tensors: Sequence[torch.Tensor]) -> float:
+        """Seconds that tensors take to host memory and back, modelled: nothing runs meanwhile."""
+        one_way = (self.hardware.launch + copy_seconds(t, self.hardware) for t in tensors)
+        return 2 * sum(one_way) * self.scale
+
     @property
     def source(self) -> str:
         """Where the times come from, for the notes of a plan."""
@@ -88,12 +97,19 @@ class CostModel:
         )
 
 
+def copy_seconds(tensor: torch.Tensor, hardware: Hardware) -> float:
+    """Seconds on the link between device and host memory, in one direction."""
+    return tensor.numel() * tensor.element_size() / hardware.link
+
+
 def modelled_cost(node: fx.Node, hardware: Hardware) -> NodeCost:
     """Roofline price of one node; inputs and views are free."""
     operator = drawn_operator(node) if node.op == "call_function" else None
     if operator is None or makes_view(operator):
         return NodeCost(0.0, 0)
     outputs = tensor_leaves(node.meta.get("val"))
+    if operator in TRANSFERS:
+        return NodeCost(hardware.launch + copy_seconds(outputs[0], hardware), 0)
     inputs = [leaf for source in node.all_input_nodes for leaf in _leaves(source)]
     flops = count_flops(node)
     traffic = sum(t.numel() * t.element_size() for t in (*outputs, *inputs))
@@ -104,6 +120,8 @@ def modelled_cost(node: fx.Node, hardware: Hardware) -> NodeCost:
 
 def makes_view(operator: torch._ops.OpOverload) -> bool:
     """Whether the operator returns an alias of an argument and computes nothing."""
+    if operator is torch.ops.aten._unsafe_view.default:  # its schema does not say so
+        return True
     returns = operator._schema.returns
     return bool(returns) and all(
         r.alias_info is not None and not r.alias_info.is_write for r in returns

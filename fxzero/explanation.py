@@ -1,4 +1,4 @@
-"""Why every saved and recomputed value is where it is, and which line of the model made it."""
+"""Why each saved, recomputed or offloaded value is where it is, and which line of code made it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fxzero.errors import UsageError
-from fxzero.plans import Plan
+from fxzero.plans import Plan, Value
 from fxzero.report import wording
 from fxzero.report.folding import Row, fold
 from fxzero.report.wording import printable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Rows for saved values, then for recomputed ones, each largest first; ``str`` prints them."""
+    """Rows for saved, recomputed and offloaded values, each largest first; ``str`` prints them."""
 
     plan: Plan
     rows: tuple[Row, ...]
@@ -33,7 +33,7 @@ class Explanation:
             f"{plan.model.name}  plan {plan.hash[:8]}  "
             f"peak {format_bytes(plan.peak_bytes)}  {wording.verdict(plan)}"
         )
-        for role, values in (("saved", plan.saved), ("recomputed", plan.recomputed)):
+        for role, values in _sections(plan):
             size = format_bytes(sum(value.bytes for value in values))
             yield ""
             yield f"{role}: {wording.count(len(values), 'value')}, {size}"
@@ -45,7 +45,9 @@ class Explanation:
 def explain(
     model: nn.Module, *inputs: Any, memory_budget: int | str | None = None, **kwargs: Any
 ) -> Explanation:
-    """Every saved and recomputed value of ``model(*inputs, **kwargs)``, folded over equal layers.
+    """Every saved, recomputed or offloaded value of ``model(*inputs, **kwargs)``.
+
+    Equal layers are folded.
 
     Args:
         model: a compiled model, whose plan in force is explained, or a plain one, which is
@@ -73,12 +75,18 @@ def explain_plan(plan: Plan) -> str:
 
 
 def _explanation(plan: Plan) -> Explanation:
-    return Explanation(plan, (*fold(plan.saved), *fold(plan.recomputed)))
+    return Explanation(plan, tuple(row for _, values in _sections(plan) for row in fold(values)))
+
+
+def _sections(plan: Plan) -> list[tuple[str, tuple[Value, ...]]]:
+    sections = [("saved", plan.saved), ("recomputed", plan.recomputed)]
+    return [*sections, ("offloaded", plan.offloaded)] if plan.request.offload else sections
 
 
 def _describe(row: Row) -> Iterator[str]:
     each = f", {format_bytes(row.bytes)} each" if row.count > 1 else ""
-    price = f", {format_seconds(row.seconds)} to compute again" if row.seconds else ""
+    what = "there and back" if row.role == "offloaded" else "to compute again"
+    price = f", {format_seconds(row.seconds)} {what}" if row.seconds else ""
     yield f" {format_bytes(row.total_bytes):>8}  {row.label}  {row.shape}{each}{price}"
     for detail in (row.source, row.reason):
         if detail:

@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from fxzero import _torch
 from fxzero.storages import storage_identity
 from fxzero.structure import flatten
+from fxzero.transfers import TO_HOST
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Measurement:
         method: "tensors", "allocator" (profiler record) or "cuda".
         tensor_bytes: the peak without what operators free before they return, which plans do not
             count either; on CUDA the same as ``peak_bytes``.
+        host_bytes: most bytes of offloaded values at once.  They are not in ``peak_bytes``, except
+            by the method "allocator", which cannot tell a CPU's host copies from its tensors.
     """
 
     peak_bytes: int
@@ -47,6 +50,7 @@ class Measurement:
     baseline_bytes: int
     method: str
     tensor_bytes: int
+    host_bytes: int = 0
 
 
 def measure(fn: Callable[[], Any]) -> Measurement:
@@ -60,12 +64,20 @@ def _measure_cuda(fn: Callable[[], Any]) -> Measurement:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_host_memory_stats()
+    pinned = _pinned_peak()
     start = time.perf_counter()
     output = fn()
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated()
-    return Measurement(peak, seconds, output, before, "cuda", peak)
+    host = _pinned_peak() - pinned
+    return Measurement(peak, seconds, output, before, "cuda", peak, host)
+
+
+def _pinned_peak() -> int:
+    """Bytes of pinned blocks in use, which the allocator rounds up to powers of two."""
+    return int(torch.cuda.host_memory_stats().get("active_bytes.peak", 0))
 
 
 def _measure_cpu(fn: Callable[[], Any]) -> Measurement:
@@ -79,10 +91,11 @@ def _measure_cpu(fn: Callable[[], Any]) -> Measurement:
         output = fn()
     seconds = time.perf_counter() - start
     if record is None:
-        return Measurement(counter.peak, seconds, output, baseline, "tensors", counter.peak)
+        peak, host = counter.peak, counter.host_peak
+        return Measurement(peak, seconds, output, baseline, "tensors", peak, host)
     peak = baseline + _torch.peak_of_allocations(record)
     tensors = baseline + _torch.peak_of_allocations(record, inside_operators=False)
-    return Measurement(peak, seconds, output, baseline, "allocator", tensors)
+    return Measurement(peak, seconds, output, baseline, "allocator", tensors, counter.host_peak)
 
 
 def _is_compiled(value: Any) -> bool:
@@ -105,13 +118,17 @@ class StorageCounter(_torch.TransparentDispatchMode):
     Attributes:
         current: bytes alive now.
         peak: most bytes alive at once so far.
+        host, host_peak: the same of what was copied to the host.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.current = 0
         self.peak = 0
+        self.host = 0
+        self.host_peak = 0
         self._seen: dict[int, int] = {}
+        self._on_host: dict[int, int] = {}
         for tensor in known:
             self._count(tensor)
 
@@ -122,14 +139,27 @@ class StorageCounter(_torch.TransparentDispatchMode):
         for tensor in _torch.tensors_in((args, kwargs)):
             self._count(tensor, existed=True)
         result = func(*args, **kwargs)
+        if func is TO_HOST:
+            self._count_on_host(result)
         for tensor in _torch.tensors_in(result):
             self._count(tensor)
         return result
+
+    def _count_on_host(self, copy: torch.Tensor) -> None:
+        if not _torch.is_plain(copy):
+            return
+        storage, key = copy.untyped_storage(), storage_identity(copy)
+        self._on_host[key] = storage.nbytes()
+        self.host += storage.nbytes()
+        self.host_peak = max(self.host_peak, self.host)
+        weakref.finalize(storage, self._free, key)
 
     def _count(self, tensor: torch.Tensor, existed: bool = False) -> None:
         if not _torch.is_plain(tensor):
             return
         storage, key = tensor.untyped_storage(), storage_identity(tensor)
+        if key in self._on_host:
+            return
         size = storage.nbytes()
         known = self._seen.get(key)
         if known is None:
@@ -143,6 +173,7 @@ class StorageCounter(_torch.TransparentDispatchMode):
 
     def _free(self, key: int) -> None:
         self.current -= self._seen.pop(key, 0)
+        self.host -= self._on_host.pop(key, 0)
 
 
 def _held_values(fn: Any) -> list[Any]:

@@ -31,6 +31,7 @@ class Options:
         objective: what recompute is minimised in, "time" or "flops".
         inner: "eager" or "inductor".
         strict: whether what cannot be applied is an error instead of a note in the plan.
+        offload: whether saved values may wait for the backward in host memory.
     """
 
     memory_budget: int | None = None
@@ -39,6 +40,7 @@ class Options:
     objective: str = "time"
     inner: str = "eager"
     strict: bool = False
+    offload: bool = False
 
 
 def check_options(
@@ -50,11 +52,14 @@ def check_options(
     objective: str = "time",
     inner: str | None = None,
     strict: bool = False,
+    offload: bool = False,
 ) -> Options:
     """Options from user input; raises UsageError for the first that cannot be right."""
     check_recompute_option(recompute)
     if objective not in OBJECTIVES:
         raise unknown_option(str(objective), OBJECTIVES, where="objective")
+    if not isinstance(offload, bool):
+        raise UsageError(f"offload={offload!r} must be True or False")
     profile_optimizer(optimizer, [], device)
     return Options(
         memory_budget=parse_budget(memory_budget, device_memory(device)),
@@ -63,6 +68,7 @@ def check_options(
         objective=objective,
         inner=choose_inner(inner, device),
         strict=strict,
+        offload=offload,
     )
 
 

@@ -29,7 +29,7 @@ from fxzero.passes.partition import Split, partition
 from fxzero.passes.pipeline import PREPARATION, Pass, select, skipped_passes
 from fxzero.passes.runner import checking, run_passes
 from fxzero.passes.spec import check_split
-from fxzero.plans import Decisions, Plan, Rematerialization
+from fxzero.plans import Decisions, Fetch, Plan, Rematerialization
 from fxzero.policies import settled_nodes, unmet_wishes
 from fxzero.rehearsal import Peaks, rehearse
 from fxzero.solver.problem import build_problem
@@ -78,6 +78,7 @@ def plan(
     recompute: Any = "auto",
     objective: str = "time",
     inner: str = "eager",
+    offload: bool = False,
     strict: bool = False,
     sweep: int = 0,
     name: str | None = None,
@@ -91,6 +92,7 @@ def plan(
         kwargs: more keyword arguments of the model.
         memory_budget: "22GiB", bytes, "90%" of the device, or None for no limit.
         optimizer: name, torch.optim class, or bytes of state per parameter.
+        offload: whether saved values may wait for the backward in host memory.
         sweep: for how many budgets besides to find the step time, for ``Plan.pareto``.
 
     Returns:
@@ -108,6 +110,7 @@ def plan(
         objective=objective,
         inner=inner,
         strict=strict,
+        offload=offload,
     )
     captured = capture(model, args, keywords, inner=options.inner)
     planner = Planner(captured.graph, options, name or type(model).__name__, sweep=sweep)
@@ -262,6 +265,7 @@ class GraphPlanner:
         self.settled = settled_nodes(self.graph, options.recompute)
         skipped = skipped_passes()
         self.recompute = "none" if "rematerialize" in skipped else options.recompute
+        self.offload = options.offload and "offload" not in skipped
         self.unapplied = (
             *unapplied,
             *unmet_wishes(self.graph, self.settled),
@@ -281,6 +285,8 @@ class GraphPlanner:
             loss_bytes=self.loss_bytes,
             granularity=self.granularity,
             policy=self.settled,
+            recompute=self.recompute != "none",
+            offload=self.offload,
         )
         return Solver(problem, objective=self.options.objective)
 
@@ -313,6 +319,10 @@ class GraphPlanner:
             assert target is not None
             target -= decided.plan.peak_bytes - budget
             solution = self._solve(target)
+        # The smallest is what a refusal would name.
+        if budget is not None and self.solver.smallest.peak <= budget and not self._keeps_all:
+            decided = self._emit(Solution(self.solver.smallest, "feasible", None))
+            return decided if decided.plan.peak_bytes <= budget else None
         return None
 
     def smallest(self) -> Decided:
@@ -321,9 +331,11 @@ class GraphPlanner:
 
     def _smallest_schedule(self) -> Schedule:
         """The smallest peak that the ``recompute`` option can reach."""
-        if self.recompute == "none":
-            return self.solver.everything
-        return self.solver.smallest
+        return self.solver.everything if self._keeps_all else self.solver.smallest
+
+    @property
+    def _keeps_all(self) -> bool:
+        return self.recompute == "none" and not self.offload
 
     def replay(self, plan: Plan) -> Decided:
         """Carries out the decisions of a Plan for this graph."""
@@ -356,7 +368,7 @@ class GraphPlanner:
         return rehearse(emitted.split, forward, backward, self.surroundings, fixed)
 
     def _solve(self, budget: int | None) -> Solution | None:
-        if self.recompute == "none":
+        if self._keeps_all:
             schedule = self.solver.everything
         elif self.recompute == "full":
             schedule = self.solver.smallest
@@ -374,12 +386,11 @@ class GraphPlanner:
     def _decisions(self, schedule: Schedule) -> Decisions:
         problem = self.solver.problem
         makers = {problem.maker[storage] for storage in schedule.saved}
+        runs = [(problem.operators[q], problem.steps[step]) for q, step in schedule.recompute]
         return Decisions(
             saved=tuple(problem.operators[index].name for index in sorted(makers)),
-            recompute=tuple(
-                Rematerialization(problem.operators[index].name, problem.steps[step])
-                for index, step in schedule.recompute
-            ),
+            recompute=tuple(Rematerialization(o.name, at) for o, at in runs if not o.fetches),
+            offload=tuple(Fetch(o.name, at) for o, at in runs if o.fetches),
         )
 
     def _carry_out(self, decisions: Decisions) -> Emitted:

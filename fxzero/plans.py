@@ -20,7 +20,7 @@ from typing import Any
 
 from fxzero.errors import PlanError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _MAX_FILE_BYTES = 256 * 2**20
 # Larger than any count of bytes or operations; such numbers would overflow later.
 _LARGEST = 10**30
@@ -50,6 +50,7 @@ class Request:
     recompute: str
     objective: str
     inner: str
+    offload: bool
     device: str
 
 
@@ -64,9 +65,9 @@ class Value:
         module: qualified module that made it, "" when unknown.
         source: "model.py:41 in forward: x = self.w1(x)", "" when unknown.
         role: "parameter", "buffer", "gradient", "optimizer", "input", "output", "saved",
-            "recomputed", "temporary", "rng state" or "tangent".
-        reason: why it is where it is, for saved and recomputed values.
-        seconds: modelled time of computing it again; 0 when it cannot be.
+            "recomputed", "fetched", "offloaded", "temporary", "rng state" or "tangent".
+        reason: why it is where it is, for saved, recomputed and offloaded values.
+        seconds: modelled time of computing it again (0 when it cannot be), or of its transfers.
     """
 
     name: str
@@ -88,16 +89,26 @@ class Rematerialization:
 
 
 @dataclass(frozen=True)
+class Fetch:
+    """Fetch the value of forward node ``node`` from the host right before backward ``before``."""
+
+    node: str
+    before: str
+
+
+@dataclass(frozen=True)
 class Decisions:
     """What the passes carry out.
 
     Attributes:
         saved: forward nodes whose storage lives from the forward to the backward.
         recompute: the recomputed nodes in execution order.
+        offload: the fetches of values that the forward copies to the host, in execution order.
     """
 
     saved: tuple[str, ...] = ()
     recompute: tuple[Rematerialization, ...] = ()
+    offload: tuple[Fetch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,7 +148,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A plan that one could have: its peak and what its step costs."""
+    """A plan that one could have: its peak and what its step costs.
+
+    Attributes:
+        recompute_seconds: of recompute, and of transfers if the plan may offload.
+    """
 
     peak_bytes: int
     step_seconds: float
@@ -165,8 +180,10 @@ class Plan:
         peak_bytes: planned peak of everything the step keeps on the device.
         minimum_budget: the smallest budget for which a plan is found.
         unplanned_peak_bytes: the peak without any recompute.
-        step_seconds: modelled time of forward and backward, recompute included.
+        step_seconds: modelled time of forward and backward, recompute and transfers included.
         recompute_seconds, recompute_flops: the part that is recompute.
+        transfer_seconds: the part that is copying to and from the host.
+        host_bytes: most bytes that offloaded values take in host memory at once.
         graph_digest: which graph the decisions belong to.
         curve: what ``pareto()`` returns.
         timeline: (position, bytes) after each change, over forward then backward; thinned.
@@ -186,12 +203,15 @@ class Plan:
     step_seconds: float
     recompute_seconds: float
     recompute_flops: int
+    transfer_seconds: float
+    host_bytes: int
     decisions: Decisions
     peak: Peak
     ranks: tuple[Rank, ...]
     phases: tuple[Phase, ...]
     saved: tuple[Value, ...]
     recomputed: tuple[Value, ...]
+    offloaded: tuple[Value, ...]
     alternatives: tuple[Alternative, ...]
     curve: tuple[CurvePoint, ...]
     timeline: tuple[tuple[int, int], ...]

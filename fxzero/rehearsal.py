@@ -26,6 +26,7 @@ from fxzero.passes.partition import Split
 from fxzero.plans import Plan, Value
 from fxzero.storages import is_scalar, storage_identity
 from fxzero.timeline import Surroundings
+from fxzero.transfers import TO_HOST
 from fxzero.units import format_bytes
 
 
@@ -128,7 +129,7 @@ class _Counter(_torch.TransparentDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in _torch.tensors_in(result):
+        for tensor in _torch.tensors_in(result) if func is not TO_HOST else ():
             self._count(tensor)
         return result
 

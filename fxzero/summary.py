@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -34,6 +34,7 @@ from fxzero.plans import (
 from fxzero.policies import name_of
 from fxzero.solver.schedule import Schedule
 from fxzero.timeline import Alive, Timeline
+from fxzero.transfers import TRANSFERS
 from fxzero.units import format_bytes, format_seconds
 
 _TIMELINE_POINTS = 2000
@@ -70,8 +71,11 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
     recomputed = _recomputed(facts)
     seconds = {node: facts.costs.price(node) for node in _steps(facts.split)}
     recompute = [cost for node, cost in seconds.items() if CLONE_OF in node.meta]
-    step_seconds = sum(cost.seconds for cost in seconds.values())
-    recompute_seconds = sum(cost.seconds for cost in recompute)
+    transfers = [cost for node, cost in seconds.items() if node.target in TRANSFERS]
+    step_seconds = sum((cost.seconds for cost in seconds.values()), 0.0)
+    recompute_seconds = sum((cost.seconds for cost in recompute), 0.0)
+    transfer_seconds = sum((cost.seconds for cost in transfers), 0.0)
+    base = step_seconds - recompute_seconds - transfer_seconds
     return Plan(
         schema_version=SCHEMA_VERSION,
         fxzero_version=__version__,
@@ -86,6 +90,8 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
         step_seconds=step_seconds,
         recompute_seconds=recompute_seconds,
         recompute_flops=sum(cost.flops for cost in recompute),
+        transfer_seconds=transfer_seconds,
+        host_bytes=timeline.host_bytes,
         decisions=facts.decisions,
         peak=peak,
         ranks=(Rank(0, peak.bytes, _breakdown(peak.alive)),),
@@ -96,8 +102,9 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
         ),
         saved=_saved(facts),
         recomputed=recomputed,
-        alternatives=_alternatives(facts, step_bytes, step_seconds - recompute_seconds),
-        curve=_curve(facts, step_bytes, step_seconds - recompute_seconds),
+        offloaded=_offloaded(facts),
+        alternatives=_alternatives(facts, step_bytes, base),
+        curve=_curve(facts, step_bytes, base),
         timeline=_thin(timeline.points),
         graph_digest=facts.digest,
         notes=_notes(facts),
@@ -145,6 +152,7 @@ def _request(facts: Facts) -> Request:
         recompute=recompute,
         objective=options.objective,
         inner=options.inner,
+        offload=options.offload,
         device=facts.device,
     )
 
@@ -235,6 +243,22 @@ def _recomputed(facts: Facts) -> tuple[Value, ...]:
     return tuple(sorted(values, key=lambda value: (-value.bytes, value.name)))
 
 
+def _offloaded(facts: Facts) -> tuple[Value, ...]:
+    """Values in host memory; each costs one copy there, and one back for each fetch."""
+    fetches = Counter(item.node for item in facts.decisions.offload)
+    named = {node.name: node for node in facts.graph.graph.nodes}
+    values = []
+    for entry in sorted(facts.timeline.offloaded, key=lambda item: -item.bytes):
+        assert entry.node is not None
+        (original,) = entry.node.all_input_nodes
+        one_way = facts.costs.price(entry.node).seconds
+        seconds = one_way * (1 + fetches[original.name])
+        reason = f"not kept on the device: {format_bytes(entry.bytes)} in host memory"
+        here = replace(entry, name=original.name, node=named[original.name])
+        values.append(_value(here, facts, reason, seconds))
+    return tuple(values)
+
+
 def _own_bytes(node: fx.Node) -> list[int]:
     value = node.meta.get("val")
     items: Sequence[object] = value if isinstance(value, (tuple, list)) else [value]
@@ -299,6 +323,8 @@ def _notes(facts: Facts) -> tuple[str, ...]:
             f"the model returns no loss; one outside of it is taken to need "
             f"{format_bytes(facts.loss_bytes)}, three times the outputs"
         )
+    if facts.timeline.offloaded and facts.device == "cpu":
+        notes.append("this device is the CPU: what is offloaded stays in the same memory")
     notes.append("memory inside operators (convolution and attention workspaces) is not counted")
     if facts.options.inner == "inductor":
         notes.append(

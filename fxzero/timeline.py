@@ -8,6 +8,7 @@ What the books hold besides activations:
     parameters, buffers, optimizer state, inputs    always
     model outputs                                   to the end, if the caller holds them
     tangents                                        from the loss to the end of the backward
+    offloaded values                                in books of their own, for host memory
     gradients                                       from the node that makes them to the end
 """
 
@@ -22,6 +23,7 @@ from torch import fx
 from fxzero.execution import last_uses
 from fxzero.passes.partition import Split
 from fxzero.storages import Storages, analyse, is_scalar, storage_identity
+from fxzero.transfers import TO_DEVICE, TO_HOST
 
 CUDA_GRANULARITY = 512
 # A loss outside the model and its gradient: scalars that the caller holds.
@@ -57,6 +59,8 @@ class Timeline:
         fixed: bytes that live throughout, by role.
         gradient_bytes: gradients left when the step ends.
         saved: the storages carried from forward to backward, with their roles.
+        offloaded: the storages carried in host memory.
+        host_bytes: most bytes in host memory at once.
     """
 
     points: tuple[int, ...]
@@ -67,6 +71,8 @@ class Timeline:
     fixed: dict[str, int]
     gradient_bytes: int
     saved: tuple[Alive, ...]
+    offloaded: tuple[Alive, ...]
+    host_bytes: int
 
     def peak_of(self, phase: str) -> int:
         """Peak of "forward" or "backward" alone."""
@@ -110,7 +116,9 @@ class _Books:
         self.backward = analyse(split.backward.graph.nodes)
         self.alias: dict[object, object] = {}
         self.alive: dict[object, Alive] = {}
+        self.on_host: dict[object, Alive] = {}
         self.total = 0
+        self.host_peak = 0
         self.points: list[int] = []
         self.peak = -1
         self.peak_node: fx.Node | None = None
@@ -124,6 +132,7 @@ class _Books:
         saved = results[self.split.output_count :]
         saved_entries = self._run_forward(outputs, saved)
         forward_nodes = len(self.points)
+        offloaded = tuple(self.on_host.values())
         gradient_bytes = self._run_backward(outputs, saved)
         return Timeline(
             points=tuple(self.points),
@@ -134,6 +143,8 @@ class _Books:
             fixed=self.fixed,
             gradient_bytes=gradient_bytes,
             saved=saved_entries,
+            offloaded=offloaded,
+            host_bytes=self.host_peak,
         )
 
     def _open_fixed(self) -> None:
@@ -172,7 +183,7 @@ class _Books:
         return tuple(
             self.alive[key]
             for key in {("f", s): None for node in saved for s in self.forward.of[node]}
-            if key not in self.permanent
+            if key not in self.permanent and key not in self.on_host
         )
 
     def _run_backward(self, outputs: list[fx.Node], saved: list[fx.Node]) -> int:
@@ -239,14 +250,19 @@ class _Books:
         return self.alias.get((phase, storage), (phase, storage))
 
     def _birth(self, key: object, storages: Storages, number: int, role: str, name: str) -> None:
-        if key in self.alive:
+        if key in self.alive or key in self.on_host:
             return
-        size = storages.bytes[number]
+        size, maker = storages.bytes[number], storages.maker[number]
+        if maker.target is TO_HOST:
+            self.on_host[key] = Alive(size, "offloaded", name, maker)
+            self.host_peak = max(self.host_peak, sum(e.bytes for e in self.on_host.values()))
+            return
         size = -(-size // self.around.granularity) * self.around.granularity
-        self.alive[key] = Alive(size, role, name, storages.maker[number])
+        self.alive[key] = Alive(size, role, name, maker)
         self.total += size
 
     def _death(self, key: object) -> None:
+        self.on_host.pop(key, None)
         entry = self.alive.pop(key, None)
         if entry is not None:
             self.total -= entry.bytes
@@ -269,6 +285,8 @@ class _Books:
 def _role(node: fx.Node) -> str:
     if node.meta.get("rng_state"):
         return "rng state"
+    if node.target is TO_DEVICE:
+        return "fetched"
     return "recomputed" if "recomputed_from" in node.meta else "temporary"
 
 

@@ -2,9 +2,10 @@
 
     FXZERO_SKIP=name,name    run without these passes; the Plan notes it
 
-deduplicate runs before the plan is made, the others carry it out. Of these rematerialize runs
-first: it rebuilds views in the backward, so that write_back sees which buffers
-the backward still reads.  replay_randomness needs the clones that rematerialize makes.
+deduplicate runs before the plan is made, the others carry it out. Of these offload runs first:
+rematerialize lets the backward read what was fetched.  It also rebuilds views in the backward, so
+that write_back sees which buffers the backward still reads.  replay_randomness needs the clones
+that rematerialize makes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fxzero.errors import UsageError, unknown_option
 from fxzero.graph import TrainGraph
 from fxzero.passes.context import PassContext
 from fxzero.passes.deduplicate import deduplicate_pass
+from fxzero.passes.offload import offload_pass
 from fxzero.passes.rematerialize import rematerialize_pass
 from fxzero.passes.replay_randomness import replay_randomness_pass
 from fxzero.passes.write_back import write_back_pass
@@ -61,6 +63,7 @@ PREPARATION: tuple[Pass, ...] = (make_pass("deduplicate", deduplicate_pass),)
 
 # After it: what carries it out.
 PASSES: tuple[Pass, ...] = (
+    make_pass("offload", offload_pass),
     make_pass("rematerialize", rematerialize_pass),
     make_pass("write_back", write_back_pass, completes="capture"),
     make_pass("replay_randomness", replay_randomness_pass, completes="rematerialize"),

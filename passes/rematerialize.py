@@ -25,6 +25,7 @@ from torch import fx
 
 from fxzero.graph import TrainGraph
 from fxzero.passes.context import PassContext
+from fxzero.passes.offload import FETCH_OF
 from fxzero.storages import analyse
 
 CLONE_OF = "recomputed_from"
@@ -44,7 +45,7 @@ def rematerialize_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
 class _Rewrite:
     def __init__(self, graph: TrainGraph, context: PassContext) -> None:
         self.graph = graph
-        nodes = {node.name: node for node in graph.graph.nodes}
+        self.nodes = nodes = {node.name: node for node in graph.graph.nodes}
         storages = analyse(graph.graph.nodes)
         self.free = {n for n in nodes.values() if n.op == "call_function" and storages.is_view(n)}
         self.latest: dict[fx.Node, fx.Node] = {}
@@ -54,7 +55,13 @@ class _Rewrite:
             self.due[item.before].append(nodes[item.node])
 
     def visit(self, node: fx.Node) -> None:
-        """Makes the clones due before ``node``, then lets it read the latest ones."""
+        """Makes the clones due before ``node``, then lets it read the latest ones.
+
+        A fetch is the latest instance of its value itself.
+        """
+        if FETCH_OF in node.meta:
+            self._renew(self.nodes[node.meta[FETCH_OF]], node)
+            return
         for original in self.due.pop(node.name, ()):
             self._clone(original, before=node)
         node.args = self._redirect(node.args, before=node)
@@ -102,10 +109,13 @@ class _Rewrite:
                 node.op, node.target, args, kwargs, name=f"{node.name}_recomputed"
             )
         clone.meta = {**node.meta, CLONE_OF: node.name, "partitioner_tag": "is_backward"}
-        self.latest[node] = clone
-        self._forget_views_of(node)
+        self._renew(node, clone)
         self._unpack(node, before)
         return clone
+
+    def _renew(self, node: fx.Node, instance: fx.Node) -> None:
+        self.latest[node] = instance
+        self._forget_views_of(node)
 
     def _unpack(self, node: fx.Node, before: fx.Node) -> None:
         """Takes a cloned tuple apart at once: the tuple would keep all its items alive."""

@@ -26,10 +26,12 @@ from fxzero import _torch, randomness
 from fxzero.errors import GraphLawError
 from fxzero.graph import TrainGraph, describe
 from fxzero.passes.listing import format_nodes
+from fxzero.passes.offload import FETCH_OF
 from fxzero.passes.partition import Split
 from fxzero.passes.rematerialize import CLONE_OF
 from fxzero.passes.replay_randomness import is_random
 from fxzero.storages import Storages, analyse, tensor_leaves
+from fxzero.transfers import TO_DEVICE, TO_HOST
 
 log = logging.getLogger(__name__)
 
@@ -249,6 +251,24 @@ def recomputed(subject: Subject) -> Iterator[Finding]:
             yield node, f"recomputes {target}, which writes to its arguments"
 
 
+def transfers(subject: Subject) -> Iterator[Finding]:
+    """A fetch runs in the backward, reads the host copy of the value it names, and is like it."""
+    for node in subject.calls:
+        if node.target is TO_HOST and subject.in_backward(node):
+            yield node, "copies a value of the backward to the host"
+        if node.target is not TO_DEVICE:
+            continue
+        original = subject.by_name.get(node.meta.get(FETCH_OF, ""))
+        source: Any = node.args[0]
+        if original is None or source.target is not TO_HOST or source.args[0] is not original:
+            yield node, f"fetches {source.name}, no host copy of {node.meta.get(FETCH_OF)}"
+            continue
+        if not subject.in_backward(node):
+            yield node, "fetches in the forward"
+        if _layout(node.meta["val"]) != _layout(original.meta["val"]):
+            yield node, f"is {_layout(node.meta['val'])}, {original.name} another"
+
+
 def writes(subject: Subject) -> Iterator[Finding]:
     """Once scheduled, an input is written once at most, and nothing reads it afterwards."""
     if not subject.scheduled:
@@ -299,6 +319,7 @@ CHECKS: tuple[Check, ...] = tuple(
         draws,
         collectives,
         recomputed,
+        transfers,
         writes,
         gradients,
         origins,

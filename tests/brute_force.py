@@ -30,7 +30,7 @@ class _BruteForce:
         self.held_bytes = sum(problem.bytes[v] for v in problem.held)
         needed = [v for v in problem.needed if v not in problem.held]
         self.values = needed
-        makers = {problem.maker[v] for v in problem.needed}
+        makers = {way for v in problem.needed for way in problem.ways(v)}
         self.operators = sorted(q for q in makers if problem.operators[q].recomputable)
         self.price_from = functools.cache(self._price_from)
 
@@ -47,10 +47,13 @@ class _BruteForce:
     def _forward_fits(self, saved: Set, states: Set) -> bool:
         p = self.p
         alive: set[int] = set()
-        for position, operator in enumerate(p.operators):
+        for index, operator in enumerate(p.operators):
+            if operator.fetches:
+                continue
+            position = operator.position
             alive |= set(operator.makes)
             size = p.fixed + sum(p.bytes[s] for s in alive)
-            size += sum(p.operators[q].state_bytes for q in states if q <= position)
+            size += sum(p.operators[q].state_bytes for q in states if q <= index)
             if size > self.budget:
                 return False
             alive = {s for s in alive if s in saved or s in p.outputs or p.death[s] > position}

@@ -30,6 +30,7 @@ class Outcome:
         gradients, buffers: by name; a gradient is None where autograd left none.
         stream: random numbers drawn after the step.
         peak: measured bytes of forward and backward.
+        host_bytes: the most that was offloaded at once.
     """
 
     loss: Tensor
@@ -37,6 +38,7 @@ class Outcome:
     buffers: dict[str, Tensor]
     stream: Tensor
     peak: int
+    host_bytes: int
 
 
 def itself(output: Any) -> Any:
@@ -84,11 +86,12 @@ def run(
         buffers={name: b.clone() for name, b in model.named_buffers()},
         stream=torch.rand(8),
         peak=counter.peak,
+        host_bytes=counter.host_peak,
     )
 
 
 def assert_same(found: Outcome, expected: Outcome) -> None:
-    """Bitwise equality of everything but the peak."""
+    """Bitwise equality of everything but the peaks."""
     assert torch.equal(found.stream, expected.stream), "random stream differs"
     assert torch.equal(found.loss, expected.loss), f"loss {found.loss} != {expected.loss}"
     assert_equal(found.gradients, expected.gradients)
@@ -150,6 +153,6 @@ class Subject:
         return self._traced[differentiable]
 
 
-def tiers(names: Iterable[str], quick: Collection[str]) -> list[Any]:
+def tiers(names: Iterable[Any], quick: Collection[Any]) -> list[Any]:
     """Parameters of a test: those not in ``quick`` are marked slow."""
     return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in names]

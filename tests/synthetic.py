@@ -79,6 +79,7 @@ def gpt_plan(*, budget: int | None = 5120 * MiB, recomputed: int = 10, **changes
             recompute="auto",
             objective="time",
             inner="inductor",
+            offload=False,
             device="cpu",
         ),
         status="optimal",
@@ -89,6 +90,8 @@ def gpt_plan(*, budget: int | None = 5120 * MiB, recomputed: int = 10, **changes
         step_seconds=step,
         recompute_seconds=0.008 * recomputed,
         recompute_flops=recomputed * 25_165_824 * 8,
+        transfer_seconds=0.0,
+        host_bytes=0,
         decisions=Decisions(
             saved=tuple(value.name for value in kept),
             recompute=tuple(
@@ -114,6 +117,7 @@ def gpt_plan(*, budget: int | None = 5120 * MiB, recomputed: int = 10, **changes
             _as(value, "recomputed", "elementwise, one kernel", 0.008)
             for value in cheap[:recomputed]
         ),
+        offloaded=(),
         alternatives=(
             Alternative('memory_budget="4GiB"', 3900 * MiB, 1.9, True),
             Alternative('recompute="full"', 2600 * MiB, 2.51, True),

@@ -86,7 +86,8 @@ def test_help_is_fast_and_does_not_import_torch(tmp_path: Path, args: list[str])
 
 def test_the_set_of_commands_and_options_is_this() -> None:
     planning = {
-        "model", "batch", "seq", "dtype", "memory_budget", "optimizer", "recompute", "objective"
+        "model", "batch", "seq", "dtype", "memory_budget", "optimizer", "recompute", "objective",
+        "offload",
     }  # fmt: skip
     found = {
         name: {parameter.name for parameter in command.params}
@@ -139,6 +140,7 @@ def test_plan_prints_the_report_and_returns_0_where_it_fits(
         "optimizer": "sgd",
         "recompute": "auto",
         "objective": "time",
+        "offload": False,
         "sweep": 0,
     }
 
@@ -273,12 +275,13 @@ def test_diff_prints_what_changed(run: Callable[..., Ran], tmp_path: Path) -> No
 
 def test_passes_lists_name_numerics_and_summary(run: Callable[..., Ran]) -> None:
     lines = run("passes").out.splitlines()
-    assert [line.split()[:2] for line in lines[:3]] == [
+    assert [line.split()[:2] for line in lines[:4]] == [
         ["deduplicate", "exact"],
+        ["offload", "exact"],
         ["rematerialize", "exact"],
         ["write_back", "exact"],
     ]
-    assert lines[2].endswith("exact    Buffer updates become writes at the end of the forward.")
+    assert lines[3].endswith("exact    Buffer updates become writes at the end of the forward.")
 
 
 @dataclass(frozen=True)

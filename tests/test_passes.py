@@ -141,11 +141,12 @@ def test_the_list_of_passes_prints() -> None:
     lines = describe().splitlines()
     assert [line.split()[:2] for line in lines] == [
         ["deduplicate", "exact"],
+        ["offload", "exact"],
         ["rematerialize", "exact"],
         ["write_back", "exact"],
         ["replay_randomness", "exact"],
     ]
-    assert lines[2].endswith("Buffer updates become writes at the end of the forward.")
+    assert lines[3].endswith("Buffer updates become writes at the end of the forward.")
     assert all(item.summary for item in PASSES)
     assert "write_back" in repr(PASSES)
 
@@ -153,9 +154,9 @@ def test_the_list_of_passes_prints() -> None:
 def test_a_pass_is_switched_off_by_name() -> None:
     assert select(()) == PASSES
     chosen = select(["write_back"])
-    assert [item.name for item in chosen] == ["rematerialize", "replay_randomness"]
+    assert [item.name for item in chosen] == ["offload", "rematerialize", "replay_randomness"]
     graph, reports = run_passes(graphs.tiny(), NOTHING, chosen)
-    assert [report.name for report in reports] == ["rematerialize", "replay_randomness"]
+    assert [report.name for report in reports] == ["offload", "rematerialize", "replay_randomness"]
     assert "mutation" in [role.kind for role in graph.outputs]
 
 
@@ -168,7 +169,7 @@ def test_the_environment_switches_passes_off(monkeypatch: pytest.MonkeyPatch) ->
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)), torch.randn(4, 8)
     monkeypatch.setenv("FXZERO_SKIP", "rematerialize,replay_randomness")
     plan = fxzero.plan(model, (x,), recompute="full")
-    assert plan.passes == ("deduplicate", "write_back")
+    assert plan.passes == ("deduplicate", "offload", "write_back")
     assert plan.decisions.recompute == ()
     assert "pass rematerialize is switched off by FXZERO_SKIP" in plan.notes
     with pytest.raises(UsageError, match="strict=True, but\n  pass rematerialize is switched off"):
@@ -200,13 +201,14 @@ def test_reports_count_nodes_and_time_including_the_check() -> None:
 def test_dumps_hold_the_graph_before_each_pass_and_after_it_if_it_changed(tmp_path: Path) -> None:
     run_passes(graphs.tiny(), NOTHING, dump=tmp_path / "new")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
-        "00-rematerialize.after.txt",
-        "00-rematerialize.before.txt",
-        "01-write_back.after.txt",
-        "01-write_back.before.txt",
-        "02-replay_randomness.before.txt",
+        "00-offload.before.txt",
+        "01-rematerialize.after.txt",
+        "01-rematerialize.before.txt",
+        "02-write_back.after.txt",
+        "02-write_back.before.txt",
+        "03-replay_randomness.before.txt",
     ]
-    text = (tmp_path / "new" / "00-rematerialize.before.txt").read_text()
+    text = (tmp_path / "new" / "01-rematerialize.before.txt").read_text()
     FileCheck().check("primals_1  parameter up.weight  float32[8, 4]  F").check(
         "addmm  aten.addmm.default(primals_2, primals_8, t)  float32[2, 8]  F  up  graphs.py:"
     ).check("in forward: hidden = F.gelu(self.up(x))").run(text)
@@ -214,10 +216,11 @@ def test_dumps_hold_the_graph_before_each_pass_and_after_it_if_it_changed(tmp_pa
 
 def test_the_environment_asks_for_dumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXZERO_DUMP", str(tmp_path))
-    run_passes(graphs.tiny(), NOTHING, select(["rematerialize"]))
+    run_passes(graphs.tiny(), NOTHING, select(["offload", "rematerialize"]))
     assert (tmp_path / "00-write_back.before.txt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("logs", "heard"), [("+fxzero", True), ("+dynamo", False)])
 def test_torch_logs_switches_the_loggers_on(logs: str, heard: bool) -> None:
     code = (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same, run
+from helpers import assert_same, run, tiers
 from torch import Tensor, nn
 
 import fxzero
@@ -60,7 +60,7 @@ def loss_at(model: Any, x: Tensor) -> float:
     return float(model(x))
 
 
-@pytest.mark.parametrize("p", [0.1, 0.3, 0.9])
+@pytest.mark.parametrize("p", tiers((0.1, 0.3, 0.9), quick=(0.3,)))
 def test_gradients_are_the_finite_differences_under_one_seed_at_every_budget(p: float) -> None:
     torch.manual_seed(1)
     model = Drops(p, torch.float64)
@@ -82,7 +82,7 @@ def test_gradients_are_the_finite_differences_under_one_seed_at_every_budget(p: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("p", [0.37, 0.1, 0.5, 0.0, 1.0])
+@pytest.mark.parametrize("p", tiers((0.37, 0.1, 0.5, 0.0, 1.0), quick=(0.1, 0.0)))
 def test_dropout_is_eagers_bitwise_at_every_budget_and_so_is_the_stream_after_it(
     p: float, dtype: torch.dtype
 ) -> None:

@@ -99,10 +99,13 @@ def peak_by_hand(problem: Problem, schedule: Schedule) -> int:
     alive: set[int] = set()
     states = 0
     peak = 0
-    for position, operator in enumerate(p.operators):
+    for index, operator in enumerate(p.operators):
+        if operator.fetches:
+            continue
+        position = operator.position
         assert set(operator.reads) <= alive
         alive |= set(operator.makes)
-        states += operator.state_bytes if position in again else 0
+        states += operator.state_bytes if index in again else 0
         peak = max(peak, p.fixed + sum(size[s] for s in alive) + states)
         kept = schedule.saved | p.outputs
         alive = {s for s in alive if s in kept or p.death[s] > position}
@@ -218,6 +221,7 @@ print(fxzero.plan(model, args, kwargs=kwargs, optimizer="sgd", memory_budget=bud
 """
 
 
+@pytest.mark.slow
 def test_two_processes_with_other_hash_seeds_decide_alike() -> None:
     code = _DECISIONS.format(tests=str(Path(__file__).parent))
     hashes = {
@@ -269,9 +273,7 @@ def test_the_peak_of_checkpointing_every_block_is_met_and_undercut(
         assert torch.equal(found.loss, run(model, args, kwargs, loss, seed=1).loss)
 
 
-@pytest.mark.parametrize(
-    "name", tiers(("t5", "vit", "unet", "gpt2", "rand_ops"), quick=("rand_ops",))
-)
+@pytest.mark.parametrize("name", tiers(("t5", "vit", "unet", "gpt2", "rand_ops"), quick=()))
 def test_the_price_never_grows_with_the_budget(name: str) -> None:
     model, args, kwargs, _ = zoo.build(name)
     graph = capture(model, args, kwargs).graph

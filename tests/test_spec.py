@@ -17,6 +17,7 @@ from fxzero import randomness
 from fxzero.capture import capture
 from fxzero.errors import GraphLawError
 from fxzero.graph import OutputRole, TrainGraph
+from fxzero.passes.offload import FETCH_OF
 from fxzero.passes.partition import partition
 from fxzero.passes.pipeline import select
 from fxzero.passes.rematerialize import CLONE_OF
@@ -28,14 +29,20 @@ from fxzero.passes.spec import (
     find_violations,
     known_origins,
 )
+from fxzero.plans import Fetch
 
 Fault = Callable[[TrainGraph], TrainGraph | None]
 _DROPOUT = ("native_dropout", "native_layer_norm_backward")
 
 
 def scheduled(*switched_off: str) -> TrainGraph:
-    """The tiny model with a view, a tuple, a random operator and a buffer's clone recomputed."""
+    """The tiny model with a view, a tuple, a random operator and a buffer's clone recomputed.
+
+    One value is offloaded.
+    """
     context = graphs.recompute(_DROPOUT, ("gelu", "mul_4"), ("clone", "mul_4"))
+    offload = (Fetch("addmm", "gelu_backward"),)
+    context = replace(context, decisions=replace(context.decisions, offload=offload))
     graph, _ = run_passes(graphs.tiny(), context, select(switched_off), check=False)
     return graph
 
@@ -168,6 +175,18 @@ def clone_that_writes(graph: TrainGraph) -> None:
     again.meta = {**copy.meta, CLONE_OF: copy.name, "partitioner_tag": "is_backward"}
 
 
+def fetched_from_another_value(graph: TrainGraph) -> None:
+    node(graph, "addmm_fetched").meta[FETCH_OF] = "gelu"
+
+
+def fetched_in_the_forward(graph: TrainGraph) -> None:
+    node(graph, "addmm_fetched").meta["partitioner_tag"] = "is_forward"
+
+
+def sent_in_the_backward(graph: TrainGraph) -> None:
+    node(graph, "addmm_on_host").meta["partitioner_tag"] = "is_backward"
+
+
 def written_twice(graph: TrainGraph) -> None:
     copy = first(graph, torch.ops.aten.copy_.default)
     insert(copy.next, copy.target, *copy.args, like=copy)
@@ -218,6 +237,9 @@ FAULTS: dict[Fault, str] = {
     clone_with_another_constant: "recomputed",
     clone_of_nothing: "recomputed",
     clone_that_writes: "recomputed",
+    fetched_from_another_value: "transfers",
+    fetched_in_the_forward: "transfers",
+    sent_in_the_backward: "transfers",
     written_twice: "writes",
     old_value_read_in_the_backward: "writes",
     old_value_read_through_a_view: "writes",

@@ -335,6 +335,7 @@ def test_autocast_state_tells_settings_apart() -> None:
     assert _torch.autocast_state() == plain
 
 
+@pytest.mark.slow
 def test_inductors_decompositions_can_be_traced_in_a_process_that_compiled_nothing_before() -> None:
     script = (
         "import torch; from fxzero import _torch\n"

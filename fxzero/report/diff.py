@@ -64,6 +64,8 @@ def _totals(before: Plan, after: Plan) -> Iterator[str]:
         ("recompute", lambda p: p.recompute_seconds, format_seconds),
         ("recomputed work", lambda p: p.recompute_flops, wording.format_flops),
         ("recomputed values", lambda p: len(p.decisions.recompute), str),
+        ("offloaded values", lambda p: len(p.offloaded), str),
+        ("host memory", lambda p: p.host_bytes, format_bytes),
         ("saved values", lambda p: len(p.decisions.saved), str),
     ]
     for name, read, text in quantities:
@@ -80,7 +82,7 @@ def _percent(old: float, new: float) -> str:
 
 
 def _values(before: Plan, after: Plan) -> Iterator[str]:
-    """Bytes by place and role, over what is alive at the peak, saved or recomputed."""
+    """Bytes by place and role, over what is alive at the peak, saved, recomputed or offloaded."""
     for title, read in _LISTS:
         old, new = _sizes(read(before)), _sizes(read(after))
         changes = [
@@ -106,6 +108,7 @@ _LISTS: tuple[tuple[str, Callable[[Plan], Iterable[Value]]], ...] = (
     ("alive at the peak", lambda plan: plan.peak.alive),
     ("saved", lambda plan: plan.saved),
     ("recomputed", lambda plan: plan.recomputed),
+    ("offloaded", lambda plan: plan.offloaded),
 )
 
 

@@ -33,6 +33,7 @@ def render(plan: Plan) -> str:
             alive=fold(plan.peak.alive),
             saved=fold(plan.saved),
             recomputed=fold(plan.recomputed),
+            offloaded=fold(plan.offloaded),
             chart=_chart(plan),
         )
     )

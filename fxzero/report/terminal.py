@@ -24,7 +24,7 @@ _CURVE_WIDTH = 40
 
 def render(plan: Plan, width: int = 100) -> str:
     """The whole report, no line longer than ``width``."""
-    sections = (_heading, _ranks, _alive, _recomputed, _curve, _alternatives, _notes)
+    sections = (_heading, _ranks, _alive, _recomputed, _offloaded, _curve, _alternatives, _notes)
     blocks = [
         "\n".join(_clip(line, width) for line in section(plan, width)) for section in sections
     ]
@@ -87,6 +87,15 @@ def _recomputed(plan: Plan, width: int) -> Iterator[str]:
     yield wording.recompute_price(plan)
     yield from _table(
         plan.recomputed, lambda row: f"{format_seconds(row.seconds):>8}", _RECOMPUTED_ROWS, width
+    )
+
+
+def _offloaded(plan: Plan, width: int) -> Iterator[str]:
+    if not plan.offloaded:
+        return
+    yield wording.offload_price(plan)
+    yield from _table(
+        plan.offloaded, lambda row: f"{format_seconds(row.seconds):>8}", _RECOMPUTED_ROWS, width
     )
 
 

@@ -16,6 +16,7 @@ ROLES = (
     "input",
     "saved",
     "recomputed",
+    "fetched",
     "temporary",
     "output",
     "rng state",
@@ -56,11 +57,23 @@ def recompute_price(plan: Plan) -> str:
     if not recomputed:
         return "recompute nothing"
     freed = plan.unplanned_peak_bytes - plan.peak_bytes
+    together = " with offload" if plan.offloaded else ""
     return (
         f"recompute {count(recomputed, 'value')}: "
-        f"peak {signed_bytes(-freed)}, +{format_seconds(plan.recompute_seconds)} "
+        f"peak {signed_bytes(-freed)}{together}, +{format_seconds(plan.recompute_seconds)} "
         f"({share(plan.recompute_seconds, plan.step_seconds)} of the step), "
         f"+{format_flops(plan.recompute_flops)}"
+    )
+
+
+def offload_price(plan: Plan) -> str:
+    """'offload 12 values: 48.0 MiB of host memory, +8.0 ms (3.1 % of the step)', or ''."""
+    if not plan.offloaded:
+        return ""
+    return (
+        f"offload {count(len(plan.offloaded), 'value')}: "
+        f"{format_bytes(plan.host_bytes)} of host memory, +{format_seconds(plan.transfer_seconds)} "
+        f"({share(plan.transfer_seconds, plan.step_seconds)} of the step)"
     )
 
 

@@ -2,8 +2,8 @@
 
 Every schedule, however often it recomputes what, obeys these rows; fractions are allowed:
 
-    a value that the backward reads is saved, or its operator runs again, and likewise for what
-    those operators read;
+    a value that the backward reads is saved, or its operator runs again, or it is fetched, and
+    likewise for what those operators read;
     a value that is never made again is there from the forward to its last read;
     a value that is made again is there at least when it is read.
 """
@@ -50,12 +50,17 @@ def _add_needs(
 ) -> None:
     for value, variable in kept.items():
         if value in last:
-            linear.row({variable: 1.0, again[problem.maker[value]]: 1.0}, lower=1.0)
+            linear.row({variable: 1.0, **_made(problem, again, value)}, lower=1.0)
     for index, reader in again.items():
         for value in set(problem.operators[index].reads) - last.keys():
             if value in kept:
-                terms = {kept[value]: 1.0, again[problem.maker[value]]: 1.0, reader: -1.0}
+                terms = {kept[value]: 1.0, **_made(problem, again, value), reader: -1.0}
                 linear.row(terms, lower=0.0)
+
+
+def _made(problem: Problem, again: dict[int, int], value: int) -> dict[int, float]:
+    """What may make the value in the backward, as terms of a row."""
+    return {again[way]: 1.0 for way in problem.ways(value)}
 
 
 def _add_forward(

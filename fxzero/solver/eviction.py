@@ -2,8 +2,8 @@
 
 As a cache that knows the future would do, again and again at the worst instant: of the values that
 are there and not read just then, the one goes that costs least to make again for the bytes that
-it frees.  It ends after its read before that instant (or is not saved at all), and is recomputed
-before the step of its next one, with whatever that needs and is not there.
+it frees.  It ends after its read before that instant (or is not saved at all), and before the step
+of its next one it is recomputed, with whatever that needs and is not there, or fetched.
 
     x:  made - read - - - PEAK - - - read        x:  made - read      PEAK      made - read
 
@@ -22,6 +22,7 @@ from fxzero.solver.problem import Operator, Problem
 from fxzero.solver.schedule import Life, Schedule, evaluate
 
 _TRIES = 20  # evictions in a row that may bring the peak no lower
+_NEVER = float("inf")
 
 Price = Callable[[Operator], float]
 
@@ -54,10 +55,10 @@ def evict(
         books = _Books(problem, schedule)
         cheapest, share = None, float("inf")
         for gap in _gaps(problem, schedule):
-            chain = books.chain(gap)
-            if not chain:
+            found = books.chain(gap, price)
+            if found is None or not found[0]:
                 continue
-            cost = sum(price(problem.operators[index]) for index in chain)
+            chain, cost = found
             if cost / min(gap.bytes, excess) < share:
                 cheapest, share = (gap, chain, cost), cost / min(gap.bytes, excess)
         if cheapest is None:
@@ -125,22 +126,42 @@ class _Books:
         order = sorted(self.again.union((index, step) for index in chain), key=lambda x: x[::-1])
         return evaluate(self.problem, order)
 
-    def chain(self, gap: _Gap) -> set[int] | None:
-        """Operators to run besides at the end of the gap; None if one cannot run again."""
+    def chain(self, gap: _Gap, price: Price) -> tuple[set[int], float] | None:
+        """Operators to run besides at the end of the gap and their price; None if one cannot.
+
+        What the value is made from, if that is not there, is fetched if this is cheaper than its
+        maker alone; the value itself, if this is cheaper than all of that.
+        """
+        operators = self.problem.operators
+        chain = self._recompute(gap, price)
+        cost = sum(price(operators[index]) for index in chain) if chain is not None else _NEVER
+        fetch = self.problem.fetch.get(gap.storage)
+        if fetch is not None and price(operators[fetch]) < cost:
+            return {fetch}, price(operators[fetch])
+        return None if chain is None else (chain, cost)
+
+    def _recompute(self, gap: _Gap, price: Price) -> set[int] | None:
         step = int(self.schedule.steps[gap.until])
         chain: set[int] = set()
         pending = [gap.storage]
         while pending:
             storage = pending.pop()
-            index = self.problem.maker[storage]
+            ways = self.problem.ways(storage)
+            if any((way, step) in self.again or way in chain for way in ways):
+                continue
+            index = ways[0]
+            if storage != gap.storage:
+                index = min(ways, key=self._price_if_possible(price))
             operator = self.problem.operators[index]
             if not operator.recomputable:
                 return None
-            if (index, step) in self.again or index in chain:
-                continue
             chain.add(index)
             pending.extend(s for s in operator.reads if not self._is_there(s, gap.until))
         return chain
+
+    def _price_if_possible(self, price: Price) -> Callable[[int], float]:
+        operators = self.problem.operators
+        return lambda i: price(operators[i]) if operators[i].recomputable else _NEVER
 
     def _is_there(self, storage: int, event: int) -> bool:
         if storage in self.problem.held:

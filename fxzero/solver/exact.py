@@ -50,12 +50,13 @@ class ExactProgram:
         """Whether the program of a problem is exact and has at most so many decisions.
 
         An operator that makes a value that the caller holds and another one besides would make a
-        second instance of the first, which the program does not know.
+        second instance of the first, which the program does not know; neither does it know fetches.
         """
         makers = set(problem.makers)
         held = {problem.maker[v] for v in problem.held}
         mixed = any(not set(problem.operators[q].makes) <= problem.held for q in held & makers)
-        return len(problem.reads) * len(makers) <= decisions and not mixed
+        simple = not mixed and not problem.fetch
+        return len(problem.reads) * len(makers) <= decisions and simple
 
     def _add_variables(self) -> None:
         problem, linear = self.problem, self.linear

@@ -29,7 +29,8 @@ class Frame:
         loss: the same while a loss outside the model is computed.
         forward: the same at each forward position.
         states: whether generator states that recompute needs come on top.
-        runs: how often an operator runs again, if it does; once if it is not named.
+        runs: how often an operator runs again, if it does; once if it is not named.  With a fetch
+            among them its value is made by the operators that are named, and no others.
         around: the schedule that the frame is built around, if any.
     """
 
@@ -43,10 +44,19 @@ class Frame:
     runs: Mapping[int, int] = field(default_factory=dict)
     around: Schedule | None = None
 
-    def schedule(self, problem: Problem, saved: Collection[int]) -> Schedule:
-        """What becomes of the decision to save these values."""
+    def made(self, problem: Problem, value: int) -> list[tuple[int, ...]]:
+        """Groups of operators; of each group one has to make the value, if it is not saved."""
+        ways = problem.ways(value)
+        if self.around is None or len(ways) == 1:
+            return [ways]
+        return [(way,) for way in ways if way in self.runs] or [ways[:1]]
+
+    def schedule(
+        self, problem: Problem, saved: Collection[int], fetched: Collection[int]
+    ) -> Schedule:
+        """What becomes of the decision to save these values, and to fetch those."""
         if self.around is None:
-            return make_schedule(problem, problem.must_save.union(saved))
+            return make_schedule(problem, problem.must_save.union(saved), fetched)
         return save_more(problem, self.around, self.settled.union(saved) - self.around.saved)
 
 

@@ -1,7 +1,9 @@
 """The recompute problem of a training graph in numbers: what the solver sees.
 
 Values are storages (views are free), operators are the forward nodes that make storages, and the
-backward is a list of steps that read storages and have a base memory no decision changes.
+backward is a list of steps that read storages and have a base memory no decision changes.  A value
+may come back for the backward in two ways: its maker runs again, or it is fetched from host memory,
+which is an operator that reads nothing.
 
     forward:  op 0 makes storage 3 (reads 0), op 1 makes 4 and 5 (reads 3), ...
     backward: step 0 reads {5, 3}, base 812 bytes; step 1 reads {4}, base 900 bytes; ...
@@ -11,9 +13,10 @@ Plain data without graph objects: it can be hashed, printed, and solved by anyth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import getitem
 
 import numpy as np
 import torch
@@ -23,22 +26,23 @@ from torch import fx
 from fxzero.cost import CostModel
 from fxzero.graph import TrainGraph
 from fxzero.passes.replay_randomness import is_random, rng_state_bytes
-from fxzero.storages import Storages, analyse, is_scalar
+from fxzero.storages import Storages, analyse, fills_storage, is_scalar, tensor_leaves
 
 
 @dataclass(frozen=True)
 class Operator:
-    """A forward operator.
+    """A forward operator, or the fetching of a value that lies in host memory.
 
     Attributes:
-        name: its graph node.
+        name: its graph node; for a fetch, the node whose value is fetched.
         position: its place among the forward's steps.
         reads: storages it needs.
         makes: storages it makes.
-        seconds, flops: price of running it once more.
+        seconds, flops: price of running it once more; of a fetch, with the copy to the host.
         state_bytes: saved besides if it is recomputed: the random generator's state, and the old
             values of buffers that it reads and the forward updates.
         recomputable: whether running it again gives the same values and no side effect.
+        fetches: whether it is a fetch, which does not run in the forward.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Operator:
     flops: int
     state_bytes: int
     recomputable: bool
+    fetches: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class Problem:
 
     Attributes:
         bytes: size of every forward storage.
-        operators: forward operators in order.
+        operators: fetches, which come first where several operators run before one step, then the
+            forward's operators in order.
         maker: for each storage the operator that makes it, or -1 for what is always there.
         death: for each storage the last forward position that needs it.
         forward_steps: number of forward positions.
@@ -103,7 +109,7 @@ class Problem:
         """Bytes that come (and, negative, go) at each forward position when nothing is saved."""
         change = np.zeros(self.forward_steps + 1, dtype=np.int64)
         for operator in self.operators:
-            for storage in operator.makes:
+            for storage in operator.makes if not operator.fetches else ():
                 change[operator.position] += self.bytes[storage]
                 if storage not in self.outputs:
                     change[self.death[storage] + 1] -= self.bytes[storage]
@@ -134,9 +140,19 @@ class Problem:
         return {storage: step for step, reads in enumerate(self.reads) for storage in reads}
 
     @cached_property
+    def fetch(self) -> dict[int, int]:
+        """For each storage that may lie in host memory, the operator that fetches it."""
+        return {op.makes[0]: index for index, op in enumerate(self.operators) if op.fetches}
+
+    def ways(self, storage: int) -> tuple[int, ...]:
+        """The operators that can make a storage in the backward."""
+        fetch = self.fetch.get(storage)
+        return (self.maker[storage],) if fetch is None else (self.maker[storage], fetch)
+
+    @cached_property
     def makers(self) -> tuple[int, ...]:
-        """Operators that make what is needed, in order."""
-        return tuple(dict.fromkeys(self.maker[storage] for storage in self.needed))
+        """Operators that make or fetch what is needed, in order."""
+        return tuple(dict.fromkeys(way for storage in self.needed for way in self.ways(storage)))
 
     @cached_property
     def needed(self) -> tuple[int, ...]:
@@ -161,11 +177,15 @@ def build_problem(
     loss_bytes: int = 0,
     granularity: int = 1,
     policy: Mapping[str, str] | None = None,
+    recompute: bool = True,
+    offload: bool = False,
 ) -> Problem:
     """The problem of a captured joint graph.
 
     Args:
         fixed_bytes: parameters, buffers, inputs and optimizer state.
+        recompute: whether operators may run again.
+        offload: whether values may lie in host memory between forward and backward.
         policy: "save" or "recompute" by node name, for values that a user or a tag has settled.
     """
     nodes = [n for n in graph.graph.nodes if n.op in ("call_function", "get_attr")]
@@ -173,7 +193,16 @@ def build_problem(
     backward = [n for n in nodes if graph.is_backward(n)]
     storages = analyse(graph.graph.nodes)
     sizes = tuple(-(-size // granularity) * granularity for size in storages.bytes)
+    settled = {"save": set[int](), "recompute": set[int]()}
+    for node in forward:
+        if (choice := (policy or {}).get(node.name)) is not None:
+            settled[choice].update(storages.of.get(node, ()))
+    stay = settled["save"] | settled["recompute"] if offload else frozenset(range(len(sizes)))
     operators, maker = _operators(forward, storages, costs, device, _mutated(graph))
+    if not recompute:
+        operators = [replace(operator, recomputable=False) for operator in operators]
+    fetches = _fetches(operators, storages, stay, costs)
+    maker = tuple(index + len(fetches) if index >= 0 else index for index in maker)
     results = {"output": frozenset[int](), "gradient": frozenset[int]()}
     for role, value in graph.result_pairs():
         if role.kind in results and isinstance(value, fx.Node):
@@ -186,13 +215,10 @@ def build_problem(
     tangent_bytes = sum(sizes[s] for s in tangents)
     base, after = _backward_base(backward, storages, sizes, results["gradient"], tangent_bytes)
     prices = [costs.price(node) for node in nodes]
-    settled = {"save": set[int](), "recompute": set[int]()}
-    for node in forward:
-        if (choice := (policy or {}).get(node.name)) is not None:
-            settled[choice].update(s for s in storages.of.get(node, ()) if maker[s] >= 0)
+    made = {s for s, index in enumerate(maker) if index >= 0}
     return Problem(
         bytes=sizes,
-        operators=operators,
+        operators=(*fetches, *operators),
         maker=maker,
         death=_deaths(forward, storages, graph),
         forward_steps=len(forward),
@@ -205,8 +231,8 @@ def build_problem(
         fixed=fixed_bytes,
         outputs=outputs,
         held=outputs if outputs_held else outputs & scalars,
-        must_save=frozenset(settled["save"]),
-        must_recompute=frozenset(settled["recompute"] - settled["save"]),
+        must_save=frozenset(settled["save"] & made),
+        must_recompute=frozenset((settled["recompute"] - settled["save"]) & made),
         seconds=sum(price.seconds for price in prices),
         flops=sum(price.flops for price in prices),
     )
@@ -227,7 +253,7 @@ def _operators(
     costs: CostModel,
     device: str,
     mutated: frozenset[fx.Node],
-) -> tuple[tuple[Operator, ...], tuple[int, ...]]:
+) -> tuple[list[Operator], tuple[int, ...]]:
     maker = [-1] * len(storages.bytes)
     operators: list[Operator] = []
     for position, node in enumerate(forward):
@@ -253,7 +279,43 @@ def _operators(
                 recomputable=is_recomputable(node),
             )
         )
-    return tuple(operators), tuple(maker)
+    return operators, tuple(maker)
+
+
+def _fetches(
+    operators: list[Operator], storages: Storages, stay: Collection[int], costs: CostModel
+) -> list[Operator]:
+    return [
+        _fetch(value, storage, operator.position, costs)
+        for operator in operators
+        for storage in operator.makes
+        if storage not in stay and (value := _whole_value(storage, storages)) is not None
+    ]
+
+
+def _whole_value(storage: int, storages: Storages) -> fx.Node | None:
+    """The node whose value is all there is in a storage: what a copy has to copy."""
+    maker = storages.maker[storage]
+    items = [user for user in maker.users if user.target is getitem]
+    for node in (maker, *items):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and storages.of[node] == (storage,):
+            return node if fills_storage(value) else None
+    return None
+
+
+def _fetch(value: fx.Node, storage: int, position: int, costs: CostModel) -> Operator:
+    return Operator(
+        name=value.name,
+        position=position,
+        reads=(),
+        makes=(storage,),
+        seconds=costs.round_trip(tensor_leaves(value.meta["val"])),
+        flops=0,
+        state_bytes=0,
+        recomputable=True,
+        fetches=True,
+    )
 
 
 def _mutated(graph: TrainGraph) -> frozenset[fx.Node]:

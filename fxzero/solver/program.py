@@ -7,6 +7,8 @@ One binary a value (saved or not) and one variable an operator (run again or not
                saved + again(maker) >= again(reader)    for what only recompute reads,
                bytes <= budget                          at every instant.
 
+Fetching from host memory is another operator beside the maker: saved + again(maker) + again(fetch).
+
 A value occupies memory from its first read in the backward to its last whatever is decided; what a
 decision changes is the time before.  So the bytes at a step are a constant plus all saved values
 that are first read later, which is a running sum over the steps: few entries a row, and programs
@@ -98,14 +100,15 @@ class Program:
         problem, settled = self.problem, self.frame.settled
         for value in self.frame.first:
             if value not in settled:
-                self.linear.row(
-                    {self.saved[value]: 1.0, self.again[problem.maker[value]]: 1.0}, lower=1.0
-                )
+                for made in self.frame.made(problem, value):
+                    ways = {self.again[way]: 1.0 for way in made}
+                    self.linear.row({self.saved[value]: 1.0, **ways}, lower=1.0)
         for index, again in self.again.items():
             for value in problem.operators[index].reads:
                 if value not in self.frame.first and value not in settled:
-                    terms = {self.saved[value]: 1.0, self.again[problem.maker[value]]: 1.0}
-                    self.linear.row({**terms, again: -1.0}, lower=0.0)
+                    for made in self.frame.made(problem, value):
+                        ways = {self.again[way]: 1.0 for way in made}
+                        self.linear.row({self.saved[value]: 1.0, **ways, again: -1.0}, lower=0.0)
 
     def _add_forward(self) -> list[tuple[int, float]]:
         """Rows of the forward: (row, bytes there that no decision changes)."""
@@ -218,7 +221,10 @@ class Program:
 
     def _schedule(self, answer: Answer, share: float) -> Schedule:
         kept = [v for v, variable in self.saved.items() if answer.values[variable] > share]
-        return self.frame.schedule(self.problem, kept)
+        runs = {index: answer.values[variable] for index, variable in self.again.items()}
+        ways = ((v, fetch, self.problem.maker[v]) for v, fetch in self.problem.fetch.items())
+        fetched = [v for v, fetch, maker in ways if runs.get(fetch, 0) > runs.get(maker, 0)]
+        return self.frame.schedule(self.problem, kept, fetched)
 
     def _refine(self, schedule: Schedule, budget: int) -> None:
         """Adds what the program did not know where the schedule exceeds the budget."""
@@ -235,15 +241,16 @@ class Program:
         problem = self.problem
         made: dict[int, int] = {}
 
-        def by_then(index: int) -> int:
+        def by_then(value: int) -> dict[int, float]:
+            index, fetch = problem.maker[value], problem.fetch.get(value)
             if index not in made:
                 made[index] = self.linear.variable()
-            return made[index]
+            fetched = {} if fetch is None else {self.again[fetch]: 1.0}
+            return {made[index]: 1.0, self.saved[value]: 1.0, **fetched}
 
         for value, first in self.frame.first.items():
             if first <= step and value not in self.frame.settled:
-                index = problem.maker[value]
-                self.linear.row({by_then(index): 1.0, self.saved[value]: 1.0}, lower=1.0)
+                self.linear.row(by_then(value), lower=1.0)
         pending = list(made)
         seen = set(pending)
         while pending:
@@ -252,8 +259,7 @@ class Program:
                 if value in self.frame.settled or self.frame.first.get(value, step + 1) <= step:
                     continue
                 maker = problem.maker[value]
-                terms = {by_then(maker): 1.0, self.saved[value]: 1.0, by_then(index): -1.0}
-                self.linear.row(terms, lower=0.0)
+                self.linear.row({**by_then(value), made[index]: -1.0}, lower=0.0)
                 if maker not in seen:
                     seen.add(maker)
                     pending.append(maker)

@@ -1,7 +1,8 @@
 """What runs again where, and that schedule's bytes at every instant.
 
 A recomputed value lives from its making to the last read before it is made anew; a value that the
-backward reads without any recompute before is one that the forward saves.
+backward reads without any recompute before is one that the forward saves.  A value that is fetched
+from host memory is one that an operator without inputs makes.
 
     recompute [(f, 7), (g, 7)]; step 7 reads x3      before step 7: x2 = f(x1), x3 = g(x2)
                                                      x1 is saved, x2 dies at once
@@ -51,7 +52,7 @@ class Schedule:
             loss outside the model.
         step_events: the event of each backward step.
         lives: the instances of values in the backward, but for outputs that the caller keeps.
-        seconds, flops: total price of the recompute.
+        seconds, flops: total price of the recompute and of copies to and from the host.
         peak: the largest of all bytes.
     """
 
@@ -72,13 +73,15 @@ class Schedule:
         return np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
 
 
-def make_schedule(problem: Problem, saved: Collection[int]) -> Schedule:
+def make_schedule(
+    problem: Problem, saved: Collection[int], fetched: Collection[int] = ()
+) -> Schedule:
     """The schedule that keeps ``saved`` (and what nothing can make again), each recompute once.
 
-    What is not saved is computed again as late as possible, right before the first step that
-    reads it, and then kept to its last use.
+    What is not saved is computed again, or fetched if it is in ``fetched``, as late as possible,
+    right before the first step that reads it, and then kept to its last use.
     """
-    return evaluate(problem, _once_when_needed(problem, frozenset(saved)))
+    return evaluate(problem, _once_when_needed(problem, frozenset(saved), frozenset(fetched)))
 
 
 def save_more(problem: Problem, schedule: Schedule, saved: Collection[int]) -> Schedule:
@@ -104,7 +107,9 @@ def evaluate(problem: Problem, recompute: Sequence[tuple[int, int]]) -> Schedule
     return _Books(problem, recompute).close()
 
 
-def _once_when_needed(problem: Problem, saved: frozenset[int]) -> list[tuple[int, int]]:
+def _once_when_needed(
+    problem: Problem, saved: frozenset[int], fetched: frozenset[int]
+) -> list[tuple[int, int]]:
     operators, maker = problem.operators, problem.maker
     present = set(saved) | set(problem.held)
     order: list[tuple[int, int]] = []
@@ -113,13 +118,15 @@ def _once_when_needed(problem: Problem, saved: frozenset[int]) -> list[tuple[int
         stack = [s for s in reads if s not in present]
         while stack:  # a loop, for chains may be thousands deep
             storage = stack.pop()
-            index = maker[storage]
+            index = problem.fetch[storage] if storage in fetched else maker[storage]
             if not operators[index].recomputable:
                 present.add(storage)
             elif index not in again:
                 again.add(index)
                 stack.extend(s for s in operators[index].reads if s not in present)
         for index in sorted(again):
+            if operators[index].fetches and maker[operators[index].makes[0]] in again:
+                continue  # its maker runs again for another of its results
             order.append((index, step))
             present.update(operators[index].makes)
     return order
