@@ -173,7 +173,7 @@ every_model = pytest.mark.parametrize(
     "traced",
     tiers(
         ("rand_ops", "buffers", "gpt2", "t5", "bert", "mixtral", "unet", "resnet", "mixed_dtype"),
-        quick=("rand_ops", "buffers"),
+        quick=("rand_ops",),
     ),
     indirect=True,
 )

@@ -81,8 +81,12 @@ def test_gradients_are_the_finite_differences_under_one_seed_at_every_budget(p: 
     assert random_recomputed(subject.plan) > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("p", tiers((0.37, 0.1, 0.5, 0.0, 1.0), quick=(0.1, 0.0)))
+@pytest.mark.parametrize(
+    "dtype",
+    tiers((torch.float32, torch.bfloat16), quick=(torch.float32,)),
+    ids=["float32", "bfloat16"],
+)
+@pytest.mark.parametrize("p", tiers((0.37, 0.1, 0.5, 0.0, 1.0), quick=(0.1,)))
 def test_dropout_is_eagers_bitwise_at_every_budget_and_so_is_the_stream_after_it(
     p: float, dtype: torch.dtype
 ) -> None:
@@ -97,6 +101,7 @@ def test_dropout_is_eagers_bitwise_at_every_budget_and_so_is_the_stream_after_it
         assert random_recomputed(subject.plan) > 0
 
 
+@pytest.mark.slow
 def test_two_steps_in_a_row_draw_different_numbers() -> None:
     model, x = Drops(0.5), inputs()
     subject = compiled(model, budgets(model, x)[-1])
