@@ -30,7 +30,9 @@ def eager_exact() -> dict[Any, Callable[..., Any]]:
 
 def decompositions_for(inner: str) -> dict[Any, Callable[..., Any]]:
     """The decompositions to trace with for an inner compiler, "eager" or "inductor"."""
-    return _torch.inductor_decompositions() if inner == "inductor" else eager_exact()
+    if inner == "eager":
+        return eager_exact()
+    return {**_torch.inductor_decompositions(), aten.bernoulli.default: _bernoulli}
 
 
 def restore_eager_operators(forward: fx.GraphModule) -> None:
@@ -73,6 +75,13 @@ def _native_dropout_backward(gradient: torch.Tensor, mask: torch.Tensor, scale: 
     if gradient.device.type != "cpu" or _backward_agrees(gradient.dtype, scale):
         return NotImplemented
     return gradient * _noise(mask, gradient.dtype, scale)
+
+
+def _bernoulli(probabilities: torch.Tensor, *, generator: Any = None) -> Any:
+    """The same draw by an operator that Inductor can call; it refuses to call the default one."""
+    if generator is not None:
+        return NotImplemented
+    return aten.bernoulli.Tensor(probabilities, probabilities)
 
 
 def _noise(mask: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:

@@ -13,6 +13,7 @@ with kernels that do nothing, and counts storages as they come and go.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,17 +30,27 @@ from fxzero.timeline import Surroundings
 from fxzero.transfers import TO_HOST
 from fxzero.units import format_bytes
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Peaks:
-    """Most bytes alive at once in each half of a step, everything that is fixed included."""
+    """Most bytes alive at once in each half of a step, everything that is fixed included.
+
+    Attributes:
+        known: whether the rehearsal went through; if not, the peaks are larger than any budget.
+    """
 
     forward: int
     backward: int
+    known: bool = True
 
     @property
     def largest(self) -> int:
         return max(self.forward, self.backward)
+
+
+_UNKNOWN = Peaks(1 << 62, 1 << 62, known=False)
 
 
 def rehearse(
@@ -51,9 +62,25 @@ def rehearse(
 ) -> Peaks:
     """The peaks of a step that runs ``forward`` and ``backward``, the functions of ``split``.
 
+    Generated code that cannot run on fake tensors has no known peak.
+
     Args:
         fixed_bytes: what lives throughout, the step's inputs included.
     """
+    try:
+        return _rehearse(split, forward, backward, around, fixed_bytes)
+    except Exception as error:
+        log.warning("generated code cannot be rehearsed: %s: %s", type(error).__name__, error)
+        return _UNKNOWN
+
+
+def _rehearse(
+    split: Split,
+    forward: BoxedFunction,
+    backward: BoxedFunction,
+    around: Surroundings,
+    fixed_bytes: int,
+) -> Peaks:
     forward, backward = _torch.without_kernels(forward), _torch.without_kernels(backward)
     with _torch.FakeTensorMode(allow_non_fake_inputs=True), _Counter(around.granularity) as counter:
         inputs = [_like(node) for node in split.forward.graph.find_nodes(op="placeholder")]
@@ -81,6 +108,8 @@ def rehearse(
 
 def as_it_runs(plan: Plan, peaks: Peaks) -> Plan:
     """The plan with what its generated code needs, if that is more than was planned."""
+    if not peaks.known:
+        return replace(plan, notes=(*plan.notes, "the generated code could not be rehearsed"))
     note = f"by rehearsal, the peak of the generated code is {format_bytes(peaks.largest)}"
     plan = replace(plan, notes=(*plan.notes, note))
     excess = peaks.largest - plan.peak_bytes

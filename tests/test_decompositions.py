@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxzero
+from fxzero import _torch
 
 
 class Resampled(nn.Module):
@@ -60,3 +61,26 @@ def test_resampling_is_bitwise_that_of_eager(mode: str, align: bool | None) -> N
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.37, 0.9, 1.0])
 def test_dropout_is_bitwise_that_of_eager(p: float, dtype: torch.dtype) -> None:
     assert_step_equals_eager(Dropped(p, dtype), torch.randn(16, 32, dtype=dtype))
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = torch.bernoulli(torch.sigmoid(self.linear(x)).detach())
+        return (self.linear(x) * kept).square().sum()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="needs a C++ compiler")
+def test_a_draw_that_inductor_refuses_to_call_is_eagers() -> None:
+    model, x = Gate(), torch.randn(8, 16)
+    found = []
+    for runner in (model, fxzero.compile(copy.deepcopy(model), inner="inductor")):
+        torch.manual_seed(3)
+        found.append((runner(x), torch.rand(4)))
+    (expected, stream), (loss, stream_after) = found
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(stream_after, stream)

@@ -116,3 +116,32 @@ def test_a_plan_that_generated_code_exceeds_says_so_and_still_adds_up() -> None:
     assert sum(larger.ranks[0].breakdown.values()) == larger.peak_bytes
     assert fxzero.Plan.from_json(larger.to_json()) == larger
     assert as_it_runs(plan, Peaks(0, 1)).peak_bytes == plan.peak_bytes
+
+
+@pytest.mark.parametrize("budget", [None, "900KiB"])
+def test_generated_code_that_cannot_be_rehearsed_runs_only_without_a_budget(
+    budget: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_kernels = _torch.without_kernels
+
+    def refuse(function: Any) -> Any:
+        if hasattr(function, "__generated__"):
+            raise NotImplementedError("a kernel nobody knows")
+        return without_kernels(function)
+
+    monkeypatch.setattr(_torch, "without_kernels", refuse)
+    x, original = torch.randn(256, 32), Gated()
+    model = fxzero.compile(
+        copy.deepcopy(original), (x,), memory_budget=budget, optimizer="none", inner="inductor"
+    )
+    run = model._fxzero.latest._executable
+    assert hasattr(run.forward, "__generated__") == (budget is None)
+    assert hasattr(run.backward, "__generated__") == (budget is None)
+    assert "cannot be rehearsed: NotImplementedError: a kernel nobody knows" in caplog.text
+    noted = "the generated code could not be rehearsed" in model.plan.notes
+    assert noted == (budget is None)
+    losses = []
+    for subject in (original, model):
+        torch.manual_seed(0)
+        losses.append(subject(x))
+    torch.testing.assert_close(*losses)
