@@ -78,8 +78,16 @@ class CalibrationReport:
         return "\n".join([*lines, f"written to {self.path}; plans on this device use it"])
 
 
-def cost_model(device: str) -> CostModel:
-    """Prices for a device type ("cpu" or "cuda"): measured ones where there is a calibration."""
+def cost_model(device: str, *, fused: bool = False) -> CostModel:
+    """Prices for a device type ("cpu" or "cuda"): measured ones where there is a calibration.
+
+    Args:
+        fused: as ``CostModel.fused``.
+    """
+    return replace(_calibrated(device), fused=fused)
+
+
+def _calibrated(device: str) -> CostModel:
     hardware = hardware_for(device)
     path = calibration_path(device)
     try:

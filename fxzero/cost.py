@@ -19,6 +19,8 @@ from fxzero.randomness import draw, draw_again
 from fxzero.storages import tensor_leaves
 from fxzero.transfers import TRANSFERS
 
+# Share of its own time that an elementwise operator costs inside a kernel, so that none is free.
+_TIE = 0.02
 # Where the wrapped operator stands among the arguments.
 _WRAPPED: dict[Any, int] = {draw: 0, draw_again: 1}
 
@@ -67,19 +69,38 @@ class CostModel:
         hardware: describes the device for operators that were not measured.
         measured: seconds by ``operator_key``.
         scale: what modelled seconds are multiplied by.
+        fused: whether elementwise operators run inside the kernels of those that read them.
     """
 
     hardware: Hardware
     measured: Mapping[str, float] = field(default_factory=dict)
     scale: float = 1.0
+    fused: bool = False
 
     def price(self, node: fx.Node) -> NodeCost:
         """Price of running a node once; inputs and views are free."""
         modelled = modelled_cost(node, self.hardware)
-        if not modelled.seconds or not self.measured:
+        if not modelled.seconds:
             return modelled
-        seconds = self.measured.get(operator_key(node), modelled.seconds * self.scale)
+        seconds = modelled.seconds * self.scale
+        if self.measured:
+            seconds = self.measured.get(operator_key(node), seconds)
+        if self.fused and is_elementwise(node):
+            seconds = self._inside_a_kernel(node, seconds)
         return NodeCost(seconds, modelled.flops)
+
+    def _inside_a_kernel(self, node: fx.Node, alone: float) -> float:
+        """Seconds of an operator whose result is not written and read again but used at once.
+
+        What it reads counts as far as it is more than the result, which would be read instead;
+        and what it computes, if that takes longer than its memory traffic.
+        """
+        (result,) = tensor_leaves(node.meta["val"])
+        size = result.numel() * result.element_size()
+        reads = sum(min(_size(t), t.untyped_storage().nbytes()) for t in _inputs(node))
+        second = self.scale / self.hardware.bandwidth
+        traffic = self.hardware.launch * self.scale + (reads + size) * second
+        return max((reads - size) * second, alone - traffic, _TIE * alone)
 
     def round_trip(self, tensors: Sequence[torch.Tensor]) -> float:
         """Seconds that tensors take to host memory and back, modelled: nothing runs meanwhile."""
@@ -99,7 +120,7 @@ class CostModel:
 
 def copy_seconds(tensor: torch.Tensor, hardware: Hardware) -> float:
     """Seconds on the link between device and host memory, in one direction."""
-    return tensor.numel() * tensor.element_size() / hardware.link
+    return _size(tensor) / hardware.link
 
 
 def modelled_cost(node: fx.Node, hardware: Hardware) -> NodeCost:
@@ -110,9 +131,8 @@ def modelled_cost(node: fx.Node, hardware: Hardware) -> NodeCost:
     outputs = tensor_leaves(node.meta.get("val"))
     if operator in TRANSFERS:
         return NodeCost(hardware.launch + copy_seconds(outputs[0], hardware), 0)
-    inputs = [leaf for source in node.all_input_nodes for leaf in _leaves(source)]
     flops = count_flops(node)
-    traffic = sum(t.numel() * t.element_size() for t in (*outputs, *inputs))
+    traffic = sum(map(_size, (*outputs, *_inputs(node))))
     width = 2 if outputs and outputs[0].element_size() <= 2 else 4
     seconds = hardware.launch + max(flops / hardware.flops[width], traffic / hardware.bandwidth)
     return NodeCost(seconds, flops)
@@ -151,6 +171,17 @@ def _describe_argument(argument: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{strides}"
 
 
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether each element of the one result comes from one element of each argument."""
+    target = node.target
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and torch.Tag.pointwise in target.tags
+        and torch.Tag.nondeterministic_seeded not in target.tags
+        and isinstance(node.meta.get("val"), torch.Tensor)
+    )
+
+
 def count_flops(node: fx.Node) -> int:
     """Floating-point operations of matrix products, convolutions and attention; 0 for the rest."""
     operator = drawn_operator(node)
@@ -168,6 +199,14 @@ def drawn_operator(node: fx.Node) -> torch._ops.OpOverload | None:
     at = _WRAPPED.get(node.target)
     target = node.target if at is None else node.args[at]
     return target if isinstance(target, torch._ops.OpOverload) else None
+
+
+def _inputs(node: fx.Node) -> list[torch.Tensor]:
+    return [leaf for source in node.all_input_nodes for leaf in _leaves(source)]
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _leaves(node: fx.Node) -> list[torch.Tensor]:

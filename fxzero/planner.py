@@ -47,6 +47,8 @@ from fxzero.timeline import (
 )
 
 _TIGHTENINGS = 4
+# Share of the step that recompute may cost without a budget, where generated code makes up for it.
+_FREE = 0.01
 # Merged values below this share of what the forward makes are not worth planning twice.
 _SMALL_SHARE = 1 / 400
 
@@ -130,7 +132,8 @@ class Planner:
     """
 
     def __init__(self, graph: TrainGraph, options: Options, name: str, **given: Any) -> None:
-        costs = cost_model(device_of([node.meta["val"] for _, node in graph.pairs()]))
+        device = device_of([node.meta["val"] for _, node in graph.pairs()])
+        costs = cost_model(device, fused=options.inner == "inductor")
         merged = GraphPlanner(graph, options, name, PREPARATION, costs, **given)
         self.variants: tuple[GraphPlanner, ...] = (merged,)
         if _merged_share(graph, merged.graph) > _SMALL_SHARE:
@@ -372,6 +375,8 @@ class GraphPlanner:
             schedule = self.solver.everything
         elif self.recompute == "full":
             schedule = self.solver.smallest
+        elif budget is None and self.options.inner == "inductor":
+            return self.solver.least_peak(_FREE * self.solver.problem.seconds)
         else:
             return self.solver.solve(budget)
         fits = budget is None or schedule.peak <= budget

@@ -30,6 +30,7 @@ _CLOSE = 1000  # operators up to which the program is solved more closely
 _FEW = 100  # operators up to which tighter budgets are tried too
 _TIGHTER = (0.02, 0.04)  # of what lies between the smallest peak and no recompute
 _PROVEN = 1e-6
+_HALVINGS = 6  # of the distance between the smallest peak and no recompute
 _STRIDE, _LEAST_STRIDE = 0.02, 0.004
 
 
@@ -114,6 +115,18 @@ class Solver:
                 exact, proven = tried
                 return self._judge(min(exact, best, key=self._rank), max(bound, proven))
         return solution
+
+    def least_peak(self, price: float) -> Solution:
+        """The smallest peak that is found for a price."""
+        best = Solution(self.everything, "optimal", 0.0)
+        low, high = self.smallest.peak, self.everything.peak
+        for _ in range(_HALVINGS):
+            solution = self.solve((low + high) // 2)
+            if solution is not None and self.price(solution.schedule) <= price:
+                best, high = solution, solution.schedule.peak
+            else:
+                low = (low + high) // 2
+        return best
 
     @cached_property
     def _exact(self) -> ExactProgram | None:
