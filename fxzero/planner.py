@@ -376,7 +376,7 @@ class GraphPlanner:
         elif self.recompute == "full":
             schedule = self.solver.smallest
         elif budget is None and self.options.inner == "inductor":
-            return self.solver.least_peak(_FREE * self.solver.problem.seconds)
+            return self.solver.least_peak(_FREE)
         else:
             return self.solver.solve(budget)
         fits = budget is None or schedule.peak <= budget

@@ -73,12 +73,19 @@ def test_inside_a_kernel_elementwise_operators_are_cheaper_and_others_as_before(
             assert fused.seconds == alone.seconds
 
 
-def test_without_a_budget_generated_code_recomputes_what_costs_next_to_nothing() -> None:
+@pytest.mark.parametrize("objective", ["time", pytest.param("flops", marks=pytest.mark.slow)])
+def test_without_a_budget_generated_code_recomputes_what_costs_next_to_nothing(
+    objective: str,
+) -> None:
     model, args, kwargs, _ = zoo.build("gpt2")
-    plan = functools.partial(fxzero.plan, model, args, kwargs=kwargs, optimizer="sgd")
+    plan = functools.partial(
+        fxzero.plan, model, args, kwargs=kwargs, optimizer="sgd", objective=objective
+    )
     found = plan(inner="inductor")
     assert found.peak_bytes < 0.8 * found.unplanned_peak_bytes
-    assert 0 < found.recompute_seconds <= 0.01 * found.step_seconds
+    assert found.recompute_seconds > 0
+    if objective == "time":
+        assert found.recompute_seconds <= 0.01 * found.step_seconds
     for other in (plan(inner="inductor", recompute="none"), plan(inner="eager")):
         assert other.peak_bytes == other.unplanned_peak_bytes
         assert not other.decisions.recompute

@@ -116,13 +116,13 @@ class Solver:
                 return self._judge(min(exact, best, key=self._rank), max(bound, proven))
         return solution
 
-    def least_peak(self, price: float) -> Solution:
-        """The smallest peak that is found for a price."""
+    def least_peak(self, share: float) -> Solution:
+        """The smallest peak that is found for a share of the price of the whole step."""
         best = Solution(self.everything, "optimal", 0.0)
         low, high = self.smallest.peak, self.everything.peak
         for _ in range(_HALVINGS):
             solution = self.solve((low + high) // 2)
-            if solution is not None and self.price(solution.schedule) <= price:
+            if solution is not None and self.price(solution.schedule) <= share * self._whole:
                 best, high = solution, solution.schedule.peak
             else:
                 low = (low + high) // 2
@@ -195,12 +195,16 @@ class Solver:
         return max(forward, held + max(steps, default=0), held + problem.base_loss)
 
     def _judge(self, schedule: Schedule, bound: float) -> Solution:
-        price = self.price(schedule)
-        whole = self.problem.seconds if self.objective == "time" else float(self.problem.flops)
+        price, whole = self.price(schedule), self._whole
         excess = max(price - bound, 0.0)
         if excess <= _PROVEN * max(price, whole):
             return Solution(schedule, "optimal", 0.0)
         return Solution(schedule, "feasible", excess / (whole + price))
+
+    @property
+    def _whole(self) -> float:
+        """The price of one forward and backward without any recompute."""
+        return self.problem.seconds if self.objective == "time" else float(self.problem.flops)
 
     def _allowed(self, saved: Iterable[int]) -> frozenset[int]:
         return (frozenset(saved) - self.problem.must_recompute) | self.problem.must_save
