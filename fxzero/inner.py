@@ -63,6 +63,7 @@ def compile_split(
         gradients=split.gradients,
         reached=_reached(split),
         owner=owner,
+        strided=inner != "eager",
     )
 
 

@@ -47,6 +47,8 @@ class Executable:
         gradients: for each input, its position among the gradients, or None.
         reached: for each output with a tangent, the positions of the gradients that depend on it.
         owner: told what each backward shows.
+        strided: whether the backward needs tangents with the outputs' strides: generated code does,
+            and autograd may hand over an expanded scalar.
     """
 
     forward: BoxedFunction
@@ -58,6 +60,7 @@ class Executable:
     gradients: tuple[int | None, ...]
     reached: dict[int, frozenset[int]]
     owner: Owner
+    strided: bool = False
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Model outputs for ``inputs`` (parameters, buffers, inputs), attached to autograd."""
@@ -117,7 +120,7 @@ class _Step(torch.autograd.Function):
         _detach_outputs(saved, outputs)
         positions = [i for i in executable.saved_inputs if i is not None]
         ctx.saved = _Saved(saved, [inputs[i] for i in positions])
-        ctx.shapes = [(t.shape, t.dtype, t.device) for t in outputs]
+        ctx.shapes = [(t.shape, t.stride(), t.dtype, t.device) for t in outputs]
         ctx.outputs = [weakref.ref(t) for t in outputs if t.ndim > 0]
         attached = {*executable.attached}
         ctx.mark_non_differentiable(
@@ -153,15 +156,27 @@ def _run_backward(
     """Gradients of all inputs; those that no received gradient reaches are None, as in eager."""
     missing = [i for i in executable.differentiable if i not in received]
     for index in executable.differentiable:
-        shape, dtype, device = shapes[index]
+        shape, stride, dtype, device = shapes[index]
         tangent = received.get(index)
-        saved.append(torch.zeros(shape, dtype=dtype, device=device) if tangent is None else tangent)
+        if tangent is None:
+            tangent = torch.zeros(shape, dtype=dtype, device=device)
+        if executable.strided and tangent.stride() != stride:
+            tangent = _with_stride(tangent, stride)
+        saved.append(tangent)
     tangent = None
     results = executable.backward(saved)
     if missing:
         reached = frozenset[int]().union(*(executable.reached[i] for i in received))
         results = [r if i in reached else None for i, r in enumerate(results)]
     return [None if at is None else results[at] for at in executable.gradients]
+
+
+def _with_stride(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    """A copy with other strides; the tensor itself if they make elements overlap."""
+    if any(step == 0 and size > 1 for step, size in zip(stride, tensor.shape, strict=True)):
+        return tensor
+    copy = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
 
 
 def _detach_outputs(saved: list[Any], outputs: list[torch.Tensor]) -> None:

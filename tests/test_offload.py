@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from helpers import Subject, assert_same, eager, run, tiers
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_solver import peak_by_hand, problems
+from torch import nn
 from torch.testing import FileCheck
 
 import fxzero
@@ -140,7 +142,7 @@ def planner(name: str, **options: Any) -> GraphPlanner:
     return Planner(graph, Options(optimizer="sgd", **options), name, outputs_held=False).variants[0]
 
 
-@pytest.mark.parametrize("name", tiers(("rand_ops", "gpt2", "t5", "unet"), quick=()))
+@pytest.mark.parametrize("name", tiers(("gpt2", "unet"), quick=()))
 def test_with_offload_a_peak_is_smaller_and_a_budget_no_dearer(name: str) -> None:
     plain, offloading = planner(name).solver, planner(name, offload=True).solver
     low, high = plain.smallest.peak, plain.everything.peak
@@ -172,7 +174,7 @@ def subject(traced: Subject, monkeypatch: pytest.MonkeyPatch) -> Subject:
 every_model = pytest.mark.parametrize(
     "traced",
     tiers(
-        ("rand_ops", "gpt2", "t5", "mixtral", "unet", "mixed_dtype"),
+        ("rand_ops", "gpt2", "unet", "mixed_dtype"),
         quick=("rand_ops",),
     ),
     indirect=True,
@@ -278,12 +280,17 @@ def test_the_backend_offloads_too(
 @pytest.mark.slow
 @pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="needs a C++ compiler")
 def test_generated_code_offloads_too() -> None:
-    model, args, kwargs, loss = zoo.build("buffers")
-    budget = plan_of("buffers").peak_bytes // 2
-    compiled = fxzero.compile(
-        model, memory_budget=budget, optimizer="sgd", inner="inductor", offload=True
+    x = torch.randn(256, 32)
+    original = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(4)))
+    plan = fxzero.plan(original, x, optimizer="none", recompute="none")
+    model = fxzero.compile(
+        copy.deepcopy(original),
+        memory_budget=plan.peak_bytes - 40 * 2**10,
+        optimizer="none",
+        recompute="none",
+        inner="inductor",
+        offload=True,
     )
-    for seed in range(2):
-        outcome = run(compiled, args, kwargs, loss, seed=seed)
-        assert torch.allclose(outcome.loss, eager("buffers")[seed].loss, rtol=1e-5)
-        assert outcome.host_bytes == compiled.plan.host_bytes > 0
+    outcome = run(model, (x,), loss=torch.sum)
+    torch.testing.assert_close(outcome.loss, run(original, (x,), loss=torch.sum).loss)
+    assert outcome.host_bytes == model.plan.host_bytes > 0

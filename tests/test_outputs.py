@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxzero
+from fxzero import _torch
 from fxzero.structure import flatten
 
 
@@ -75,3 +76,15 @@ def test_constants_come_back_as_they_were() -> None:
     model = fxzero.compile(Returns(KINDS["constants_beside_tensors"]), inner="eager")
     result = model(torch.randn(3, 4))
     assert (result["b"], result["c"]) == (None, [3, "text"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("loss", [torch.sum, lambda y: y.t().contiguous().square().mean()])
+def test_generated_code_takes_gradients_with_any_strides(loss: Any) -> None:
+    x, original = torch.randn(16, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    model = fxzero.compile(copy.deepcopy(original), inner="inductor")
+    for runner in (original, model):
+        loss(runner(x)).backward()
+    for mine, theirs in zip(model.parameters(), original.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)

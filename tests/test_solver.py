@@ -273,7 +273,7 @@ def test_the_peak_of_checkpointing_every_block_is_met_and_undercut(
         assert torch.equal(found.loss, run(model, args, kwargs, loss, seed=1).loss)
 
 
-@pytest.mark.parametrize("name", tiers(("t5", "vit", "unet", "gpt2", "rand_ops"), quick=()))
+@pytest.mark.parametrize("name", tiers(("unet", "gpt2", "rand_ops"), quick=()))
 def test_the_price_never_grows_with_the_budget(name: str) -> None:
     model, args, kwargs, _ = zoo.build(name)
     graph = capture(model, args, kwargs).graph
