@@ -79,7 +79,7 @@ class Check:
 class Row:
     """What was measured of one variant; ``failed`` is the first line of what it raised.
 
-    ``planned_seconds`` comes from operators timed one by one, so it says nothing of fused ones.
+    ``planned_seconds`` comes from operators timed one by one; what fusion saves is modelled.
     """
 
     name: str

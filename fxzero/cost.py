@@ -7,7 +7,7 @@ the hardware description.  Modelled times beside measured ones are scaled to com
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,17 +95,15 @@ class CostModel:
         What it reads counts as far as it is more than the result, which would be read instead;
         and what it computes, if that takes longer than its memory traffic.
         """
-        (result,) = tensor_leaves(node.meta["val"])
-        size = result.numel() * result.element_size()
+        size = _size(node.meta["val"])
         reads = sum(min(_size(t), t.untyped_storage().nbytes()) for t in _inputs(node))
         second = self.scale / self.hardware.bandwidth
         traffic = self.hardware.launch * self.scale + (reads + size) * second
         return max((reads - size) * second, alone - traffic, _TIE * alone)
 
-    def round_trip(self, tensors: Sequence[torch.Tensor]) -> float:
-        """Seconds that tensors take to host memory and back, modelled: nothing runs meanwhile."""
-        one_way = (self.hardware.launch + copy_seconds(t, self.hardware) for t in tensors)
-        return 2 * sum(one_way) * self.scale
+    def round_trip(self, tensor: torch.Tensor) -> float:
+        """Seconds that a tensor takes to host memory and back, modelled: nothing runs meanwhile."""
+        return 2 * transfer_seconds(tensor, self.hardware) * self.scale
 
     @property
     def source(self) -> str:
@@ -118,9 +116,9 @@ class CostModel:
         )
 
 
-def copy_seconds(tensor: torch.Tensor, hardware: Hardware) -> float:
-    """Seconds on the link between device and host memory, in one direction."""
-    return _size(tensor) / hardware.link
+def transfer_seconds(tensor: torch.Tensor, hardware: Hardware) -> float:
+    """Seconds that a copy between device and host memory takes, in one direction."""
+    return hardware.launch + _size(tensor) / hardware.link
 
 
 def modelled_cost(node: fx.Node, hardware: Hardware) -> NodeCost:
@@ -130,7 +128,7 @@ def modelled_cost(node: fx.Node, hardware: Hardware) -> NodeCost:
         return NodeCost(0.0, 0)
     outputs = tensor_leaves(node.meta.get("val"))
     if operator in TRANSFERS:
-        return NodeCost(hardware.launch + copy_seconds(outputs[0], hardware), 0)
+        return NodeCost(transfer_seconds(outputs[0], hardware), 0)
     flops = count_flops(node)
     traffic = sum(map(_size, (*outputs, *_inputs(node))))
     width = 2 if outputs and outputs[0].element_size() <= 2 else 4
@@ -202,16 +200,12 @@ def drawn_operator(node: fx.Node) -> torch._ops.OpOverload | None:
 
 
 def _inputs(node: fx.Node) -> list[torch.Tensor]:
-    return [leaf for source in node.all_input_nodes for leaf in _leaves(source)]
+    values = (source.meta.get("val") for source in node.all_input_nodes)
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def _size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _leaves(node: fx.Node) -> list[torch.Tensor]:
-    value = node.meta.get("val")
-    return [value] if isinstance(value, torch.Tensor) else []
 
 
 def _cpu_flash_attention_flops(

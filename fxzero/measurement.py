@@ -50,7 +50,7 @@ class Measurement:
     baseline_bytes: int
     method: str
     tensor_bytes: int
-    host_bytes: int = 0
+    host_bytes: int
 
 
 def measure(fn: Callable[[], Any]) -> Measurement:

@@ -9,6 +9,7 @@ graphs, and if it exceeds the budget the solver is asked again with less.
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -31,7 +32,7 @@ from fxzero.passes.runner import checking, run_passes
 from fxzero.passes.spec import check_split
 from fxzero.plans import Decisions, Fetch, Plan, Rematerialization
 from fxzero.policies import settled_nodes, unmet_wishes
-from fxzero.rehearsal import Peaks, rehearse
+from fxzero.rehearsal import UNKNOWN, Peaks, rehearse
 from fxzero.solver.problem import build_problem
 from fxzero.solver.schedule import Schedule
 from fxzero.solver.search import Solution, Solver
@@ -45,6 +46,8 @@ from fxzero.timeline import (
     simulate,
     tensor_bytes,
 )
+
+log = logging.getLogger(__name__)
 
 _TIGHTENINGS = 4
 # Share of the step that recompute may cost without a budget, where generated code makes up for it.
@@ -368,7 +371,11 @@ class GraphPlanner:
         """The peaks of functions that run the graphs of ``decided``."""
         emitted = decided.emitted
         fixed = sum(emitted.timeline.fixed.values())
-        return rehearse(emitted.split, forward, backward, self.surroundings, fixed)
+        try:
+            return rehearse(emitted.split, forward, backward, self.surroundings, fixed)
+        except Exception as error:  # generated code may hold anything
+            log.warning("generated code cannot be rehearsed: %s: %s", type(error).__name__, error)
+            return UNKNOWN
 
     def _solve(self, budget: int | None) -> Solution | None:
         if self._keeps_all:

@@ -13,7 +13,6 @@ with kernels that do nothing, and counts storages as they come and go.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,8 +28,6 @@ from fxzero.storages import is_scalar, storage_identity
 from fxzero.timeline import Surroundings
 from fxzero.transfers import TO_HOST
 from fxzero.units import format_bytes
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Peaks:
         return max(self.forward, self.backward)
 
 
-_UNKNOWN = Peaks(1 << 62, 1 << 62, known=False)
+UNKNOWN = Peaks(1 << 62, 1 << 62, known=False)
 
 
 def rehearse(
@@ -62,25 +59,11 @@ def rehearse(
 ) -> Peaks:
     """The peaks of a step that runs ``forward`` and ``backward``, the functions of ``split``.
 
-    Generated code that cannot run on fake tensors has no known peak.
+    Raises whatever generated code does that cannot run on fake tensors.
 
     Args:
         fixed_bytes: what lives throughout, the step's inputs included.
     """
-    try:
-        return _rehearse(split, forward, backward, around, fixed_bytes)
-    except Exception as error:
-        log.warning("generated code cannot be rehearsed: %s: %s", type(error).__name__, error)
-        return _UNKNOWN
-
-
-def _rehearse(
-    split: Split,
-    forward: BoxedFunction,
-    backward: BoxedFunction,
-    around: Surroundings,
-    fixed_bytes: int,
-) -> Peaks:
     forward, backward = _torch.without_kernels(forward), _torch.without_kernels(backward)
     with _torch.FakeTensorMode(allow_non_fake_inputs=True), _Counter(around.granularity) as counter:
         inputs = [_like(node) for node in split.forward.graph.find_nodes(op="placeholder")]

@@ -60,7 +60,7 @@ class Executable:
     gradients: tuple[int | None, ...]
     reached: dict[int, frozenset[int]]
     owner: Owner
-    strided: bool = False
+    strided: bool
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Model outputs for ``inputs`` (parameters, buffers, inputs), attached to autograd."""

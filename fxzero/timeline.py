@@ -118,6 +118,7 @@ class _Books:
         self.alive: dict[object, Alive] = {}
         self.on_host: dict[object, Alive] = {}
         self.total = 0
+        self.host_total = 0
         self.host_peak = 0
         self.points: list[int] = []
         self.peak = -1
@@ -255,17 +256,18 @@ class _Books:
         size, maker = storages.bytes[number], storages.maker[number]
         if maker.target is TO_HOST:
             self.on_host[key] = Alive(size, "offloaded", name, maker)
-            self.host_peak = max(self.host_peak, sum(e.bytes for e in self.on_host.values()))
+            self.host_total += size
+            self.host_peak = max(self.host_peak, self.host_total)
             return
         size = -(-size // self.around.granularity) * self.around.granularity
         self.alive[key] = Alive(size, role, name, maker)
         self.total += size
 
     def _death(self, key: object) -> None:
-        self.on_host.pop(key, None)
-        entry = self.alive.pop(key, None)
-        if entry is not None:
+        if (entry := self.alive.pop(key, None)) is not None:
             self.total -= entry.bytes
+        if (entry := self.on_host.pop(key, None)) is not None:
+            self.host_total -= entry.bytes
 
     def _record_loss(self) -> None:
         if self.around.loss_bytes:

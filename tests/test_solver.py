@@ -147,11 +147,16 @@ def _read_later(p: Problem, events: list[tuple[str, int]], event: int, storage: 
     return False
 
 
+def budget_at(solver: Solver, share: float) -> int:
+    """A budget between the smallest peak (0) and no recompute (1)."""
+    low, high = solver.smallest.peak, solver.everything.peak
+    return low + int(max(high - low, 0) * share)
+
+
 @given(problems(), st.floats(0, 1))
 def test_a_solution_fits_its_budget_by_books_kept_here(problem: Problem, share: float) -> None:
     solver = Solver(problem)
-    low, high = solver.smallest.peak, solver.everything.peak
-    budget = low + int((high - low) * share)
+    budget = budget_at(solver, share)
     solution = solver.solve(budget)
     assert solution is not None
     assert solution.schedule.peak <= budget

@@ -8,7 +8,7 @@ import pytest
 from brute_force import cheapest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_solver import peak_by_hand, problems
+from test_solver import budget_at, peak_by_hand, problems
 
 from fxzero.solver.bound import price_bound
 from fxzero.solver.exact import ExactProgram
@@ -29,9 +29,8 @@ def check_against_brute_force(problem: Problem, share: float) -> None:
     problem = dataclasses.replace(problem, must_save=frozenset())
     assume(len(problem.bytes) <= 7 and ExactProgram.serves(problem, 120))
     solver = Solver(problem)
-    low, high = solver.smallest.peak, solver.everything.peak
-    assert cheapest(problem, low - 1) is None
-    budget = low + int(max(high - low, 0) * share)
+    assert cheapest(problem, solver.smallest.peak - 1) is None
+    budget = budget_at(solver, share)
     solution = solver.solve(budget)
     assert solution is not None
     assert (solution.status, solution.gap) == ("optimal", 0.0)
@@ -61,8 +60,7 @@ def test_the_program_of_single_recompute_fits_and_is_not_below_the_bound(
     problem: Problem, share: float
 ) -> None:
     solver = Solver(problem)
-    low, high = solver.smallest.peak, solver.everything.peak
-    budget = low + int(max(high - low, 0) * share)
+    budget = budget_at(solver, share)
     schedule = Program(problem, seconds, open_frame(problem)).solve(budget)
     if schedule is not None:
         assert peak_by_hand(problem, schedule) <= schedule.peak <= budget

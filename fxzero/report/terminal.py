@@ -85,18 +85,18 @@ def _alive(plan: Plan, width: int) -> Iterator[str]:
 
 def _recomputed(plan: Plan, width: int) -> Iterator[str]:
     yield wording.recompute_price(plan)
-    yield from _table(
-        plan.recomputed, lambda row: f"{format_seconds(row.seconds):>8}", _RECOMPUTED_ROWS, width
-    )
+    yield from _table(plan.recomputed, _seconds, _RECOMPUTED_ROWS, width)
 
 
 def _offloaded(plan: Plan, width: int) -> Iterator[str]:
     if not plan.offloaded:
         return
     yield wording.offload_price(plan)
-    yield from _table(
-        plan.offloaded, lambda row: f"{format_seconds(row.seconds):>8}", _RECOMPUTED_ROWS, width
-    )
+    yield from _table(plan.offloaded, _seconds, _RECOMPUTED_ROWS, width)
+
+
+def _seconds(row: Row) -> str:
+    return f"{format_seconds(row.seconds):>8}"
 
 
 def _table(

@@ -67,9 +67,7 @@ def recompute_price(plan: Plan) -> str:
 
 
 def offload_price(plan: Plan) -> str:
-    """'offload 12 values: 48.0 MiB of host memory, +8.0 ms (3.1 % of the step)', or ''."""
-    if not plan.offloaded:
-        return ""
+    """'offload 12 values: 48.0 MiB of host memory, +8.0 ms (3.1 % of the step)'."""
     return (
         f"offload {count(len(plan.offloaded), 'value')}: "
         f"{format_bytes(plan.host_bytes)} of host memory, +{format_seconds(plan.transfer_seconds)} "

@@ -37,7 +37,7 @@ def evict(
     schedule: Schedule,
     budget: int,
     price: Price,
-    at_most: float = float("inf"),
+    at_most: float = _NEVER,
 ) -> Schedule | None:
     """A schedule within ``budget`` bytes that recomputes more; None if none was found.
 
@@ -53,7 +53,7 @@ def evict(
         lowest = min(lowest, schedule.peak)
         excess = schedule.peak - budget
         books = _Books(problem, schedule)
-        cheapest, share = None, float("inf")
+        cheapest, share = None, _NEVER
         for gap in _gaps(problem, schedule):
             found = books.chain(gap, price)
             if found is None or not found[0]:

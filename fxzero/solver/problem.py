@@ -26,7 +26,7 @@ from torch import fx
 from fxzero.cost import CostModel
 from fxzero.graph import TrainGraph
 from fxzero.passes.replay_randomness import is_random, rng_state_bytes
-from fxzero.storages import Storages, analyse, fills_storage, is_scalar, tensor_leaves
+from fxzero.storages import Storages, analyse, fills_storage, is_scalar
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,7 @@ def _fetch(value: fx.Node, storage: int, position: int, costs: CostModel) -> Ope
         position=position,
         reads=(),
         makes=(storage,),
-        seconds=costs.round_trip(tensor_leaves(value.meta["val"])),
+        seconds=costs.round_trip(value.meta["val"]),
         flops=0,
         state_bytes=0,
         recomputable=True,

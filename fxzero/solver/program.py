@@ -100,15 +100,18 @@ class Program:
         problem, settled = self.problem, self.frame.settled
         for value in self.frame.first:
             if value not in settled:
-                for made in self.frame.made(problem, value):
-                    ways = {self.again[way]: 1.0 for way in made}
-                    self.linear.row({self.saved[value]: 1.0, **ways}, lower=1.0)
+                for there in self._there(value):
+                    self.linear.row(there, lower=1.0)
         for index, again in self.again.items():
             for value in problem.operators[index].reads:
                 if value not in self.frame.first and value not in settled:
-                    for made in self.frame.made(problem, value):
-                        ways = {self.again[way]: 1.0 for way in made}
-                        self.linear.row({self.saved[value]: 1.0, **ways, again: -1.0}, lower=0.0)
+                    for there in self._there(value):
+                        self.linear.row({**there, again: -1.0}, lower=0.0)
+
+    def _there(self, value: int) -> list[dict[int, float]]:
+        """Terms of which each has to come to one for the value to be there in the backward."""
+        groups = self.frame.made(self.problem, value)
+        return [{self.saved[value]: 1.0, **{self.again[q]: 1.0 for q in g}} for g in groups]
 
     def _add_forward(self) -> list[tuple[int, float]]:
         """Rows of the forward: (row, bytes there that no decision changes)."""
