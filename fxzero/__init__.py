@@ -20,6 +20,8 @@ _HOME = {
     "name": "fxzero.naming",
     "Measurement": "fxzero.measurement",
     "Plan": "fxzero.plans",
+    "clip_grad_norm_": "fxzero.clipping",
+    "Precision": "fxzero.precision",
     "BudgetError": "fxzero.errors",
     "CaptureError": "fxzero.errors",
     "FxzeroError": "fxzero.errors",
@@ -27,6 +29,7 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from fxzero.clipping import clip_grad_norm_
     from fxzero.compiler import compile
     from fxzero.errors import BudgetError, CaptureError, FxzeroError, UsageError
     from fxzero.explanation import explain
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from fxzero.naming import name
     from fxzero.planner import plan
     from fxzero.plans import Plan
+    from fxzero.precision import Precision
 
 __all__ = [
     "BudgetError",
@@ -41,8 +45,10 @@ __all__ = [
     "FxzeroError",
     "Measurement",
     "Plan",
+    "Precision",
     "UsageError",
     "__version__",
+    "clip_grad_norm_",
     "compile",
     "explain",
     "measure",

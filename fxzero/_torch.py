@@ -190,6 +190,19 @@ def make_graph_module(root: Any, graph: fx.Graph) -> fx.GraphModule:
     return _LazyGraphModule(root, graph)
 
 
+def copy_module(module: fx.GraphModule) -> fx.GraphModule:
+    """The same nodes under the same names, to rewrite; values and attributes are shared."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return make_graph_module(module, graph)
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor's part on this rank, without a node of autograd; other tensors as they are."""
+    local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
+
+
 def fake_mode_of(tensors: Sequence[Any]) -> FakeTensorMode | None:
     """The mode that made the first fake tensor among ``tensors``."""
     for tensor in tensors:

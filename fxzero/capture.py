@@ -33,6 +33,8 @@ from fxzero import _torch
 from fxzero.decompositions import decompositions_for, restore_eager_operators
 from fxzero.errors import CaptureError, DeviceError
 from fxzero.graph import TrainGraph
+from fxzero.precision import Precision
+from fxzero.sharding import is_spread, replaced
 from fxzero.storages import storage_identity
 from fxzero.structure import Structure, flatten
 
@@ -74,16 +76,19 @@ def capture(
     *,
     differentiable: Sequence[int] | None = None,
     inner: str = "eager",
+    precision: Precision | None = None,
 ) -> Capture:
     """Trace ``model(*args, **kwargs)`` and its backward.
 
-    A model on the meta device is traced on fake tensors and costs no memory.
+    A model on the meta device is traced on fake tensors and costs no memory.  Sharded parameters
+    are traced as if they were whole, without being gathered.
 
     Args:
         differentiable: output positions (among the tensors of the return value, depth first)
             that will receive gradients; None: all scalars, or every floating output without any.
         inner: what will run the graph: "eager" (traced to equal eager bit for bit) or "inductor"
             (traced to the operators that it generates code for).
+        precision: the dtype that parameters and floating-point inputs are cast to.
 
     Raises:
         CaptureError: control flow on tensor values, dynamic shapes, or an operator without a fake
@@ -92,12 +97,26 @@ def capture(
     """
     leaves, inputs = flatten((args, dict(kwargs or {})))
     check_devices(model, leaves, inputs)
+    with _whole(model) as mode:
+        leaves = leaves if mode is None else [mode.from_tensor(leaf) for leaf in leaves]
+        return _capture(model, leaves, inputs, differentiable, inner, precision or Precision())
+
+
+def _capture(
+    model: nn.Module,
+    leaves: list[torch.Tensor],
+    inputs: Structure,
+    differentiable: Sequence[int] | None,
+    inner: str,
+    precision: Precision,
+) -> Capture:
     model, leaves = _on_fake_tensors(model, leaves)
-    traced = _Traced(model, inputs, differentiable)
+    traced = _Traced(model, inputs, differentiable, precision)
     with _named_errors(model), torch.enable_grad(), _torch.keep_annotations():
         exported = torch.export.export(traced, tuple(leaves), strict=False)
         forward = exported.module(check_guards=False)
         _refuse_dynamic_values(forward.graph, type(model).__name__)
+        _drop_assertions(forward)
         _register_plain_tensors(forward)
         names = _unify_tied_weights(forward)
         if not traced.record.differentiable:
@@ -137,19 +156,24 @@ class _Traced(nn.Module):
     """The model as a function from flat tensors to flat tensors."""
 
     def __init__(
-        self, model: nn.Module, inputs: Structure, differentiable: Sequence[int] | None
+        self,
+        model: nn.Module,
+        inputs: Structure,
+        differentiable: Sequence[int] | None,
+        precision: Precision,
     ) -> None:
         super().__init__()
         self.model = model
         self.training = model.training
         self.inputs = inputs
         self.wanted = differentiable
+        self.precision = precision
         self.record = _Record()
 
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        args, kwargs = self.inputs.fill(leaves)
+        args, kwargs = self.inputs.fill(tuple(map(self.precision.computed, leaves)))
         with _CheckpointMarks():
-            result = self.model(*args, **kwargs)
+            result = self.precision.call(self.model, args, kwargs)
         outputs, self.record.outputs = flatten(result)
         self.record.attached = tuple(
             i for i, t in enumerate(outputs) if t.requires_grad and t.is_floating_point()
@@ -219,6 +243,31 @@ def _argument_name(path: str) -> str:
     return path.removeprefix("[1]['").replace("']", "", 1)
 
 
+@contextmanager
+def _whole(model: nn.Module) -> Iterator[_torch.FakeTensorMode | None]:
+    """Inside, parameters that are spread over ranks are whole and fake, of the mode that is given.
+
+    None is given where there are no such parameters.
+    """
+    if not any(map(is_spread, model.parameters())):
+        yield None
+        return
+    mode = _torch.FakeTensorMode(allow_non_fake_inputs=True)
+
+    def whole(parameter: torch.Tensor) -> nn.Parameter:
+        with mode:
+            fake = torch.empty_strided(
+                parameter.shape,
+                parameter.stride(),
+                dtype=parameter.dtype,
+                device=parameter.device,
+            )
+            return nn.Parameter(fake, parameter.requires_grad)
+
+    with replaced(model, whole):
+        yield mode
+
+
 def _on_fake_tensors(
     model: nn.Module, leaves: list[torch.Tensor]
 ) -> tuple[nn.Module, list[torch.Tensor]]:
@@ -237,6 +286,14 @@ def _fake_like(tensor: torch.Tensor) -> torch.Tensor:
         tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu"
     ).requires_grad_(tensor.requires_grad)
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def _drop_assertions(forward: fx.GraphModule) -> None:
+    """Casts assert the dtype that they were traced with, which is part of what a graph is for."""
+    for node in forward.graph.find_nodes(
+        op="call_function", target=torch.ops.aten._assert_tensor_metadata.default
+    ):
+        forward.graph.erase_node(node)
 
 
 def _register_plain_tensors(forward: fx.GraphModule) -> None:

@@ -4,6 +4,9 @@ The model's class is replaced by a subclass whose ``forward`` runs planned graph
 buffers, submodules and state-dict keys are untouched.  A graph is made for each combination of
 input shapes, train or eval modes and frozen parameters, when it first occurs.  Without gradients
 (``torch.no_grad``) the model's own forward runs.
+
+On many ranks parameters become shards (``sharding.py``), and each graph gathers what it uses and
+averages the gradients.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import contextlib
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +26,21 @@ from fxzero import _torch
 from fxzero.capture import check_devices
 from fxzero.errors import RecompileLimitError, UsageError, unknown_option
 from fxzero.graph import describe_all
+from fxzero.mesh import resolve_mesh
 from fxzero.options import Options, call_arguments, check_options, model_device
 from fxzero.plans import Plan
+from fxzero.ranks import Ranks, connect
+from fxzero.sharding import is_spread
 from fxzero.structure import Structure, flatten
 from fxzero.training_step import TrainingStep
 
 log = logging.getLogger(__name__)
 
 _DEFAULT_RECOMPILE_LIMIT = 16
-_ONE_DEVICE_ONLY: dict[str, tuple[Any, ...]] = {
-    "mesh": (None,),
-    "zero": ("auto", 0),
-    "pipeline": (None, 1),
-    "precision": (None,),
-}
-_OPTIONS = ("memory_budget", "optimizer", "recompute", "objective", "inner", "strict", "offload")
+_OPTIONS = (
+    "memory_budget", "optimizer", "recompute", "objective", "inner", "strict", "offload", "mesh",
+    "zero", "pipeline", "precision", "example_inputs", "loss_fn", "plan",
+)  # fmt: skip
 
 
 def compile(
@@ -67,6 +70,12 @@ def compile(
         memory_budget: "22GiB", a number of bytes, or "90%" of the device; None: no limit.  It
             covers parameters, buffers, gradients, optimizer state, inputs and activations.
         optimizer: what will hold states: a name, a ``torch.optim`` class, or bytes per parameter.
+        mesh: a DeviceMesh with a dimension "dp", or "dp_replicate" and "dp_shard"; None: all
+            processes (those of torchrun are connected, if nobody has yet), or one device.
+        zero: 0: parameters whole on every rank; 1: sharded, with whole gradients; 2: gradients
+            sharded too; 3: parameters gathered again for the backward; "auto": 2 or 3 for each
+            parameter, as the budget asks.
+        precision: a ``fxzero.Precision``: dtypes to compute, reduce and keep parameters in.
         recompute: "auto", "none", "full", or a function from a graph node to "save",
             "recompute" or None.
         objective: what recompute costs: "time" or "flops".
@@ -81,20 +90,19 @@ def compile(
         BudgetError: nothing fits the budget; names the smallest budget that does.
         CaptureError, DeviceError: the model cannot be traced with these inputs.
     """
-    given = {
-        "mesh": mesh,
-        "zero": zero,
-        "pipeline": pipeline,
-        "precision": precision,
-    }
     if unknown:
-        known = (*_OPTIONS, *given, "example_inputs", "loss_fn", "plan")
-        raise unknown_option(next(iter(unknown)), known, where="fxzero.compile")
+        raise unknown_option(next(iter(unknown)), _OPTIONS, where="fxzero.compile")
     if not isinstance(model, nn.Module):
         raise UsageError(f"fxzero.compile needs an nn.Module, not {type(model).__name__}")
-    _refuse_distributed(given)
+    if pipeline not in (None, 1):
+        raise UsageError(
+            f"pipeline={pipeline!r} is not available: this version has no pipelines\n"
+            "  leave pipeline out, or give None or 1"
+        )
+    device = model_device(model)
+    ranks = resolve_mesh(mesh, device)
     options = check_options(
-        device=model_device(model),
+        device=device,
         memory_budget=memory_budget,
         optimizer=optimizer,
         recompute=recompute,
@@ -102,10 +110,14 @@ def compile(
         inner=inner,
         strict=strict,
         offload=offload,
+        precision=precision,
+        zero=zero,
+        mesh=ranks,
     )
     if isinstance(plan, (str, Path)):
         plan = Plan.load(plan)
-    state = _State(options, plan, loss_fn)
+    options.precision.keep(model)
+    state = _State(options, plan, loss_fn, connect(model, ranks, options.sharding))
     original = type(model)._fxzero_original if isinstance(model, CompiledModule) else type(model)
     vars(model)["_fxzero"] = state
     model.__class__ = _compiled_class(original)
@@ -113,16 +125,6 @@ def compile(
         args, kwargs = call_arguments(example_inputs)
         state.step_for(model, args, kwargs)
     return model
-
-
-def _refuse_distributed(given: dict[str, Any]) -> None:
-    for name, value in given.items():
-        allowed = _ONE_DEVICE_ONLY[name]
-        if not any(value is item or value == item for item in allowed):
-            raise UsageError(
-                f"{name}={value!r} is not available: this version compiles for one device\n"
-                f"  leave {name} out, or give {' or '.join(map(repr, allowed))}"
-            )
 
 
 class CompiledModule(nn.Module):
@@ -150,12 +152,11 @@ class CompiledModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._fxzero_original.forward(self, *args, **kwargs)
+            return self._fxzero.run_eagerly(self, args, kwargs)
         leaves, structure = flatten((args, kwargs))
         if not any(t.requires_grad for t in (*self.parameters(), *leaves)):
-            return self._fxzero_original.forward(self, *args, **kwargs)
-        step = self._fxzero.step_for(self, args, kwargs, leaves, structure)
-        return step.run(leaves)
+            return self._fxzero.run_eagerly(self, args, kwargs)
+        return self._fxzero.run(self, args, kwargs, leaves, structure)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Forward and backward of one batch; returns the detached loss.
@@ -170,8 +171,28 @@ class CompiledModule(nn.Module):
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Gradient accumulation without reduction; on one device there is nothing to reduce."""
-        yield
+        """Inside, gradients are added up without reduction; the next step outside reduces all.
+
+        On one device there is nothing to reduce.
+        """
+        ranks = self._fxzero.ranks
+        if ranks is None:
+            yield
+            return
+        before, ranks.syncing = ranks.syncing, False
+        try:
+            yield
+        finally:
+            ranks.syncing = before
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, parameters are whole on every rank, for evaluation; all ranks enter together.
+
+        Without it, each call under ``torch.no_grad`` gathers them anew.
+        """
+        with self._fxzero.whole(self):
+            yield
 
     def verify(self, *args: Any, **kwargs: Any) -> Any:
         """Compares the compiled step with eager on these inputs; returns a ``Verification``."""
@@ -188,11 +209,16 @@ class CompiledModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = self._fxzero
+        if state.ranks is not None:
+            raise UsageError(
+                "a model on many ranks cannot be pickled\n  save its state_dict with "
+                "torch.distributed.checkpoint"
+            )
         return _rebuild, (eager_view(self), state.options, state.plan, state.recompile_limit)
 
 
 def _rebuild(model: nn.Module, options: Options, plan: Plan | None, limit: int) -> nn.Module:
-    state = vars(model)["_fxzero"] = _State(options, plan, None)
+    state = vars(model)["_fxzero"] = _State(options, plan, None, None)
     state.recompile_limit = limit
     model.__class__ = _compiled_class(type(model))
     return model
@@ -234,8 +260,11 @@ def _loss_of(output: Any, loss_fn: Any) -> torch.Tensor:
 class _State:
     """A compiled model's graphs, by what they depend on."""
 
-    def __init__(self, options: Options, plan: Plan | None, loss_fn: Any) -> None:
+    def __init__(
+        self, options: Options, plan: Plan | None, loss_fn: Any, ranks: Ranks | None
+    ) -> None:
         self.options = options
+        self.ranks = ranks
         self.plan = plan
         self.loss_fn = loss_fn
         self.recompile_limit = _DEFAULT_RECOMPILE_LIMIT
@@ -244,7 +273,7 @@ class _State:
 
     def fresh(self) -> _State:
         """The same settings without any graph."""
-        state = _State(self.options, self.plan, self.loss_fn)
+        state = _State(self.options, self.plan, self.loss_fn, self.ranks)
         state.recompile_limit = self.recompile_limit
         return state
 
@@ -258,6 +287,43 @@ class _State:
             "  pass example_inputs to fxzero.compile to plan at once"
         )
 
+    def run(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: Sequence[torch.Tensor],
+        structure: Structure,
+    ) -> Any:
+        """The model's return value from planned graphs, attached to autograd."""
+        if self.ranks is None:
+            return self.step_for(model, args, kwargs, leaves, structure).run(leaves)
+        reduces = self.ranks.syncing and not self.ranks.any_pending(model.parameters())
+        step = self.step_for(model, args, kwargs, leaves, structure, reduces=reduces)
+        return step.run(leaves, self.ranks.step(reduces=reduces))
+
+    def run_eagerly(
+        self, model: CompiledModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What the model's own forward returns."""
+        with self.whole(model):
+            if self.options.precision.param is None:
+                return model._fxzero_original.forward(model, *args, **kwargs)
+            return self.eager(model)(*args, **kwargs)
+
+    def eager(self, model: CompiledModule) -> Callable[..., Any]:
+        """What computes as the model did before it was compiled, in the dtypes asked for."""
+        view, precision = eager_view(model), self.options.precision
+        if precision.param is None:
+            return view
+        return lambda *args, **kwargs: precision.run(view, args, kwargs)
+
+    def whole(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model's parameters are whole."""
+        if self.ranks is None or not any(map(is_spread, model.parameters())):
+            return contextlib.nullcontext()
+        return self.ranks.shards.gathered(model)
+
     def step_for(
         self,
         model: nn.Module,
@@ -265,16 +331,23 @@ class _State:
         kwargs: dict[str, Any],
         leaves: Sequence[torch.Tensor] | None = None,
         structure: Structure | None = None,
+        *,
+        reduces: bool = True,
     ) -> TrainingStep:
         if leaves is None or structure is None:
             leaves, structure = flatten((args, kwargs))
-        key = _key(model, leaves, structure)
+        key = (_key(model, leaves, structure), reduces)
         step = self.steps.get(key)
+        if self.ranks is not None:
+            described = _describe_step(model, leaves, reduces)
+            if not self.ranks.agreement.on_step(described, step is not None):
+                step = None
         if step is None:
             check_devices(model, leaves, structure)
             self._announce(leaves)
+            view = eager_view(model)
             step = self.steps[key] = TrainingStep(
-                model, eager_view(model), args, kwargs, self.options, self.plan
+                model, view, args, kwargs, self.options, self.plan, self.ranks, reduces
             )
         self.latest = step
         return step
@@ -294,6 +367,14 @@ class _State:
                 self.recompile_limit,
                 describe_all(leaves),
             )
+
+
+def _describe_step(model: nn.Module, leaves: Sequence[torch.Tensor], reduces: bool) -> str:
+    """What all ranks have to have in common, in words."""
+    modes = {True: "training", False: "evaluation"}[model.training]
+    frozen = sum(not p.requires_grad for p in model.parameters())
+    accumulating = "" if reduces else ", accumulating"
+    return f"inputs {describe_all(leaves)}, {modes}, {frozen} frozen parameters{accumulating}"
 
 
 def _key(model: nn.Module, leaves: Sequence[torch.Tensor], structure: Structure) -> Hashable:

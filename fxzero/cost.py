@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from fxzero.collectives import is_collective, is_reduction, is_wait, ranks_of
 from fxzero.randomness import draw, draw_again
 from fxzero.storages import tensor_leaves
 from fxzero.transfers import TRANSFERS
@@ -34,6 +35,8 @@ class Hardware:
         bandwidth: bytes a second to and from device memory.
         launch: seconds that any operator takes.
         link: bytes a second between device and host memory, in one direction.
+        network: bytes a second that a rank receives from others in a collective.
+        latency: seconds that any collective takes.
     """
 
     name: str
@@ -41,11 +44,13 @@ class Hardware:
     bandwidth: float
     launch: float
     link: float
+    network: float
+    latency: float
 
 
 # On the CPU a copy "to the host" is a copy: it reads and writes the same memory.
-CPU = Hardware("cpu", {2: 5e10, 4: 5e10}, 1.0e10, 3e-6, 5.0e9)
-CUDA = Hardware("cuda", {2: 4.0e14, 4: 4.0e13}, 2.0e12, 4e-6, 2.5e10)
+CPU = Hardware("cpu", {2: 5e10, 4: 5e10}, 1.0e10, 3e-6, 5.0e9, 1.0e9, 1e-4)
+CUDA = Hardware("cuda", {2: 4.0e14, 4: 4.0e13}, 2.0e12, 4e-6, 2.5e10, 2.0e11, 2e-5)
 
 
 def hardware_for(device: str) -> Hardware:
@@ -80,7 +85,7 @@ class CostModel:
     def price(self, node: fx.Node) -> NodeCost:
         """Price of running a node once; inputs and views are free."""
         modelled = modelled_cost(node, self.hardware)
-        if not modelled.seconds:
+        if not modelled.seconds or is_collective(node):
             return modelled
         seconds = modelled.seconds * self.scale
         if self.measured:
@@ -121,14 +126,30 @@ def transfer_seconds(tensor: torch.Tensor, hardware: Hardware) -> float:
     return hardware.launch + _size(tensor) / hardware.link
 
 
+def collective_seconds(node: fx.Node, hardware: Hardware) -> float:
+    """Seconds of a collective by itself: a latency, and what a rank receives by its bandwidth.
+
+    On a ring of n ranks, each receives (n - 1) / n of the whole for a gather or a reduce-scatter,
+    and twice that for an all-reduce (Thakur et al., IJHPCA 2005).
+    """
+    received = sum(map(_size, tensor_leaves(node.meta["val"])))
+    ranks = ranks_of(node)
+    if is_reduction(node):
+        received = sum(map(_size, _inputs(node))) * (1 if ranks else 2)
+    share = (ranks - 1) / ranks if ranks else 1.0
+    return hardware.latency + received * share / hardware.network
+
+
 def modelled_cost(node: fx.Node, hardware: Hardware) -> NodeCost:
     """Roofline price of one node; inputs and views are free."""
     operator = drawn_operator(node) if node.op == "call_function" else None
-    if operator is None or makes_view(operator):
+    if operator is None or makes_view(operator) or is_wait(node):
         return NodeCost(0.0, 0)
     outputs = tensor_leaves(node.meta.get("val"))
     if operator in TRANSFERS:
         return NodeCost(transfer_seconds(outputs[0], hardware), 0)
+    if is_collective(node):
+        return NodeCost(collective_seconds(node, hardware), 0)
     flops = count_flops(node)
     traffic = sum(map(_size, (*outputs, *_inputs(node))))
     width = 2 if outputs and outputs[0].element_size() <= 2 else 4

@@ -22,6 +22,9 @@ class FxzeroError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(f"[{self.code}] {message}")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self).removeprefix(f"[{self.code}] "),)
+
 
 class UsageError(FxzeroError, ValueError):
     """An option or argument that cannot be right, whatever the model."""
@@ -121,6 +124,12 @@ class PlanError(FxzeroError, ValueError):
     """A plan file that cannot be read, or that belongs to another graph."""
 
     code = "FXZ501"
+
+
+class DivergenceError(FxzeroError, RuntimeError):
+    """Ranks that train together were given inputs, models or plans that do not fit together."""
+
+    code = "FXZ601"
 
 
 class InternalError(FxzeroError):

@@ -115,9 +115,7 @@ class TrainGraph:
 
     def copy(self) -> TrainGraph:
         """The same nodes under the same names, to rewrite; values are shared."""
-        nodes = fx.Graph()
-        nodes.output(nodes.graph_copy(self.graph, {}))
-        return self.with_module(_torch.make_graph_module(self.module, nodes))
+        return self.with_module(_torch.copy_module(self.module))
 
     def is_backward(self, node: fx.Node) -> bool:
         """Whether the node runs in the backward; placeholders other than tangents do not."""

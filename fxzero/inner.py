@@ -11,12 +11,14 @@ of the two graphs takes the first of these ways that does:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from fxzero import _torch, randomness
+from fxzero.collectives import bind
 from fxzero.execution import BoxedFunction, compile_to_python
 from fxzero.rehearsal import Peaks
 from fxzero.runtime import Executable, Owner
@@ -37,6 +39,7 @@ def compile_split(
     owner: Owner,
     limit: int | None,
     rehearse: Rehearse,
+    groups: Mapping[str, str] | None = None,
 ) -> Executable:
     """An Executable for the two graphs.
 
@@ -46,7 +49,9 @@ def compile_split(
         owner: told what each backward shows.
         limit: bytes that generated code may reach; None: any.
         rehearse: the peaks of two functions.
+        groups: the process group behind each dimension of the mesh.
     """
+    split = bound(split, groups or {})
     if inner == "eager" or limit is None:
         forward = compile_graph(split.forward, inner, backward=False)
         backward = compile_graph(split.backward, inner, backward=True)
@@ -65,6 +70,16 @@ def compile_split(
         owner=owner,
         strided=inner != "eager",
     )
+
+
+def bound(split: Split, groups: Mapping[str, str]) -> Split:
+    """The same graphs with process groups in the place of the mesh's dimensions."""
+    if not groups:
+        return split
+    forward, backward = (_torch.copy_module(m) for m in (split.forward, split.backward))
+    bind(forward, groups)
+    bind(backward, groups)
+    return replace(split, forward=forward, backward=backward)
 
 
 def _compile_within(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from fxzero import _torch
@@ -135,6 +136,8 @@ class StorageCounter(_torch.TransparentDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes back for the operators on the local parts
         kwargs = kwargs or {}
         for tensor in _torch.tensors_in((args, kwargs)):
             self._count(tensor, existed=True)
@@ -155,6 +158,7 @@ class StorageCounter(_torch.TransparentDispatchMode):
         weakref.finalize(storage, self._free, key)
 
     def _count(self, tensor: torch.Tensor, existed: bool = False) -> None:
+        tensor = _torch.local_tensor(tensor)
         if not _torch.is_plain(tensor):
             return
         storage, key = tensor.untyped_storage(), storage_identity(tensor)

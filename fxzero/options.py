@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import nn
 
 from fxzero import _torch
 from fxzero.errors import UsageError, unknown_option
+from fxzero.mesh import Mesh, Sharding, check_zero
 from fxzero.optimizers import profile_optimizer
 from fxzero.policies import check_recompute_option
+from fxzero.precision import Precision, check_precision
 from fxzero.units import parse_budget
 
 OBJECTIVES = ("time", "flops")
@@ -22,7 +24,7 @@ INNERS = ("eager", "inductor")
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a compilation on one device.
+    """Options of a compilation.
 
     Attributes:
         memory_budget: bytes, or None for no limit.
@@ -32,6 +34,8 @@ class Options:
         inner: "eager" or "inductor".
         strict: whether what cannot be applied is an error instead of a note in the plan.
         offload: whether saved values may wait for the backward in host memory.
+        precision: what is computed, reduced and kept in which dtype.
+        sharding: how parameters and gradients are spread over ranks.
     """
 
     memory_budget: int | None = None
@@ -41,6 +45,8 @@ class Options:
     inner: str = "eager"
     strict: bool = False
     offload: bool = False
+    precision: Precision = field(default_factory=Precision)
+    sharding: Sharding = field(default_factory=Sharding)
 
 
 def check_options(
@@ -53,6 +59,9 @@ def check_options(
     inner: str | None = None,
     strict: bool = False,
     offload: bool = False,
+    precision: object = None,
+    zero: object = "auto",
+    mesh: Mesh | None = None,
 ) -> Options:
     """Options from user input; raises UsageError for the first that cannot be right."""
     check_recompute_option(recompute)
@@ -61,6 +70,7 @@ def check_options(
     if not isinstance(offload, bool):
         raise UsageError(f"offload={offload!r} must be True or False")
     profile_optimizer(optimizer, [], device)
+    stage, dtypes = check_zero(zero), check_precision(precision)
     return Options(
         memory_budget=parse_budget(memory_budget, device_memory(device)),
         optimizer=optimizer,
@@ -69,6 +79,8 @@ def check_options(
         inner=choose_inner(inner, device),
         strict=strict,
         offload=offload,
+        precision=dtypes,
+        sharding=(mesh or Mesh({})).sharding(stage, dtypes.reduce),
     )
 
 

@@ -19,10 +19,12 @@ from torch import nn
 
 from fxzero.calibration import cost_model
 from fxzero.capture import capture
+from fxzero.collectives import is_gather
 from fxzero.cost import CostModel
 from fxzero.errors import BudgetError, PlanError, UsageError
 from fxzero.execution import BoxedFunction
 from fxzero.graph import InputRole, TrainGraph
+from fxzero.mesh import planned_mesh
 from fxzero.optimizers import profile_optimizer
 from fxzero.options import Options, call_arguments, check_options, device_of, model_device
 from fxzero.passes.context import PassContext
@@ -85,10 +87,14 @@ def plan(
     inner: str = "eager",
     offload: bool = False,
     strict: bool = False,
+    zero: Any = "auto",
+    mesh: Any = None,
+    devices: int | None = None,
+    precision: Any = None,
     sweep: int = 0,
     name: str | None = None,
 ) -> Plan:
-    """A Plan for training ``model`` on one device, without running it.
+    """A Plan for training ``model`` on one device or many, without running it.
 
     A model on the meta device is planned without allocating anything.
 
@@ -98,6 +104,11 @@ def plan(
         memory_budget: "22GiB", bytes, "90%" of the device, or None for no limit.
         optimizer: name, torch.optim class, or bytes of state per parameter.
         offload: whether saved values may wait for the backward in host memory.
+        zero: the ZeRO stage, 0 to 3, or "auto".
+        mesh: ranks by dimension, such as ``{"dp": 64}`` or "dp=64", or a DeviceMesh; no process has
+            to run.
+        devices: number of ranks, all along "dp" if there is no ``mesh``.
+        precision: a ``fxzero.Precision``.
         sweep: for how many budgets besides to find the step time, for ``Plan.pareto``.
 
     Returns:
@@ -107,8 +118,9 @@ def plan(
         UsageError, CaptureError, DeviceError: see ``fxzero.compile``.
     """
     args, keywords = call_arguments(example_inputs, kwargs)
+    device = model_device(model)
     options = check_options(
-        device=model_device(model),
+        device=device,
         memory_budget=memory_budget,
         optimizer=optimizer,
         recompute=recompute,
@@ -116,8 +128,11 @@ def plan(
         inner=inner,
         strict=strict,
         offload=offload,
+        zero=zero,
+        mesh=planned_mesh(mesh, devices, device),
+        precision=precision,
     )
-    captured = capture(model, args, keywords, inner=options.inner)
+    captured = capture(model, args, keywords, inner=options.inner, precision=options.precision)
     planner = Planner(captured.graph, options, name or type(model).__name__, sweep=sweep)
     try:
         return planner.decide().plan
@@ -140,11 +155,17 @@ class Planner:
         merged = GraphPlanner(graph, options, name, PREPARATION, costs, **given)
         self.variants: tuple[GraphPlanner, ...] = (merged,)
         if _merged_share(graph, merged.graph) > _SMALL_SHARE:
-            self.variants += (GraphPlanner(graph, options, name, (), costs, **given),)
+            unmerged = tuple(item for item in PREPARATION if item.name != "deduplicate")
+            self.variants += (GraphPlanner(graph, options, name, unmerged, costs, **given),)
 
     @property
     def outputs_held(self) -> bool:
         return self.variants[0].outputs_held
+
+    @property
+    def digest(self) -> str:
+        """Hash of the graph that is planned: equal where the same model is traced."""
+        return self.variants[0].digest
 
     def decide(self) -> Decided:
         """The Plan for the options' budget.
@@ -229,6 +250,7 @@ class GraphPlanner:
         costs: prices of operators on the graph's device.
         outputs_held: whether the caller keeps the model's outputs during the backward.
         writes_buffers: whether the graph updates buffers itself, or returns their new values.
+        reduces: whether it averages gradients over the ranks.
         unapplied: what the caller could not apply; more is found here, and all of it is an error
             under ``strict`` and a note in the Plan otherwise.
         sweep: number of points between the ends of the Plan's curve.
@@ -244,16 +266,21 @@ class GraphPlanner:
         *,
         outputs_held: bool = True,
         writes_buffers: bool = True,
+        reduces: bool = True,
         unapplied: tuple[str, ...] = (),
         sweep: int = 0,
     ) -> None:
-        arguments = [(role, node.meta["val"]) for role, node in graph.pairs()]
-        self.device = device_of([value for _, value in arguments])
-        context = PassContext(device=self.device, writes_buffers=writes_buffers)
+        self.device = device_of([node.meta["val"] for node in graph.placeholders])
+        self.context = PassContext(
+            device=self.device,
+            writes_buffers=writes_buffers,
+            sharding=options.sharding,
+            reduces=reduces,
+        )
         chosen = select(skipped_passes(), preparation)
-        self.graph, reports = run_passes(graph.copy(), context, chosen)
+        self.graph, reports = run_passes(graph.copy(), self.context, chosen)
+        arguments = [(role, node.meta["val"]) for role, node in self.graph.pairs()]
         self.prepared = tuple(report.name for report in reports)
-        self.writes_buffers = writes_buffers
         self.options = options
         self.name = name
         self.outputs_held = outputs_held
@@ -268,7 +295,7 @@ class GraphPlanner:
         self.fixed_bytes = self.optimizer.state_bytes + tensor_bytes(held, self.granularity)
         self.fixed_bytes += LOSS_SCALARS if self.loss_bytes else 0
         self.costs = costs
-        self.settled = settled_nodes(self.graph, options.recompute)
+        self.settled = settled_nodes(self.graph, options.recompute, options.sharding.zero)
         skipped = skipped_passes()
         self.recompute = "none" if "rematerialize" in skipped else options.recompute
         self.offload = options.offload and "offload" not in skipped
@@ -341,7 +368,9 @@ class GraphPlanner:
 
     @property
     def _keeps_all(self) -> bool:
-        return self.recompute == "none" and not self.offload
+        """Whether there is nothing to decide."""
+        chooses = self.options.sharding.zero is None and any(map(is_gather, self.graph.graph.nodes))
+        return self.recompute == "none" and not self.offload and not chooses
 
     def replay(self, plan: Plan) -> Decided:
         """Carries out the decisions of a Plan for this graph."""
@@ -406,7 +435,7 @@ class GraphPlanner:
         )
 
     def _carry_out(self, decisions: Decisions) -> Emitted:
-        context = PassContext(decisions, self.device, self.writes_buffers)
+        context = replace(self.context, decisions=decisions)
         passes = select(skipped_passes())
         graph, reports = run_passes(self.graph.copy(), context, passes)
         split = partition(graph)

@@ -20,7 +20,7 @@ from typing import Any
 
 from fxzero.errors import PlanError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _MAX_FILE_BYTES = 256 * 2**20
 # Larger than any count of bytes or operations; such numbers would overflow later.
 _LARGEST = 10**30
@@ -42,7 +42,12 @@ class ModelSummary:
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for, enough to plan again."""
+    """What the user asked for, enough to plan again.
+
+    Attributes:
+        mesh: ranks by dimension; empty on one device.
+        zero: "0" to "3" or "auto".
+    """
 
     memory_budget: int | None
     optimizer: str
@@ -52,6 +57,8 @@ class Request:
     inner: str
     offload: bool
     device: str
+    mesh: dict[str, int]
+    zero: str
 
 
 @dataclass(frozen=True)
@@ -181,8 +188,9 @@ class Plan:
         minimum_budget: the smallest budget for which a plan is found.
         unplanned_peak_bytes: the peak without any recompute.
         step_seconds: modelled time of forward and backward, recompute and transfers included.
-        recompute_seconds, recompute_flops: the part that is recompute.
+        recompute_seconds, recompute_flops: the part that is recompute, without collectives.
         transfer_seconds: the part that is copying to and from the host.
+        communication_seconds: the part that is collectives, of recompute too.
         host_bytes: most bytes that offloaded values take in host memory at once.
         graph_digest: which graph the decisions belong to.
         curve: what ``pareto()`` returns.
@@ -204,6 +212,7 @@ class Plan:
     recompute_seconds: float
     recompute_flops: int
     transfer_seconds: float
+    communication_seconds: float
     host_bytes: int
     decisions: Decisions
     peak: Peak

@@ -1,8 +1,8 @@
 """What users and their models have settled before the solver: tags on nodes.
 
-Three sources, the later one wins: regions of ``torch.utils.checkpoint`` (recompute what is
-inside), the ``recompute`` option as a callable on nodes, and nothing else.  The result names
-nodes, "save" or "recompute".
+Three sources, the later one wins: the ZeRO stage (keep what is gathered, or gather again), regions
+of ``torch.utils.checkpoint`` (recompute what is inside), and the ``recompute`` option as a callable
+on nodes.  The result names nodes, "save" or "recompute".
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fxzero.collectives import is_gather
 from fxzero.errors import UsageError
 from fxzero.graph import TrainGraph
 from fxzero.solver.problem import is_recomputable
@@ -41,9 +42,15 @@ def check_recompute_option(recompute: object) -> None:
         )
 
 
-def settled_nodes(graph: TrainGraph, recompute: RecomputeOption) -> dict[str, str]:
+def settled_nodes(
+    graph: TrainGraph, recompute: RecomputeOption, zero: int | None = None
+) -> dict[str, str]:
     """ "save" or "recompute" by name, for forward nodes that a tag or a user has settled."""
-    settled = _checkpoint_regions(graph)
+    settled = {}
+    if zero is not None:
+        gathered = "recompute" if zero == 3 else "save"
+        settled = {node.name: gathered for node in graph.graph.nodes if is_gather(node)}
+    settled |= _checkpoint_regions(graph)
     if callable(recompute):
         for node in graph.graph.nodes:
             if node.op == "call_function" and not graph.is_backward(node):

@@ -102,15 +102,16 @@ def as_it_runs(plan: Plan, peaks: Peaks) -> Plan:
     phase = "forward" if peaks.forward > peaks.backward else "backward"
     alive = tuple(sorted((*plan.peak.alive, value), key=lambda item: -item.bytes))
     peak = replace(plan.peak, bytes=peaks.largest, phase=phase, alive=alive)
-    (rank,) = plan.ranks
-    breakdown = dict(rank.breakdown)
+    breakdown = dict(plan.ranks[0].breakdown)
     breakdown["temporary"] = breakdown.get("temporary", 0) + excess
     needed = {"forward": peaks.forward, "backward": peaks.backward}
     return replace(
         plan,
         peak_bytes=peaks.largest,
         peak=peak,
-        ranks=(replace(rank, peak_bytes=peaks.largest, breakdown=breakdown),),
+        ranks=tuple(
+            replace(rank, peak_bytes=peaks.largest, breakdown=breakdown) for rank in plan.ranks
+        ),
         phases=tuple(
             replace(item, peak_bytes=max(item.peak_bytes, needed.get(item.name, 0)))
             for item in plan.phases

@@ -33,6 +33,29 @@ class Owner(Protocol):
         """Gradients of the inputs when an output without a planned tangent received one."""
 
 
+class Parameters(Protocol):
+    """The way, in one step, from what autograd knows as parameters to what graphs take."""
+
+    def taken(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What the forward takes for the step's inputs."""
+
+    def returned(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """What autograd gets for the backward's gradients of those inputs."""
+
+
+class _InPlace:
+    """Graphs take parameters as they are."""
+
+    def taken(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return list(tensors)
+
+    def returned(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        return gradients
+
+
+IN_PLACE = _InPlace()
+
+
 @dataclass(frozen=True)
 class Executable:
     """A forward and a backward that can run, and how their lists of tensors line up.
@@ -62,9 +85,15 @@ class Executable:
     owner: Owner
     strided: bool
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Model outputs for ``inputs`` (parameters, buffers, inputs), attached to autograd."""
-        outputs = _Step.apply(self, *inputs)  # type: ignore[no-untyped-call]
+    def __call__(
+        self, inputs: Sequence[torch.Tensor], parameters: Parameters = IN_PLACE
+    ) -> list[torch.Tensor]:
+        """Model outputs for ``inputs`` (parameters, buffers, inputs), attached to autograd.
+
+        Args:
+            parameters: what stands in the graphs for those that are spread over ranks.
+        """
+        outputs = _Step.apply(self, parameters, *inputs)  # type: ignore[no-untyped-call]
         return list(outputs)
 
     @property
@@ -108,18 +137,22 @@ class _Saved:
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, executable: Executable, *inputs: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, executable: Executable, parameters: Parameters, *inputs: torch.Tensor
+    ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.executable = executable
+        ctx.parameters = parameters
         if executable.may_rerun:
             ctx.start = (inputs, RandomState.now())
-        results = executable.forward(list(inputs))
+        taken = parameters.taken(inputs)
+        results = executable.forward(list(taken))
         outputs = results[: executable.output_count]
         saved = results[executable.output_count :]
         results.clear()
         _detach_outputs(saved, outputs)
         positions = [i for i in executable.saved_inputs if i is not None]
-        ctx.saved = _Saved(saved, [inputs[i] for i in positions])
+        ctx.saved = _Saved(saved, [taken[i] for i in positions])
         ctx.shapes = [(t.shape, t.stride(), t.dtype, t.device) for t in outputs]
         ctx.outputs = [weakref.ref(t) for t in outputs if t.ndim > 0]
         attached = {*executable.attached}
@@ -142,9 +175,10 @@ class _Step(torch.autograd.Function):
         if not received.keys() <= set(executable.differentiable):
             del saved
             inputs, state = ctx.start
-            return None, *executable.owner.rerun(inputs, state, received)
+            return None, None, *executable.owner.rerun(inputs, state, received)
         executable.owner.observe(held, tuple(received))
-        return None, *_run_backward(executable, saved, received, ctx.shapes)
+        found = _run_backward(executable, saved, received, ctx.shapes)
+        return None, None, *ctx.parameters.returned(found)
 
 
 def _run_backward(

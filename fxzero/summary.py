@@ -11,6 +11,7 @@ from torch import fx
 
 from fxzero import __version__
 from fxzero.capture import user_line
+from fxzero.collectives import is_collective
 from fxzero.cost import CostModel
 from fxzero.graph import TrainGraph, describe
 from fxzero.optimizers import OptimizerProfile
@@ -18,6 +19,7 @@ from fxzero.options import Options
 from fxzero.passes.listing import module_of
 from fxzero.passes.partition import Split
 from fxzero.passes.rematerialize import CLONE_OF
+from fxzero.passes.shard import WHOLE
 from fxzero.plans import (
     SCHEMA_VERSION,
     Alternative,
@@ -69,13 +71,16 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
     step_bytes = _optimizer_step_bytes(facts)
     peak = _optimizer_peak(facts, step_bytes) if step_bytes > timeline.peak_bytes else _peak(facts)
     recomputed = _recomputed(facts)
+    breakdown = _breakdown(peak.alive)
     seconds = {node: facts.costs.price(node) for node in _steps(facts.split)}
-    recompute = [cost for node, cost in seconds.items() if CLONE_OF in node.meta]
+    communication = [cost for node, cost in seconds.items() if is_collective(node)]
+    again = [cost for node, cost in seconds.items() if CLONE_OF in node.meta]
+    recompute = [c for n, c in seconds.items() if CLONE_OF in n.meta and not is_collective(n)]
     transfers = [cost for node, cost in seconds.items() if node.target in TRANSFERS]
     step_seconds = sum((cost.seconds for cost in seconds.values()), 0.0)
     recompute_seconds = sum((cost.seconds for cost in recompute), 0.0)
     transfer_seconds = sum((cost.seconds for cost in transfers), 0.0)
-    base = step_seconds - recompute_seconds - transfer_seconds
+    base = step_seconds - transfer_seconds - sum((cost.seconds for cost in again), 0.0)
     return Plan(
         schema_version=SCHEMA_VERSION,
         fxzero_version=__version__,
@@ -91,10 +96,11 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
         recompute_seconds=recompute_seconds,
         recompute_flops=sum(cost.flops for cost in recompute),
         transfer_seconds=transfer_seconds,
+        communication_seconds=sum((cost.seconds for cost in communication), 0.0),
         host_bytes=timeline.host_bytes,
         decisions=facts.decisions,
         peak=peak,
-        ranks=(Rank(0, peak.bytes, _breakdown(peak.alive)),),
+        ranks=tuple(Rank(i, peak.bytes, breakdown) for i in range(facts.options.sharding.ranks)),
         phases=(
             Phase("forward", timeline.peak_of("forward")),
             Phase("backward", timeline.peak_of("backward")),
@@ -124,7 +130,7 @@ def _optimizer_step_bytes(facts: Facts) -> int:
 
 
 def _model_summary(facts: Facts) -> ModelSummary:
-    values = [(role, node.meta["val"]) for role, node in facts.graph.pairs()]
+    values = [(role, n.meta.get(WHOLE, n.meta["val"])) for role, n in facts.graph.pairs()]
     parameters = [value for role, value in values if role.kind == "parameter"]
     buffers = [value for role, value in values if role.kind == "buffer"]
     return ModelSummary(
@@ -154,6 +160,8 @@ def _request(facts: Facts) -> Request:
         inner=options.inner,
         offload=options.offload,
         device=facts.device,
+        mesh={axis.name: axis.size for axis in options.sharding.axes},
+        zero="auto" if options.sharding.zero is None else str(options.sharding.zero),
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxzero.capture import capture
+from fxzero.capture import Capture, capture
 from fxzero.errors import BudgetError, RuntimeStateError
 from fxzero.graph import InputRole, describe_all
 from fxzero.inner import compile_split
@@ -29,7 +29,9 @@ from fxzero.options import Options
 from fxzero.planner import Decided, Planner
 from fxzero.plans import Plan
 from fxzero.randomness import RandomState
+from fxzero.ranks import Ranks
 from fxzero.rehearsal import as_it_runs
+from fxzero.runtime import IN_PLACE, Parameters
 from fxzero.structure import flatten
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ class TrainingStep:
     Args:
         model: the compiled model.
         view: the same model as it was before it was compiled, which is traced.
+        ranks: those that train together.
+        reduces: whether the graphs average gradients over them.
 
     Attributes:
         shapes: the input shapes, for messages.
@@ -59,9 +63,13 @@ class TrainingStep:
         kwargs: dict[str, Any],
         options: Options,
         given: Plan | None,
+        ranks: Ranks | None = None,
+        reduces: bool = True,
     ) -> None:
         self.options = options
         self.given = given
+        self.ranks = ranks
+        self.reduces = reduces
         self.shapes = describe_all(flatten((args, kwargs))[0])
         self._model = view
         self._origin = weakref.ref(model)
@@ -77,7 +85,7 @@ class TrainingStep:
         self._follow_outputs()
         return self._decided.plan
 
-    def run(self, leaves: Sequence[torch.Tensor]) -> Any:
+    def run(self, leaves: Sequence[torch.Tensor], parameters: Parameters = IN_PLACE) -> Any:
         """The model's return value for flat inputs, attached to autograd."""
         self._follow_outputs()
         if self._stale:
@@ -87,27 +95,51 @@ class TrainingStep:
             args, kwargs = self._captured.inputs.fill(leaves)
             self._recapture(args, kwargs, self._wanted)
         tensors = [source(leaves) for source in self._sources]
-        return self._captured.outputs.fill(self._executable(tensors))
+        return self._captured.outputs.fill(self._executable(tensors, parameters))
 
     def _recapture(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], differentiable: Sequence[int] | None
     ) -> None:
-        self._captured = capture(
-            self._model,
-            args,
-            kwargs,
-            differentiable=differentiable,
-            inner=self.options.inner,
-        )
+        def trace() -> tuple[Capture, Planner]:
+            captured = capture(
+                self._model,
+                args,
+                kwargs,
+                differentiable=differentiable,
+                inner=self.options.inner,
+                precision=self.options.precision,
+            )
+            planner = Planner(
+                captured.graph,
+                self.options,
+                type(self._model).__name__,
+                outputs_held=self._outputs_held,
+                reduces=self.reduces,
+            )
+            return captured, planner
+
         self._wanted: tuple[int, ...] | None = None
-        self._planner = Planner(
-            self._captured.graph,
-            self.options,
-            type(self._model).__name__,
-            outputs_held=self._outputs_held,
-        )
+        agreement = self.ranks.agreement if self.ranks else None
+        if agreement is None:
+            self._captured, self._planner = trace()
+        else:
+            self._captured, self._planner = agreement.on_result(trace, lambda m: m[1].digest)
         given = self.given if differentiable is None else None
-        self._adopt(self._planner.decide() if given is None else self._planner.replay(given))
+        self._adopt(self._decide() if given is None else self._planner.replay(given))
+
+    def _decide(self) -> Decided:
+        """The plan of this process, or of the first rank."""
+        agreement = self.ranks.agreement if self.ranks else None
+        if agreement is None:
+            return self._planner.decide()
+        decided: list[Decided] = []
+
+        def plan() -> str:
+            decided.append(self._planner.decide())
+            return decided[0].plan.to_json()
+
+        text = agreement.of_first(plan)
+        return decided[0] if decided else self._planner.replay(Plan.from_json(text))
 
     def _follow_outputs(self) -> None:
         """Counts the outputs as the last backward has shown them: held by the caller or not."""
@@ -121,7 +153,7 @@ class TrainingStep:
         """A cheaper plan for what is known now; a plan that fits is not given up for less."""
         fits = self._decided.plan.fits
         try:
-            decided = self._planner.decide()
+            decided = self._decide()
         except BudgetError:
             if not fits:
                 raise
@@ -142,6 +174,7 @@ class TrainingStep:
             owner=self,
             limit=self.options.memory_budget if decided.plan.fits else None,
             rehearse=functools.partial(self._planner.rehearse, decided),
+            groups=self.ranks.mesh.groups if self.ranks else None,
         )
         self._decided = self._as_it_runs(decided)
         self._sources = [self._source(role) for role in split.inputs]
@@ -187,7 +220,12 @@ class TrainingStep:
         return read
 
     def observe(self, outputs_held: bool, received: tuple[int, ...]) -> None:
-        """What a backward has shown: are outputs alive, and which got a gradient."""
+        """What a backward has shown: are outputs alive, and which got a gradient.
+
+        Many ranks keep to the first assumptions: what one of them sees, the others may not.
+        """
+        if self.ranks is not None:
+            return
         self._outputs_held = outputs_held or (self._outputs_seen and self._outputs_held)
         self._outputs_seen = True
         if not self._gradients_settled and received:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from fxzero import _torch
 from fxzero.measurement import Measurement, measure
 from fxzero.plans import Plan
 from fxzero.randomness import RandomState
@@ -63,15 +64,24 @@ def verify(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verific
     """Runs one step compiled and one eager on copies of nothing but gradients and buffers.
 
     The model's parameters, buffers, gradients and the random stream are left as they were found.
+    On many ranks all of them must call it, each with its batch: gradients are compared as they are
+    after they were averaged, and each rank compares its own part.
     """
-    from fxzero.compiler import eager_view
-
+    compilation = vars(model)["_fxzero"]
     kept = _Kept(model)
     state = RandomState.now()
-    compiled = _run(model, model, args, kwargs, kept, state)
+    parameters = dict(model.named_parameters())
+    compiled = _run(model, model, args, kwargs, state)
+    kept.put_back(model)
     plan: Plan = model.plan
-    eager = _run(eager_view(model), model, args, kwargs, kept, state)
+    with compilation.whole(model):
+        eager = _run(compilation.eager(model), model, args, kwargs, state)
+    kept.put_back(model)
     state.restore()
+    if compilation.ranks is not None:
+        compiled = _on_this_rank(compiled, lambda name, gradient: gradient)
+        reduce = compilation.ranks.shards.reduce
+        eager = _on_this_rank(eager, lambda name, gradient: reduce(gradient, parameters[name]))
     loss, (gradient, name) = _outputs_differ(compiled, eager), _gradients_differ(compiled, eager)
     buffers = all(torch.equal(a, b) for a, b in zip(compiled.buffers, eager.buffers, strict=True))
     stream = torch.equal(compiled.stream, eager.stream)
@@ -122,30 +132,36 @@ class _Kept:
 
 
 def _run(
-    runner: nn.Module,
+    runner: Callable[..., Any],
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    kept: _Kept,
     state: RandomState,
 ) -> _Run:
     for parameter in model.parameters():
         parameter.grad = None
     state.restore()
     measured = measure(_step(runner, args, kwargs))
-    run = _Run(
+    return _Run(
         outputs=measured.output,
         gradients={name: p.grad for name, p in model.named_parameters()},
         buffers=[b.clone() for b in model.buffers()],
         stream=torch.rand(8),
         measured=measured,
     )
-    kept.put_back(model)
-    return run
+
+
+def _on_this_rank(run: _Run, change: Callable[[str, torch.Tensor], torch.Tensor]) -> _Run:
+    """The run with changed gradients, of each this rank's part."""
+    gradients = {
+        name: None if g is None else _torch.local_tensor(change(name, g))
+        for name, g in run.gradients.items()
+    }
+    return replace(run, gradients=gradients)
 
 
 def _step(
-    runner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    runner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[], list[torch.Tensor]]:
     def step() -> list[torch.Tensor]:
         outputs, _ = flatten(runner(*args, **kwargs))

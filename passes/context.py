@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fxzero.mesh import Sharding
 from fxzero.plans import Decisions
 
 
@@ -15,8 +16,12 @@ class PassContext:
         decisions: what to save and what to recompute where.
         device: "cpu" or "cuda": which random stream an operator draws from.
         writes_buffers: whether the graph updates buffers itself, or returns their new values.
+        sharding: how parameters and gradients are spread over ranks.
+        reduces: whether gradients are averaged over the ranks, or left for a later step to.
     """
 
     decisions: Decisions = field(default_factory=Decisions)
     device: str = "cpu"
     writes_buffers: bool = True
+    sharding: Sharding = field(default_factory=Sharding)
+    reduces: bool = True

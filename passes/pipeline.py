@@ -2,10 +2,10 @@
 
     FXZERO_SKIP=name,name    run without these passes; the Plan notes it
 
-deduplicate runs before the plan is made, the others carry it out. Of these offload runs first:
-rematerialize lets the backward read what was fetched.  It also rebuilds views in the backward, so
-that write_back sees which buffers the backward still reads.  replay_randomness needs the clones
-that rematerialize makes.
+shard and deduplicate run before the plan is made, the others carry it out.  Of these offload runs
+first: rematerialize lets the backward read what was fetched.  It also rebuilds views in the
+backward, so that write_back sees which buffers the backward still reads.  replay_randomness needs
+the clones that rematerialize makes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fxzero.passes.deduplicate import deduplicate_pass
 from fxzero.passes.offload import offload_pass
 from fxzero.passes.rematerialize import rematerialize_pass
 from fxzero.passes.replay_randomness import replay_randomness_pass
+from fxzero.passes.shard import shard_pass
 from fxzero.passes.write_back import write_back_pass
 
 PassFunction = Callable[[TrainGraph, PassContext], TrainGraph]
@@ -59,7 +60,10 @@ def make_pass(
 
 
 # Before the plan is made: what it is made for.
-PREPARATION: tuple[Pass, ...] = (make_pass("deduplicate", deduplicate_pass),)
+PREPARATION: tuple[Pass, ...] = (
+    make_pass("shard", shard_pass, completes="capture"),
+    make_pass("deduplicate", deduplicate_pass),
+)
 
 # After it: what carries it out.
 PASSES: tuple[Pass, ...] = (

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import fx
 
+from fxzero.collectives import WAIT
 from fxzero.graph import TrainGraph
 from fxzero.passes.context import PassContext
 from fxzero.passes.offload import FETCH_OF
@@ -94,10 +95,10 @@ class _Rewrite:
         return node
 
     def _is_rebuilt(self, node: fx.Node) -> bool:
-        """Views are; an item of a tuple is itself kept unless its tuple was computed again."""
-        if node.target is not operator.getitem:
+        """Views are; an item of a tuple, or what was waited for, only if its source came again."""
+        if node.target not in (operator.getitem, WAIT):
             return True
-        (parent, _) = node.args
+        parent = node.args[0]
         return parent in self.free or parent in self.latest
 
     def _clone(self, node: fx.Node, before: fx.Node) -> fx.Node:

@@ -61,7 +61,7 @@ def read_reproducer(directory: Path) -> tuple[TrainGraph, PassContext, tuple[Pas
         PlanError: a file is missing or holds anything else.
     """
     context = read_value(PassContext, _read_json(directory / "context.json"), "context")
-    known = {item.name: item for item in pipeline.PASSES}
+    known = {item.name: item for item in (*pipeline.PREPARATION, *pipeline.PASSES)}
     names = read_value(tuple[str, ...], _read_json(directory / "passes.json"), "passes")
     if unknown := [name for name in names if name not in known]:
         raise PlanError(f"unknown passes {', '.join(unknown)}\n  known: {', '.join(known)}")

@@ -30,6 +30,7 @@ from fxzero.passes.offload import FETCH_OF
 from fxzero.passes.partition import Split
 from fxzero.passes.rematerialize import CLONE_OF
 from fxzero.passes.replay_randomness import is_random
+from fxzero.passes.shard import WHOLE
 from fxzero.storages import Storages, analyse, tensor_leaves
 from fxzero.transfers import TO_DEVICE, TO_HOST
 
@@ -288,14 +289,14 @@ def writes(subject: Subject) -> Iterator[Finding]:
 
 
 def gradients(subject: Subject) -> Iterator[Finding]:
-    """Each gradient has the shape, dtype and device of the input that it belongs to."""
+    """Each gradient is like its input in shape, dtype and device, or like it when gathered."""
     placeholders = dict(subject.graph.pairs())
     for role, node in subject.graph.result_pairs():
         if role.kind != "gradient" or node is None:  # None: an input that the outputs ignore
             continue
         if role.of not in placeholders:
             yield node, f"gradient of an unknown input {role.of}"
-        else:
+        elif _kind(node.meta["val"]) != _kind(placeholders[role.of].meta.get(WHOLE)):
             yield from _compare(node, "gradient", placeholders[role.of], "its input")
 
 

@@ -81,6 +81,8 @@ def gpt_plan(*, budget: int | None = 5120 * MiB, recomputed: int = 10, **changes
             inner="inductor",
             offload=False,
             device="cpu",
+            mesh={},
+            zero="auto",
         ),
         status="optimal",
         gap=0.0,
@@ -91,6 +93,7 @@ def gpt_plan(*, budget: int | None = 5120 * MiB, recomputed: int = 10, **changes
         recompute_seconds=0.008 * recomputed,
         recompute_flops=recomputed * 25_165_824 * 8,
         transfer_seconds=0.0,
+        communication_seconds=0.0,
         host_bytes=0,
         decisions=Decisions(
             saved=tuple(value.name for value in kept),

@@ -88,6 +88,9 @@ def test_the_set_of_commands_and_options_is_this() -> None:
     planning = {
         "model", "batch", "seq", "dtype", "memory_budget", "optimizer", "recompute", "objective",
         "offload",
+        "devices",
+        "mesh",
+        "zero",
     }  # fmt: skip
     found = {
         name: {parameter.name for parameter in command.params}
@@ -141,6 +144,9 @@ def test_plan_prints_the_report_and_returns_0_where_it_fits(
         "recompute": "auto",
         "objective": "time",
         "offload": False,
+        "devices": None,
+        "mesh": None,
+        "zero": "auto",
         "sweep": 0,
     }
 
@@ -275,13 +281,14 @@ def test_diff_prints_what_changed(run: Callable[..., Ran], tmp_path: Path) -> No
 
 def test_passes_lists_name_numerics_and_summary(run: Callable[..., Ran]) -> None:
     lines = run("passes").out.splitlines()
-    assert [line.split()[:2] for line in lines[:4]] == [
+    assert [line.split()[:2] for line in lines[:5]] == [
+        ["shard", "exact"],
         ["deduplicate", "exact"],
         ["offload", "exact"],
         ["rematerialize", "exact"],
         ["write_back", "exact"],
     ]
-    assert lines[3].endswith("exact    Buffer updates become writes at the end of the forward.")
+    assert lines[4].endswith("exact    Buffer updates become writes at the end of the forward.")
 
 
 @dataclass(frozen=True)

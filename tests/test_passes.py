@@ -140,13 +140,14 @@ def test_a_copy_has_the_same_nodes_and_is_not_changed_with_the_original() -> Non
 def test_the_list_of_passes_prints() -> None:
     lines = describe().splitlines()
     assert [line.split()[:2] for line in lines] == [
+        ["shard", "exact"],
         ["deduplicate", "exact"],
         ["offload", "exact"],
         ["rematerialize", "exact"],
         ["write_back", "exact"],
         ["replay_randomness", "exact"],
     ]
-    assert lines[3].endswith("Buffer updates become writes at the end of the forward.")
+    assert lines[4].endswith("Buffer updates become writes at the end of the forward.")
     assert all(item.summary for item in PASSES)
     assert "write_back" in repr(PASSES)
 
@@ -169,7 +170,7 @@ def test_the_environment_switches_passes_off(monkeypatch: pytest.MonkeyPatch) ->
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)), torch.randn(4, 8)
     monkeypatch.setenv("FXZERO_SKIP", "rematerialize,replay_randomness")
     plan = fxzero.plan(model, (x,), recompute="full")
-    assert plan.passes == ("deduplicate", "offload", "write_back")
+    assert plan.passes == ("shard", "deduplicate", "offload", "write_back")
     assert plan.decisions.recompute == ()
     assert "pass rematerialize is switched off by FXZERO_SKIP" in plan.notes
     with pytest.raises(UsageError, match="strict=True, but\n  pass rematerialize is switched off"):

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
@@ -212,6 +215,31 @@ def test_make_graph_module_makes_a_module_that_runs() -> None:
     made = _torch.make_graph_module({}, plain_graph((aten.tanh.default,)).graph)
     assert isinstance(made, fx.GraphModule)
     assert torch.equal(made(X)[0], X.tanh())
+
+
+def test_copy_module_copies_nodes_and_shares_values() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = X
+    graph.output((graph.call_function(torch.ops.aten.tanh.default, (x,)),))
+    module = fx.GraphModule({}, graph)
+    copied = _torch.copy_module(module)
+    assert [n.name for n in copied.graph.nodes] == [n.name for n in module.graph.nodes]
+    assert not set(copied.graph.nodes) & set(module.graph.nodes)
+    assert next(iter(copied.graph.nodes)).meta["val"] is X
+    assert torch.equal(copied(X)[0], X.tanh())
+
+
+def test_local_tensor_is_the_part_of_this_rank_and_other_tensors_themselves() -> None:
+    assert _torch.local_tensor(X) is X
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, part = init_device_mesh("cpu", (1,)), torch.ones(2, 3)
+        spread = nn.Parameter(DTensor.from_local(part, mesh, [Shard(0)], run_check=False))
+        assert type(_torch.local_tensor(spread)) is Tensor
+        assert _torch.local_tensor(spread).data_ptr() == part.data_ptr()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_fake_mode_of_finds_the_mode_of_the_first_fake() -> None:

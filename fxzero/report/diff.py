@@ -48,6 +48,7 @@ _SETTINGS: tuple[tuple[str, Callable[[Plan], str]], ...] = (
     ("objective", lambda plan: plan.request.objective),
     ("inner", lambda plan: plan.request.inner),
     ("device", lambda plan: plan.request.device),
+    ("mesh", lambda plan: wording.mesh_text(plan) or "one device"),
     ("torch", lambda plan: plan.torch_version),
     ("fxzero", lambda plan: plan.fxzero_version),
     ("passes", lambda plan: ", ".join(plan.passes)),

@@ -51,6 +51,11 @@ def _heading(plan: Plan, width: int) -> Iterator[str]:
         f"step    {format_seconds(plan.step_seconds)} modelled, forward and backward; "
         f"solver: {wording.solved(plan)}"
     )
+    if mesh := wording.mesh_text(plan):
+        yield (
+            f"mesh    {mesh}; collectives take {format_seconds(plan.communication_seconds)} "
+            f"({share(plan.communication_seconds, plan.step_seconds)} of the step)"
+        )
 
 
 def _ranks(plan: Plan, width: int) -> Iterator[str]:

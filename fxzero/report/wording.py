@@ -42,6 +42,12 @@ def budget_text(plan: Plan) -> str:
     return "" if budget is None else f"budget {format_bytes(budget)}"
 
 
+def mesh_text(plan: Plan) -> str:
+    """'dp 8, zero 3', or '' on one device."""
+    sizes = [f"{name} {size}" for name, size in plan.request.mesh.items()]
+    return ", ".join([*sizes, f"zero {plan.request.zero}"]) if sizes else ""
+
+
 def solved(plan: Plan) -> str:
     """The solver's status and what it proved: 'optimal', 'feasible, within 1.2 % of optimal'."""
     if plan.status == "optimal" or plan.status == "infeasible":

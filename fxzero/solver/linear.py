@@ -93,7 +93,7 @@ class LinearProgram:
             return Answer(np.empty(0), 0.0, 0.0) if possible else None
         if relaxed or not any(self.integer):
             return self._answer(self._run(integer=False))
-        options = {"mip_rel_gap": relative_gap}
+        options: dict[str, Any] = {"mip_rel_gap": relative_gap}
         if nodes is not None:
             options["node_limit"] = nodes
         answer = self._answer(self._run(**options))

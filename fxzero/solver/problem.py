@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from fxzero.collectives import is_gather
 from fxzero.cost import CostModel
 from fxzero.graph import TrainGraph
 from fxzero.passes.replay_randomness import is_random, rng_state_bytes
@@ -184,7 +185,7 @@ def build_problem(
 
     Args:
         fixed_bytes: parameters, buffers, inputs and optimizer state.
-        recompute: whether operators may run again.
+        recompute: whether operators other than gathers may run again.
         offload: whether values may lie in host memory between forward and backward.
         policy: "save" or "recompute" by node name, for values that a user or a tag has settled.
     """
@@ -197,10 +198,12 @@ def build_problem(
     for node in forward:
         if (choice := (policy or {}).get(node.name)) is not None:
             settled[choice].update(storages.of.get(node, ()))
-    stay = settled["save"] | settled["recompute"] if offload else frozenset(range(len(sizes)))
+    stay = settled["save"] | settled["recompute"] if offload else set(range(len(sizes)))
+    stay.update(s for node in forward if is_gather(node) for s in storages.of[node])
     operators, maker = _operators(forward, storages, costs, device, _mutated(graph))
     if not recompute:
-        operators = [replace(operator, recomputable=False) for operator in operators]
+        gathers = {node.name for node in forward if is_gather(node)}
+        operators = [replace(o, recomputable=o.name in gathers) for o in operators]
     fetches = _fetches(operators, storages, stay, costs)
     maker = tuple(index + len(fetches) if index >= 0 else index for index in maker)
     results = {"output": frozenset[int](), "gradient": frozenset[int]()}
@@ -326,8 +329,10 @@ def _mutated(graph: TrainGraph) -> frozenset[fx.Node]:
 
 
 def is_recomputable(node: fx.Node) -> bool:
-    """Whether an operator may run twice: no mutation, no communication, no unseeded randomness."""
+    """Whether an operator may run twice: no mutation, no reduction, no unseeded randomness."""
     target = node.target
+    if is_gather(node):
+        return True
     if not isinstance(target, torch._ops.OpOverload):
         return False
     if target._schema.is_mutable or target.namespace in ("_c10d_functional", "c10d"):

@@ -1,0 +1,109 @@
+"""What all ranks have to agree on before any of them starts a collective.
+
+Ranks run the same graphs in the same order, or they wait for each other for ever.  Before each
+training step they compare what it will run, in a few bytes; a new graph is traced by all of them
+at once, compared, and planned by the first.  Where they differ, every rank raises the same error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fxzero.errors import DivergenceError, FxzeroError
+from fxzero.mesh import Mesh
+
+# How long a rank waits for the others to reach the same step, or to plan.
+_PATIENCE = timedelta(minutes=30)
+
+
+class Agreement:
+    """The ranks of a mesh, as they talk to each other outside of graphs: over gloo, on the CPU."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        ranks = mesh.devices.mesh.flatten().tolist()
+        self.group = dist.new_group(
+            ranks, backend="gloo", timeout=_PATIENCE, use_local_synchronization=True
+        )
+        self.first = ranks[0]
+        self.ranks = ranks
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank is the one that plans."""
+        return bool(dist.get_rank() == self.first)
+
+    def on_step(self, description: str, known: bool) -> bool:
+        """Whether every rank knows the graph of a step that all describe alike.
+
+        Raises:
+            DivergenceError: descriptions differ; on every rank.
+        """
+        mine = torch.tensor([_number(description), int(known)])
+        every = [torch.empty_like(mine) for _ in self.ranks]
+        dist.all_gather(every, mine, group=self.group)
+        numbers, knows = torch.stack(every).T.tolist()
+        if len(set(numbers)) > 1:
+            self._refuse("ranks were given different steps", self._collect(description))
+        return all(knows)
+
+    def on_result(self, make: Callable[[], Any], digest: Callable[[Any], str]) -> Any:
+        """What ``make`` returns, if it returns on all ranks and digests are equal.
+
+        Raises:
+            FxzeroError: it failed here.
+            DivergenceError: it failed elsewhere, or digests differ.
+        """
+        try:
+            made = make()
+        except FxzeroError as error:
+            self._collect(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            raise
+        except Exception as error:
+            self._collect(f"{type(error).__name__}: {error}")
+            raise
+        answers = self._collect(digest(made))
+        if len(set(answers)) > 1:
+            self._refuse("ranks do not have the same graph", answers)
+        return made
+
+    def of_first(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, or raises, on the first rank."""
+        answer: list[Any] = [None]
+        if self.leads:
+            try:
+                answer = [make()]
+            except FxzeroError as error:
+                answer = [error]
+            except Exception as error:
+                text = f"rank {self.first} failed to plan: {type(error).__name__}: {error}"
+                answer = [DivergenceError(text)]
+                answer[0].__cause__ = error
+        dist.broadcast_object_list(answer, src=self.first, group=self.group)
+        if isinstance(answer[0], FxzeroError):
+            raise answer[0]
+        return answer[0]
+
+    def _collect(self, text: str) -> list[str]:
+        answers: list[Any] = [None] * len(self.ranks)
+        dist.all_gather_object(answers, text, group=self.group)
+        return answers
+
+    def _refuse(self, what: str, answers: list[str]) -> None:
+        lines = [f"{what}; no collective was started"]
+        by_answer: dict[str, list[int]] = {}
+        for rank, answer in zip(self.ranks, answers, strict=True):
+            by_answer.setdefault(answer, []).append(rank)
+        for answer, ranks in by_answer.items():
+            lines.append(f"  rank {', '.join(map(str, ranks))}: {answer}")
+        lines.append("  give every rank the same model, and inputs of the same shapes: pad them")
+        raise DivergenceError("\n".join(lines))
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)

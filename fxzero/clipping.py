@@ -1,0 +1,109 @@
+"""Clipping gradients by their global norm, to the bit what one device would compute.
+
+The norm of a sum of squares depends on the order of the sum, so shards' norms do not add up to the
+bits of the whole gradient's.  Instead each rank gets some of the gradients whole, one in as many as
+there are ranks, and computes their norms as torch does; that moves a fraction of what the
+reduction of the gradients has moved.
+
+    gradients a b c d on 2 ranks     rank 0: |a| |c|     rank 1: |b| |d|     all: |a| |b| |c| |d|
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fxzero import _torch
+from fxzero.errors import RuntimeStateError
+from fxzero.ranks import Ranks
+from fxzero.sharding import Shards, is_cut, padded_rows
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    model: nn.Module,
+    max_norm: float,
+    norm_type: float = 2.0,
+    *,
+    error_if_nonfinite: bool = False,
+) -> torch.Tensor:
+    """Scales the model's gradients so that their norm is at most ``max_norm``.
+
+    On many ranks all of them must call it.  The result, and the gradients, are bitwise those of
+    ``torch.nn.utils.clip_grad_norm_`` over whole gradients.
+
+    Returns:
+        The norm before clipping, a scalar tensor, the same on every rank.
+
+    Raises:
+        RuntimeStateError: gradients of ``no_sync`` steps were not reduced yet.
+        RuntimeError: the norm is not finite, and ``error_if_nonfinite`` is set.
+    """
+    state = vars(model).get("_fxzero")
+    ranks: Ranks | None = state.ranks if state is not None else None
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if ranks is None or not parameters:
+        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+    if ranks.any_pending(parameters):
+        raise RuntimeStateError(
+            "gradients of no_sync steps are not reduced yet\n"
+            "  run the last backward of an accumulation outside of no_sync, then clip"
+        )
+    norms = _norms(parameters, ranks.shards, norm_type)
+    total: torch.Tensor = torch.linalg.vector_norm(norms, norm_type)
+    if error_if_nonfinite and not bool(total.isfinite()):
+        raise RuntimeError(f"the norm of the gradients is {total.item()}, so they were not clipped")
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        _local_gradient(parameter).mul_(scale)
+    return total
+
+
+def _norms(parameters: list[nn.Parameter], shards: Shards, norm_type: float) -> torch.Tensor:
+    """The norm of each gradient, in order, on every rank."""
+    gradients = [_local_gradient(p) for p in parameters]
+    norms = torch.zeros(len(parameters), device=gradients[0].device)
+    cut = [i for i, p in enumerate(parameters) if is_cut(p)]
+    count = shards.sharding.shards
+    for start in range(0, len(cut), count):
+        chunk = cut[start : start + count]
+        whole = _exchange([_padded(gradients[i], parameters[i], count) for i in chunk], shards)
+        if whole is not None:
+            mine = chunk[shards.rank]
+            whole = whole.view(-1, *parameters[mine].shape[1:])[: parameters[mine].shape[0]]
+            norms[mine] = torch.linalg.vector_norm(whole, norm_type)
+    if cut:
+        dist.all_reduce(norms, group=shards.group)
+    for i, parameter in enumerate(parameters):
+        if not is_cut(parameter):
+            norms[i] = torch.linalg.vector_norm(gradients[i], norm_type)
+    return norms
+
+
+def _exchange(parts: list[torch.Tensor], shards: Shards) -> torch.Tensor | None:
+    """Sends the i-th part to rank i; returns what all ranks sent to this one, if anything."""
+    count, rank = shards.sharding.shards, shards.rank
+    sent = [part.numel() for part in parts] + [0] * (count - len(parts))
+    received = [sent[rank]] * count
+    dtype = torch.promote_types(parts[0].dtype, torch.float32)
+    flat = torch.cat([part.flatten().to(dtype) for part in parts])
+    whole = flat.new_empty(sum(received))
+    dist.all_to_all_single(whole, flat, received, sent, group=shards.group)
+    return whole.to(parts[rank].dtype) if rank < len(parts) else None
+
+
+def _padded(gradient: torch.Tensor, parameter: torch.Tensor, count: int) -> torch.Tensor:
+    rows = padded_rows(parameter.shape[0], count)
+    if gradient.shape[0] == rows:
+        return gradient
+    padded = gradient.new_zeros((rows, *parameter.shape[1:]))
+    padded[: gradient.shape[0]] = gradient
+    return padded
+
+
+def _local_gradient(parameter: torch.Tensor) -> Any:
+    assert parameter.grad is not None
+    return _torch.local_tensor(parameter.grad)

@@ -1,0 +1,87 @@
+"""Collectives as they stand in graphs: torch's functional ones, with the mesh dimension's name.
+
+    g = all_gather_into_tensor(part, 8, "dp"); w = wait_tensor(g)
+
+``w`` is the memory of ``g`` once the transfer has ended.  ``bind`` puts the names of process groups
+in the place of dimensions' in graphs that are about to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed._functional_collectives  # registers the operators
+from torch import fx
+
+_OPERATORS = torch.ops._c10d_functional
+ALL_GATHER = _OPERATORS.all_gather_into_tensor.default
+ALL_REDUCE = _OPERATORS.all_reduce.default
+REDUCE_SCATTER = _OPERATORS.reduce_scatter_tensor.default
+WAIT = _OPERATORS.wait_tensor.default
+
+# Position of the group's name among the arguments.
+_GROUP: dict[object, int] = {ALL_GATHER: 2, ALL_REDUCE: 2, REDUCE_SCATTER: 3}
+_RANKS: dict[object, int] = {ALL_GATHER: 1, REDUCE_SCATTER: 2}
+
+
+def is_collective(node: fx.Node) -> bool:
+    """Whether the node starts a collective."""
+    return node.target in _GROUP
+
+
+def is_gather(node: fx.Node) -> bool:
+    """Whether the node starts an all-gather: it may run again, as all ranks run the same graph."""
+    return node.target is ALL_GATHER
+
+
+def is_reduction(node: fx.Node) -> bool:
+    """Whether the node starts a reduce-scatter or an all-reduce."""
+    return node.target in (REDUCE_SCATTER, ALL_REDUCE)
+
+
+def is_wait(node: fx.Node) -> bool:
+    """Whether the node waits for a collective."""
+    return node.target is WAIT
+
+
+def ranks_of(node: fx.Node) -> int | None:
+    """How many ranks take part in a collective; None where the operator does not say."""
+    position = _RANKS.get(node.target)
+    ranks = None if position is None else node.args[position]
+    assert ranks is None or isinstance(ranks, int)
+    return ranks
+
+
+def group_of(node: fx.Node) -> str:
+    """The dimension (or process group) of a collective."""
+    name = node.args[_GROUP[node.target]]
+    assert isinstance(name, str)
+    return name
+
+
+def all_gather(part: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
+    """The parts of all ranks, one after the other, at once and outside of graphs."""
+    gathered: torch.Tensor = WAIT(ALL_GATHER(part, ranks, group))
+    return gathered
+
+
+def average(tensor: torch.Tensor, group: str) -> torch.Tensor:
+    """The average of all ranks' tensors."""
+    reduced: torch.Tensor = WAIT(ALL_REDUCE(tensor, "avg", group))
+    return reduced
+
+
+def average_part(tensor: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
+    """This rank's part of the average of all ranks' tensors."""
+    reduced: torch.Tensor = WAIT(REDUCE_SCATTER(tensor, "avg", ranks, group))
+    return reduced
+
+
+def bind(module: fx.GraphModule, groups: Mapping[str, str]) -> None:
+    """Replaces names of mesh dimensions by those of process groups, in place."""
+    for node in module.graph.nodes:
+        if is_collective(node):
+            position = _GROUP[node.target]
+            node.update_arg(position, groups.get(group_of(node), group_of(node)))
+    module.recompile()

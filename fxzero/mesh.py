@@ -1,0 +1,200 @@
+"""The ranks that train together, and how parameters and gradients are spread over them.
+
+    mesh dimension    what it does
+    "dp"              each rank has other data; parameters are sharded over it
+    "dp_replicate"    each rank has other data and a copy of the same shards (hybrid sharding)
+    "dp_shard"        "dp" where there is a "dp_replicate"
+
+Graphs and plans name a dimension, never a process group: they are equal on all ranks, and are
+made without any process running.  ``groups`` has the process groups' names for those who run them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from fxzero.errors import UsageError, unknown_option
+
+STAGES = (0, 1, 2, 3, "auto")
+_DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "dp")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A dimension of the mesh: its name and how many ranks lie along it."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How parameters and gradients are spread: data for plans and passes.
+
+    Attributes:
+        zero: the ZeRO stage; None: the solver chooses for each parameter between 2 and 3.
+        shard: what parameters are cut over; None: they are whole on every rank.
+        replicate: what gradients are averaged over besides.
+        reduce_dtype: in what gradients are reduced, such as "float32"; None: as they are computed.
+    """
+
+    zero: int | None = None
+    shard: Axis | None = None
+    replicate: tuple[Axis, ...] = ()
+    reduce_dtype: str | None = None
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Everything that gradients are averaged over."""
+        return (*((self.shard,) if self.shard else ()), *self.replicate)
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks train together."""
+        return math.prod(axis.size for axis in self.axes)
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts a parameter is cut."""
+        return self.shard.size if self.shard else 1
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Ranks by dimension.
+
+    Attributes:
+        sizes: ranks along each dimension, by name, those of one rank left out.
+        devices: the DeviceMesh whose processes run; None where nothing runs, in a planner.
+    """
+
+    sizes: Mapping[str, int]
+    devices: Any = None
+
+    def sharding(self, zero: int | None, reduce_dtype: torch.dtype | None = None) -> Sharding:
+        """What a ZeRO stage (None: "auto") comes to on this mesh."""
+        axes = {name: Axis(name, size) for name, size in self.sizes.items()}
+        dtype = None if reduce_dtype is None else str(reduce_dtype).removeprefix("torch.")
+        if zero == 0:
+            return Sharding(zero, None, tuple(axes.values()), dtype)
+        shard = axes.pop("dp_shard", None) or axes.pop("dp", None)
+        return Sharding(zero, shard, tuple(axes.values()), dtype)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return math.prod(self.sizes.values())
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """The name of each dimension's process group, for collectives that run."""
+        if self.devices is None:
+            return {}
+        return {name: self.devices.get_group(name).group_name for name in self.sizes}
+
+
+def resolve_mesh(mesh: Any, device: str) -> Mesh:
+    """The mesh that a user means.
+
+    Args:
+        mesh: a DeviceMesh, sizes by dimension (for plans only), or None: all processes of the
+            default group, or those that torchrun started, for which the group is made.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UsageError: dimensions that nobody knows, or a pipeline.
+    """
+    if isinstance(mesh, Mesh):
+        return mesh
+    if isinstance(mesh, Mapping):
+        return Mesh(_checked({str(name): size for name, size in mesh.items()}))
+    if mesh is None:
+        mesh = _all_processes(device)
+        if mesh is None:
+            return Mesh({})
+    names = getattr(mesh, "mesh_dim_names", None)
+    if names is None:
+        raise UsageError(
+            f"mesh={mesh!r} must be a DeviceMesh whose dimensions have names\n"
+            '  init_device_mesh("cuda", (8,), mesh_dim_names=("dp",))'
+        )
+    return Mesh(_checked(dict(zip(names, mesh.shape, strict=True))), mesh)
+
+
+def planned_mesh(mesh: Any, devices: int | None, device: str) -> Mesh:
+    """The mesh of a plan: as given, or all ``devices`` along "dp", or one device.
+
+    Args:
+        mesh: a DeviceMesh, sizes by dimension, or text such as "dp_replicate=8,dp_shard=16".
+
+    Raises:
+        UsageError: as ``resolve_mesh``; or the mesh has another number of ranks than ``devices``.
+    """
+    if isinstance(mesh, str):
+        mesh = _parse(mesh)
+    if mesh is None:
+        mesh = {"dp": 1 if devices is None else devices}
+    found = resolve_mesh(mesh, device)
+    if devices is not None and found.size != devices:
+        raise UsageError(f"mesh has {found.size} ranks, devices={devices}; leave one of them out")
+    return found
+
+
+def _parse(text: str) -> dict[str, int]:
+    sizes = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if not size.isdecimal():
+            raise UsageError(f'mesh={text!r}: expected "dp=16", or several such parts and commas')
+        sizes[name] = int(size)
+    return sizes
+
+
+def check_zero(zero: Any) -> int | None:
+    """The ZeRO stage, None for "auto"; raises UsageError for anything else."""
+    if isinstance(zero, str) and zero.isdecimal():
+        zero = int(zero)
+    if isinstance(zero, bool) or zero not in STAGES:
+        raise UsageError(f'zero={zero!r} must be 0, 1, 2, 3 or "auto"')
+    return None if zero == "auto" else int(zero)
+
+
+def _checked(sizes: dict[str, int]) -> dict[str, int]:
+    for name, size in sizes.items():
+        if name not in _DIMENSIONS:
+            raise unknown_option(name, _DIMENSIONS, where="mesh")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise UsageError(f"mesh: {name} must be a number of ranks, at least 1, not {size!r}")
+    if sizes.get("pp", 1) > 1:
+        raise UsageError(
+            f'mesh has "pp" of {sizes["pp"]} ranks, but this version has no pipelines\n'
+            '  give all ranks to "dp"'
+        )
+    if "dp" in sizes and {"dp_replicate", "dp_shard"} & set(sizes):
+        raise UsageError(
+            'mesh has "dp" beside its parts; give "dp", or "dp_replicate" and "dp_shard"'
+        )
+    return {name: size for name, size in sizes.items() if size > 1}
+
+
+def _all_processes(device: str) -> Any:
+    """A one-dimensional DeviceMesh over every process; None where there is only one."""
+    if not dist.is_available():
+        return None
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+            return None
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if dist.get_world_size() == 1:
+        return None
+    return init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("dp",))

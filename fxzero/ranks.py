@@ -1,0 +1,136 @@
+"""One training step on many ranks: what graphs take for parameters, and what becomes of gradients.
+
+A graph either averages its gradients over the ranks or returns them as this rank has them:
+
+    graph that reduces        every step, unless one of these
+    graph that does not       inside ``no_sync``: gradients are added up, unreduced
+                              the step that ends an accumulation: added up, then averaged
+
+An unreduced gradient of a sharded parameter is a DTensor with the placement ``Partial("avg")`` of
+the parameter's shape, so that autograd adds up what is alike and ``zero_grad`` forgets it; that of
+a whole parameter is a plain tensor, as in DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Partial
+
+from fxzero import _torch
+from fxzero.agreement import Agreement
+from fxzero.errors import UsageError
+from fxzero.mesh import Mesh, Sharding
+from fxzero.sharding import Shards, agree_on_values, is_spread, shard_parameters
+
+
+@dataclass
+class Ranks:
+    """What a compiled model on many ranks remembers between steps.
+
+    Attributes:
+        mesh: the processes.
+        shards: the way to sharded parameters.
+        agreement: what they settle before they run anything.
+        syncing: whether gradients are averaged; False inside ``no_sync``.
+        local: ids of whole parameters whose gradient was left unreduced.
+    """
+
+    mesh: Mesh
+    shards: Shards
+    agreement: Agreement
+    syncing: bool = True
+    local: set[int] = field(default_factory=set)
+
+    def pending(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """What earlier steps have added up for the parameter and not reduced, if anything."""
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor):
+            partial = any(isinstance(p, Partial) for p in gradient.placements)
+            return _torch.local_tensor(gradient) if partial else None
+        return gradient if id(parameter) in self.local else None
+
+    def any_pending(self, parameters: Iterable[torch.Tensor]) -> bool:
+        """Whether an accumulation is under way."""
+        return any(self.pending(p) is not None for p in parameters if p.requires_grad)
+
+    def step(self, *, reduces: bool) -> StepParameters:
+        """The parameters of one step.
+
+        Args:
+            reduces: whether the step's graph averages gradients.
+        """
+        return StepParameters(self, reduces, self.syncing)
+
+
+def connect(model: nn.Module, mesh: Mesh, sharding: Sharding) -> Ranks | None:
+    """Spreads a model over the mesh: equal values on all ranks, then shards; None on one device.
+
+    Raises:
+        UsageError: no processes run, or the model is already spread another way.
+    """
+    if mesh.size == 1:
+        return None
+    if mesh.devices is None:
+        sizes = ", ".join(f"{name}={size}" for name, size in mesh.sizes.items())
+        raise UsageError(
+            f"mesh of {sizes} describes ranks that do not run\n"
+            "  start them with torchrun and leave mesh out, or ask fxzero.plan"
+        )
+    shards = Shards(mesh, sharding)
+    if any(is_spread(p) for p in model.parameters()) and sharding.shard is None:
+        raise UsageError("zero=0, but parameters are already sharded: compile the model anew")
+    agree_on_values(model, mesh)
+    if sharding.shard is not None:
+        shard_parameters(model, shards)
+    return Ranks(mesh, shards, Agreement(mesh))
+
+
+class StepParameters:
+    """What one step's graphs take and return (``runtime.Parameters``)."""
+
+    def __init__(self, ranks: Ranks, reduces: bool, sync: bool) -> None:
+        self.ranks = ranks
+        self.reduces = reduces
+        self.sync = sync
+        self.tensors: tuple[torch.Tensor | None, ...] = ()
+
+    def taken(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Of sharded parameters this rank's padded part, all else as it is."""
+        self.tensors = tuple(t if isinstance(t, nn.Parameter) else None for t in tensors)
+        return [self.ranks.shards.part(t) for t in tensors]
+
+    def returned(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Gradients as autograd adds them to those of the parameters."""
+        pairs = zip(gradients, self.tensors, strict=True)
+        return [g if p is None else self._returned(g, p) for g, p in pairs]
+
+    def _returned(
+        self, gradient: torch.Tensor | None, parameter: torch.Tensor
+    ) -> torch.Tensor | None:
+        ranks = self.ranks
+        if not self.sync:
+            return None if gradient is None else self._kept(gradient, parameter)
+        pending = ranks.pending(parameter)
+        ranks.local.discard(id(parameter))
+        if pending is not None:
+            parameter.grad = None
+        if self.reduces:
+            found = None if gradient is None else ranks.shards.gradient(gradient, parameter)
+            if pending is None:
+                return found
+            reduced = ranks.shards.reduce(pending, parameter)
+            return reduced if found is None else reduced.add_(found)
+        whole = pending if gradient is None else gradient
+        if pending is not None and gradient is not None:
+            whole = pending.add_(gradient)
+        return None if whole is None else ranks.shards.reduce(whole, parameter)
+
+    def _kept(self, gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        if is_spread(parameter):
+            return self.ranks.shards.unreduced(gradient, parameter)
+        self.ranks.local.add(id(parameter))
+        return gradient

@@ -1,0 +1,206 @@
+"""Parameters become shards: gathered before they are used, their gradients reduced behind them.
+
+A placeholder takes a rank's part of the parameter, rows padded to those of the first rank.  Before
+the first use an all-gather makes it whole; behind each gradient a reduce-scatter averages it over
+the ranks and leaves the rank's part.  Where a parameter is whole on every rank, its gradient is
+averaged by an all-reduce.
+
+A gather is an operator like any other: that the backward does it again (ZeRO-3) or reads what the
+forward gathered (ZeRO-2) is a decision of the plan.  In stage 1 gradients stay whole until the
+backward ends.
+
+Invariant: afterwards no node but a cast and the gather reads a sharded placeholder, every gather
+and reduction has one wait, and each gradient has the shape and dtype of its placeholder.
+
+    w [8, 4]:  t(w); ...; dw = mm(...)        w [2, 4]:  g = all_gather(w, 4, "dp"); u = wait(g)
+    output:    [loss, dw]               ->               t(u); ...; dw = mm(...)
+                                              s = reduce_scatter(dw, "avg", 4, "dp"); v = wait(s)
+                                              output:    [loss, v]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxzero import _torch
+from fxzero.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, WAIT
+from fxzero.graph import TrainGraph
+from fxzero.mesh import Sharding
+from fxzero.passes.context import PassContext
+from fxzero.sharding import may_shard, padded_rows
+from fxzero.storages import storage_identity, tensor_leaves
+
+# In the meta of a sharded placeholder: the parameter as it is when gathered.
+WHOLE = "whole"
+
+_ATEN = torch.ops.aten
+_ORIGIN = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack")
+
+
+def shard_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
+    """Spreads parameters and gradients as ``context.sharding`` says."""
+    sharding = context.sharding
+    if sharding.shards == 1 and not sharding.replicate:
+        return graph
+    rewrite = _Rewrite(graph, sharding)
+    placeholders = dict(graph.pairs())
+    results = list(graph.results)
+    whole = {role: node.meta["val"] for role, node in placeholders.items()}
+    for role, node in placeholders.items():
+        if role.kind == "parameter" and sharding.shards > 1 and may_shard(whole[role]):
+            rewrite.gather(node)
+    if context.reduces:
+        for index, (result, value) in enumerate(graph.result_pairs()):
+            of = result.of
+            if result.kind != "gradient" or of is None or of.kind != "parameter":
+                continue
+            if isinstance(value, fx.Node):
+                results[index] = rewrite.reduce(value, placeholders[of], whole[of])
+    (output,) = graph.graph.find_nodes(op="output")
+    output.args = (tuple(results),)
+    graph.graph.lint()
+    return graph
+
+
+class _Rewrite:
+    def __init__(self, graph: TrainGraph, sharding: Sharding) -> None:
+        self.graph = graph
+        self.sharding = sharding
+        self.order = {node: index for index, node in enumerate(graph.graph.nodes)}
+        (self.output,) = graph.graph.find_nodes(op="output")
+
+    def gather(self, parameter: fx.Node) -> None:
+        """Lets everything that reads a parameter read what is gathered from its parts."""
+        whole, axis = parameter.meta["val"], self.sharding.shard
+        assert axis is not None
+        rows = padded_rows(whole.shape[0], axis.size)
+        mode = _torch.fake_mode_of([whole])
+        assert mode is not None
+        with mode:
+            part = whole.new_empty((rows, *whole.shape[1:]))
+            parameter.meta = {**parameter.meta, "val": part, WHOLE: whole}
+        users = sorted(parameter.users, key=self.order.__getitem__)
+        users = [user for user in users if user is not self.output]
+        if not users:
+            return
+        source, users_value = parameter, whole
+        if (cast := _narrowing_cast(users)) is not None:
+            # What travels is as narrow as what is computed.
+            source, users = cast, sorted(cast.users, key=self.order.__getitem__)
+            users_value = cast.meta["val"]
+            with mode:
+                cast.meta = {**cast.meta, "val": part.to(cast.meta["val"].dtype)}
+        writer = _Writer(self.graph, users[0], mode)
+        gathered = writer.call(ALL_GATHER, (source, axis.size, axis.name), parameter.name)
+        result = writer.wait(gathered)
+        if rows * axis.size > whole.shape[0]:
+            result = writer.call(_ATEN.slice.Tensor, (result, 0, 0, whole.shape[0]))
+        stale = storage_identity(users_value)
+        for user in users:
+            user.replace_input_with(source, result)
+        _renew_views(result, stale, mode)
+
+    def reduce(self, gradient: fx.Node, parameter: fx.Node, whole: torch.Tensor) -> fx.Node:
+        """The gradient's average over the ranks, cut as the parameter is."""
+        sharding, part = self.sharding, parameter.meta["val"]
+        mode = _torch.fake_mode_of([part])
+        late = sharding.zero == 1 or self.order.get(gradient, -1) < 0
+        writer = _Writer(self.graph, self.output if late else gradient.next, mode, gradient)
+        value = gradient
+        is_cut = part is not whole
+        if sharding.reduce_dtype is not None:
+            value = writer.cast(value, getattr(torch, sharding.reduce_dtype))
+        if is_cut:
+            assert sharding.shard is not None
+            axis = sharding.shard
+            missing = part.shape[0] * axis.size - whole.shape[0]
+            if missing:
+                pads = [0, 0] * (whole.ndim - 1) + [0, missing]
+                value = writer.call(_ATEN.constant_pad_nd.default, (value, pads))
+            value = writer.contiguous(value)
+            value = writer.call(REDUCE_SCATTER, (value, "avg", axis.size, axis.name))
+            value = writer.wait(value)
+        for axis in sharding.replicate if is_cut else sharding.axes:
+            value = writer.contiguous(value)
+            value = writer.wait(writer.call(ALL_REDUCE, (value, "avg", axis.name)))
+        return writer.cast(value, part.dtype)
+
+
+class _Writer:
+    """Writes calls before one place in a graph, with the origin and direction of what is there."""
+
+    def __init__(
+        self,
+        graph: TrainGraph,
+        before: fx.Node,
+        mode: Any,
+        like: fx.Node | None = None,
+    ) -> None:
+        self.graph = graph.graph
+        self.before = before
+        self.mode = mode
+        like = before if like is None else like
+        self.meta = {key: like.meta[key] for key in _ORIGIN if key in like.meta}
+        backward = graph.is_backward(like)
+        self.meta["partitioner_tag"] = "is_backward" if backward else "is_forward"
+
+    def call(self, target: Any, args: tuple[Any, ...], of: str = "") -> fx.Node:
+        name = f"{of}_gathered" if of else None
+        with self.graph.inserting_before(self.before):
+            node = self.graph.create_node("call_function", target, args, name=name)
+        given: Any = fx.map_arg(args, lambda source: source.meta["val"])
+        with self.mode, torch.no_grad():
+            node.meta = {**self.meta, "val": target(*given)}
+        return node
+
+    def wait(self, collective: fx.Node) -> fx.Node:
+        node = self.call(WAIT, (collective,))
+        node.meta["val"] = collective.meta["val"]  # it returns its argument
+        return node
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        if node.meta["val"].dtype == dtype:
+            return node
+        with self.graph.inserting_before(self.before):
+            cast = self.graph.call_function(_ATEN._to_copy.default, (node,), {"dtype": dtype})
+        with self.mode:
+            cast.meta = {**self.meta, "val": node.meta["val"].to(dtype)}
+        return cast
+
+    def contiguous(self, node: fx.Node) -> fx.Node:
+        if node.meta["val"].is_contiguous():
+            return node
+        with self.graph.inserting_before(self.before):
+            copy = self.graph.call_function(
+                _ATEN.clone.default, (node,), {"memory_format": torch.contiguous_format}
+            )
+        with self.mode:
+            copy.meta = {**self.meta, "val": node.meta["val"].contiguous()}
+        return copy
+
+
+def _renew_views(node: fx.Node, stale: int, mode: Any) -> None:
+    """Lets the values of all views of ``node`` be views of its value, and not of what it was."""
+    for user in list(node.users):
+        leaves = tensor_leaves(user.meta.get("val"))
+        if user.op == "call_function" and any(storage_identity(t) == stale for t in leaves):
+            given: Any = fx.map_arg((user.args, user.kwargs), lambda source: source.meta["val"])
+            args, kwargs = given
+            assert callable(user.target)
+            with mode, torch.no_grad():
+                user.meta = {**user.meta, "val": user.target(*args, **kwargs)}
+            _renew_views(user, stale, mode)
+
+
+def _narrowing_cast(users: list[fx.Node]) -> fx.Node | None:
+    """The only reader of a parameter, if it is a cast to a smaller dtype."""
+    if len(users) != 1 or users[0].target is not _ATEN._to_copy.default:
+        return None
+    (source,) = users[0].all_input_nodes
+    if set(users[0].kwargs) != {"dtype"}:
+        return None
+    narrower = users[0].meta["val"].itemsize < source.meta["val"].itemsize
+    return users[0] if narrower else None

@@ -1,0 +1,231 @@
+"""What each rank of a pool runs: five steps of a model, by fxzero or by DistributedDataParallel."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+import zoo
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+import fxzero
+from fxzero import capture as capturing
+from fxzero import training_step
+
+STEPS = 5
+
+
+@functools.lru_cache(maxsize=4)
+def traced(name, spread, inner):
+    """One trace of a model serves all stages that shard it."""
+    return {}
+
+
+def share_traces(name, model, inner):
+    """Lets the next compilations of this model find its trace."""
+    known = traced(name, any(isinstance(p, DTensor) for p in model.parameters()), inner)
+
+    def capture(*args, differentiable=None, **options):
+        if differentiable not in known:
+            known[differentiable] = capturing.capture(
+                *args, differentiable=differentiable, **options
+            )
+        return known[differentiable]
+
+    training_step.capture = capture
+
+
+class Step(nn.Module):
+    """A model of the zoo reduced to its loss."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.model, _, _, self.loss = zoo.build(name)
+
+    def forward(self, *args, **kwargs):
+        return self.loss(self.model(*args, **kwargs))
+
+
+def batches(name, count):
+    """Inputs that differ by rank and step: the zoo's, rolled along their last dimension."""
+    _, args, kwargs, _ = zoo.build(name)
+    for step in range(count):
+        shift = 1 + step + 10 * dist.get_rank()
+        yield (
+            tuple(_rolled(value, shift) for value in args),
+            {key: _rolled(value, shift) for key, value in kwargs.items()},
+        )
+
+
+def _rolled(value, shift):
+    if isinstance(value, torch.Tensor) and value.ndim > 1:
+        return value.roll(shift, -1)
+    return value
+
+
+def whole(tensor):
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def by_fxzero(name, accumulate=1, clip=None, **options):
+    """(losses, parameters, norms, plan's peak) of fxzero."""
+    torch.manual_seed(0)
+    options = {"inner": "eager", "recompute": "none", **options}
+    model = fxzero.compile(Step(name), **options)
+    share_traces(name, model, options["inner"])
+
+    def norm(limit):
+        return fxzero.clip_grad_norm_(model, limit)
+
+    return *_train(name, model, norm, accumulate, clip), model.plan.peak_bytes
+
+
+def by_ddp(name, accumulate=1, clip=None):
+    """(losses, parameters, norms) of eager torch."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(Step(name), find_unused_parameters=False)
+
+    def norm(limit):
+        return nn.utils.clip_grad_norm_(model.parameters(), limit)
+
+    return _train(name, model, norm, accumulate, clip)
+
+
+def _train(name, model, norm, accumulate, clip):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    torch.manual_seed(1 + dist.get_rank())
+    losses, norms = [], []
+    for index, (args, kwargs) in enumerate(batches(name, STEPS * accumulate)):
+        last = (index + 1) % accumulate == 0
+        if last:
+            loss = model(*args, **kwargs)
+            loss.backward()
+        else:
+            with model.no_sync():
+                loss = model(*args, **kwargs)
+                loss.backward()
+        losses.append(loss.item())
+        if last:
+            if clip is not None:
+                norms.append(norm(clip).item())
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses, [whole(p) for p in model.parameters()], norms
+
+
+class Small(nn.Module):
+    """Rows that no number of ranks divides, a scalar, and statistics of batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return (self.stack(x) * self.scale).square().mean()
+
+
+def inputs(rows=8):
+    return torch.randn(rows, 6, generator=torch.Generator().manual_seed(dist.get_rank()))
+
+
+def by_fxzero_hybrid(name, zero):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
+    return by_fxzero(name, zero=zero, mesh=mesh)
+
+
+def around_a_step():
+    """What a script does besides training steps, on sharded parameters."""
+    torch.manual_seed(dist.get_rank())  # the first rank's values are taken
+    training_step.capture = capturing.capture
+    model = fxzero.compile(Small(), zero=3, inner="eager")
+    torch.manual_seed(0)
+    expected = Small()
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert isinstance(ours, DTensor)
+        assert isinstance(ours, nn.Parameter)
+        assert torch.equal(whole(ours), theirs.detach())
+
+    # A forward without gradients, alone and with parameters gathered once.
+    x = inputs()
+    model.eval(), expected.eval()
+    with torch.no_grad():
+        assert torch.equal(model(x), expected(x))
+        with model.gathered():
+            assert torch.equal(model(x), expected(x))
+            assert not isinstance(model.scale, DTensor)
+    assert isinstance(model.scale, DTensor)
+    model.train()
+
+    # Forgetting an accumulation that was begun.
+    with model.no_sync():
+        model(x).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with pytest.raises(fxzero.FxzeroError, match="gradients of no_sync steps are not reduced yet"):
+        fxzero.clip_grad_norm_(model, 1.0)
+    model.zero_grad()
+    model(x).backward()
+    once = [whole(p.grad) for p in model.parameters()]
+    model.zero_grad()
+    model(x).backward()
+    assert all(map(torch.equal, once, [whole(p.grad) for p in model.parameters()]))
+    model(x).backward()  # added to what is reduced
+    for gradient, parameter in zip(once, model.parameters(), strict=True):
+        assert torch.equal(2 * gradient, whole(parameter.grad))
+    model.zero_grad()
+
+    # Many optimizers, a list of them at once or one tensor at a time.
+    for kind in (torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop):
+        for foreach in (False, True):
+            optimizer = kind(model.parameters(), lr=1e-3, foreach=foreach)
+            model(x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    # Saving and loading through a state dict of whole tensors.
+    state = {name: whole(value) for name, value in model.state_dict().items()}
+    other = Small()
+    other.load_state_dict(state)
+    assert set(state) == set(expected.state_dict())
+
+    assert model.verify(x).exact
+    return "done"
+
+
+def different_lengths():
+    training_step.capture = capturing.capture
+    model = fxzero.compile(Small(), zero=3, inner="eager")
+    try:
+        model(inputs(8 + dist.get_rank()))
+    except fxzero.FxzeroError as error:
+        return str(error)
+    return "no error"
+
+
+def too_small_a_budget():
+    training_step.capture = capturing.capture
+    model = fxzero.compile(Small(), zero=3, inner="eager", memory_budget="1KiB")
+    try:
+        model(inputs())
+    except fxzero.BudgetError as error:
+        return str(error)
+    return "no error"
+
+
+def measured_peak(zero):
+    """(measured, planned) peak of a step, of the forward and backward and of the optimizer's."""
+    training_step.capture = capturing.capture
+    model = fxzero.compile(Step("gpt2"), zero=zero, inner="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ((args, kwargs),) = batches("gpt2", 1)
+
+    def step():
+        model(*args, **kwargs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    return fxzero.measure(step).peak_bytes, model.plan.peak_bytes
