@@ -23,15 +23,25 @@ _HOME = {
     "clip_grad_norm_": "fxzero.clipping",
     "Precision": "fxzero.precision",
     "BudgetError": "fxzero.errors",
+    "CheckpointError": "fxzero.errors",
     "CaptureError": "fxzero.errors",
     "FxzeroError": "fxzero.errors",
     "UsageError": "fxzero.errors",
 }
 
+_MODULES = ("checkpoint",)
+
 if TYPE_CHECKING:
+    from fxzero import checkpoint
     from fxzero.clipping import clip_grad_norm_
     from fxzero.compiler import compile
-    from fxzero.errors import BudgetError, CaptureError, FxzeroError, UsageError
+    from fxzero.errors import (
+        BudgetError,
+        CaptureError,
+        CheckpointError,
+        FxzeroError,
+        UsageError,
+    )
     from fxzero.explanation import explain
     from fxzero.measurement import Measurement, measure
     from fxzero.naming import name
@@ -42,12 +52,14 @@ if TYPE_CHECKING:
 __all__ = [
     "BudgetError",
     "CaptureError",
+    "CheckpointError",
     "FxzeroError",
     "Measurement",
     "Plan",
     "Precision",
     "UsageError",
     "__version__",
+    "checkpoint",
     "clip_grad_norm_",
     "compile",
     "explain",
@@ -58,6 +70,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fxzero.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'fxzero' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

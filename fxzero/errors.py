@@ -132,6 +132,12 @@ class DivergenceError(FxzeroError, RuntimeError):
     code = "FXZ601"
 
 
+class CheckpointError(FxzeroError, RuntimeError):
+    """A checkpoint that is missing, damaged, or of another model."""
+
+    code = "FXZ701"
+
+
 class InternalError(FxzeroError):
     """A bug of ours.
 

@@ -66,7 +66,8 @@ def _rolled(value, shift):
 
 
 def whole(tensor):
-    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().clone()
 
 
 def by_fxzero(name, accumulate=1, clip=None, **options):
@@ -229,3 +230,87 @@ def measured_peak(zero):
 
     step()
     return fxzero.measure(step).peak_bytes, model.plan.peak_bytes
+
+
+def train_and_save(root):
+    """Saves after three steps; what two more come to, and the first rank's whole parameters."""
+    training_step.capture = capturing.capture
+    torch.manual_seed(0)
+    model = fxzero.compile(Small(), zero=3, inner="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    few_steps(model, optimizer, 3)
+    fxzero.checkpoint.save(root, model, optimizer, step=3)
+    state = whole_state(model, optimizer)
+    return state, few_steps(model, optimizer, 2)
+
+
+def few_steps(model, optimizer, count):
+    losses = []
+    for _ in range(count):
+        loss = model(inputs())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def whole_state(model, optimizer):
+    state = {name: whole(value) for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            state[f"{name} {key}"] = whole(value)
+    return state
+
+
+def load_and_train(root, zero):
+    """What is loaded from another number of ranks, and what two more steps come to."""
+    training_step.capture = capturing.capture
+    model = fxzero.compile(Small(), zero=zero, inner="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    fxzero.checkpoint.load(root, model, optimizer)
+    return whole_state(model, optimizer), few_steps(model, optimizer, 2)
+
+
+def export_and_load(root):
+    model = fxzero.compile(Small(), zero=3, inner="eager")
+    fxzero.checkpoint.export_safetensors(model, root)
+    before = [whole(p) for p in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    fxzero.checkpoint.load_safetensors(model, root)
+    assert all(map(torch.equal, before, [whole(p) for p in model.parameters()]))
+    return "done"
+
+
+def read_by_fsdp(root):
+    """FSDP2 reads the model's part of a checkpoint with torch alone."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    fully_shard(model)
+    state = {f"model.stack.{name}": value for name, value in model.state_dict().items()}
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(f"{root}/step-3"))
+    return {name.removeprefix("model."): whole(value) for name, value in state.items()}
+
+
+def save_on_a_full_disk(root):
+    """The first rank's disk is full."""
+    from fxzero.checkpoint import saving
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    model = fxzero.compile(Small(), zero=3, inner="eager")
+    record = saving.record_file
+    if dist.get_rank() == 0:
+        saving.record_file = full
+    try:
+        fxzero.checkpoint.save(root, model, step=9)
+    except fxzero.CheckpointError as error:
+        return str(error)
+    finally:
+        saving.record_file = record
+    return "no error"

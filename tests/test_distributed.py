@@ -5,6 +5,7 @@ the zoo: a tied GPT-2, dropout, batch norm, frozen weights, several dtypes in on
 """
 
 import pytest
+import torch
 from pool import Pool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -131,3 +132,33 @@ def test_hybrid_sharding_equals_ddp(pools):
     losses, parameters = differences(ours, theirs)
     assert losses <= 1e-5
     assert parameters <= 1e-4
+
+
+def test_a_checkpoint_loads_at_any_number_of_ranks(tmp_path):
+    worlds, saved = (1, 2, 3, 4), {}
+    for world in worlds:
+        with Pool(world) as pool:
+            answers = pool.run("rank_cases:train_and_save", root=str(tmp_path / str(world)))
+            saved[world] = answers[0][0], [losses for _, losses in answers]
+    for world in worlds:
+        with Pool(world) as pool:
+            for writers, (state, losses) in saved.items():
+                root = str(tmp_path / str(writers))
+                for zero in (0, 3) if writers == world else (3,):
+                    answers = pool.run("rank_cases:load_and_train", root=root, zero=zero)
+                    for rank, (loaded, more) in enumerate(answers):
+                        assert all(torch.equal(state[n], v) for n, v in loaded.items() if rank == 0)
+                        if writers == world:
+                            assert more == losses[rank]
+
+
+def test_checkpoints_of_two_ranks_meet_the_world(pools, tmp_path):
+    pool, root = pools(2), str(tmp_path / "a")
+    state, _ = pool.run("rank_cases:train_and_save", root=root)[0]
+    assert pool.run("rank_cases:export_and_load", root=str(tmp_path / "b")) == ["done"] * 2
+    for loaded in pool.run("rank_cases:read_by_fsdp", root=root):
+        assert all(torch.equal(state[name], value) for name, value in loaded.items())
+    assert pool.run("rank_cases:save_on_a_full_disk", root=root) == [
+        "[FXZ701] OSError: [Errno 28] No space left on device",
+        "[FXZ701] rank 0 failed: OSError: [Errno 28] No space left on device",
+    ]

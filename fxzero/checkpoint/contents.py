@@ -1,0 +1,144 @@
+"""What is in a checkpoint: tensors by name, and all else as JSON.
+
+    model.<name>                  parameters and buffers, by their qualified names
+    optimizer.<name>.<state>      the optimizer's state of a parameter, such as exp_avg
+    rng.<rank>.<device>           states of random generators
+
+A tensor under several names (tied weights) is written once.  Scalars are written as one element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxzero.errors import CheckpointError
+
+Tensors = dict[str, torch.Tensor]
+_JSON = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A training state, taken apart.
+
+    Attributes:
+        tensors: by name; those of the model and the optimizer are the live ones.
+        settings: the optimizer's groups and what of its state is no tensor.
+    """
+
+    tensors: Tensors
+    settings: dict[str, Any]
+
+
+def model_tensors(model: nn.Module) -> Tensors:
+    """The model's parameters and buffers that are saved, each once."""
+    seen: dict[int, str] = {}
+    found = {}
+    state = model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and seen.setdefault(id(value), name) == name:
+            found[f"model.{name}"] = value.detach()
+    return found
+
+
+def optimizer_contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contents:
+    """The optimizer's tensors and settings, by the names of the model's parameters."""
+    names = parameter_names(model, optimizer)
+    tensors: Tensors = {}
+    rest: dict[str, dict[str, Any]] = {}
+    for parameter, values in optimizer.state.items():
+        name = names[id(parameter)]
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{name}.{key}"] = value.detach()
+            else:
+                rest.setdefault(name, {})[key] = _plain(value, f"optimizer state {name}.{key}")
+    groups = [
+        {
+            "parameters": [names[id(p)] for p in group["params"]],
+            "settings": {k: _plain(v, k) for k, v in group.items() if k != "params"},
+        }
+        for group in optimizer.param_groups
+    ]
+    return Contents(tensors, {"groups": groups, "state": rest})
+
+
+def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, str]:
+    """The model's name of each parameter of the optimizer, by ``id``.
+
+    Raises:
+        CheckpointError: the optimizer has a parameter that the model has not.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in names:
+                raise CheckpointError(
+                    f"the optimizer holds a parameter of shape {list(parameter.shape)} that is not "
+                    "the model's\n  make the optimizer after fxzero.compile"
+                )
+    return names
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], tensors: Tensors
+) -> None:
+    """Gives an optimizer the settings and the state that ``optimizer_contents`` took apart."""
+    names = parameter_names(model, optimizer)
+    saved = {name: group for group in settings["groups"] for name in group["parameters"]}
+    for group in optimizer.param_groups:
+        mine = [names[id(p)] for p in group["params"]]
+        known = [saved[name] for name in mine if name in saved]
+        if len(known) < len(mine) or any(other is not known[0] for other in known):
+            raise CheckpointError(
+                "the optimizer groups parameters in another way than the checkpoint\n"
+                f"  here: {_listed(mine)}\n  there: "
+                + "; ".join(_listed(group["parameters"]) for group in settings["groups"])
+            )
+        if known:
+            group.update({key: _unplain(v) for key, v in known[0]["settings"].items()})
+    states: dict[str, dict[str, Any]] = {name: dict(s) for name, s in settings["state"].items()}
+    for key, value in tensors.items():
+        name, _, kind = key.removeprefix("optimizer.").rpartition(".")
+        states.setdefault(name, {})[kind] = value
+    by_name = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+    optimizer.state.clear()
+    for name, state in states.items():
+        if name in by_name:
+            optimizer.state[by_name[name]] = state
+
+
+def empty_like_saved(
+    shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor
+) -> torch.Tensor:
+    """Where an optimizer's saved tensor goes: spread as its parameter is, if it has its shape."""
+    if shape == tuple(like.shape):
+        return torch.zeros_like(like, dtype=dtype, requires_grad=False)
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _plain(value: Any, what: str) -> Any:
+    """A setting as JSON has it; a learning rate may be a tensor of one element."""
+    if isinstance(value, torch.Tensor) and value.ndim == 0:
+        return {"scalar": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, (tuple, list)):
+        return {"tuple": [_plain(item, what) for item in value]}
+    if isinstance(value, _JSON):
+        return value
+    raise CheckpointError(f"{what} is {type(value).__name__} {value!r}, which cannot be saved")
+
+
+def _unplain(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "tuple" in value:
+        return tuple(map(_unplain, value["tuple"]))
+    return torch.tensor(value["scalar"], dtype=getattr(torch, value["dtype"]))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

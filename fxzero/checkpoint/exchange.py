@@ -1,0 +1,191 @@
+"""Weights for others, and from others: safetensors files with the model's own names.
+
+    export/model.safetensors                       one file, or
+    export/model-00001-of-00003.safetensors, ...   several
+    export/model.safetensors.index.json            and which holds what
+
+That is what Hugging Face's ``from_pretrained`` reads and ``save_pretrained`` writes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from fxzero.checkpoint.contents import Tensors, model_tensors
+from fxzero.checkpoint.team import Team
+from fxzero.errors import CheckpointError
+
+_ONE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_FILE_BYTES = 5 * 10**9
+
+
+def export_safetensors(
+    model: nn.Module, directory: str | Path, *, file_bytes: int = _FILE_BYTES
+) -> Path:
+    """Writes the model's whole weights, tied ones once; all ranks call it.
+
+    One tensor at a time is made whole, and the first rank holds one file's worth of them.
+
+    Args:
+        file_bytes: how large a file may become.
+
+    Returns:
+        The directory.
+    """
+    directory, team = Path(directory), Team.of_all()
+    try:
+        team.lead(lambda: directory.mkdir(parents=True, exist_ok=True))
+        sizes = {name: t.numel() * t.element_size() for name, t in _named(model)}
+        groups = _grouped(sizes, file_bytes)
+        files = {}
+        tensors = dict(_named(model))
+        for number, names in enumerate(groups, start=1):
+            whole = {name: _whole(tensors[name]) for name in names}
+            file = _ONE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}"
+            file = file if file.endswith(".safetensors") else f"{file}.safetensors"
+            team.lead(functools.partial(_write, whole, directory / file))
+            files.update(dict.fromkeys(names, file))
+        if len(groups) > 1:
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+            team.lead(lambda: _replace(directory / _INDEX, json.dumps(index, indent=2).encode()))
+    finally:
+        team.close()
+    return directory
+
+
+def load_safetensors(model: nn.Module, directory: str | Path) -> None:
+    """Loads weights by their names into a model in place, each rank the rows that it keeps.
+
+    A file's path may be given instead of a directory.  Names of tied weights may be missing but for
+    one of them.
+
+    Raises:
+        CheckpointError: a file cannot be read, a weight is missing or has another shape; on every
+            rank.
+    """
+    team = Team.of_all()
+    try:
+        team.do(lambda: _load(model, Path(directory)))
+    finally:
+        team.close()
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in model_tensors(model).items():
+        yield name.removeprefix("model."), tensor
+
+
+def _grouped(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if groups[-1] and size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu().contiguous()
+
+
+def _write(tensors: Tensors, path: Path) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(path)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+@torch.no_grad()
+def _load(model: nn.Module, source: Path) -> None:
+    where = _places(source)
+    aliases: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, torch.Tensor):
+            aliases.setdefault(id(value), []).append(name)
+    state = model.state_dict(keep_vars=True)
+    for names in aliases.values():
+        found = next((name for name in names if name in where), None)
+        if found is None:
+            raise CheckpointError(f"{source} has no weight called {' or '.join(names)}")
+        _copy(state[names[0]], where[found], found)
+
+
+def _places(source: Path) -> dict[str, Path]:
+    """The file of each weight."""
+    if source.is_file():
+        return dict.fromkeys(_names(source), source)
+    if (source / _ONE).exists():
+        return dict.fromkeys(_names(source / _ONE), source / _ONE)
+    try:
+        index: Any = json.loads((source / _INDEX).read_text())
+        pairs = dict(index["weight_map"]).items()
+        files = {str(name): str(file) for name, file in pairs}
+    except OSError:
+        raise CheckpointError(f"{source} has neither {_ONE} nor {_INDEX}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{source / _INDEX} is damaged: {error}") from None
+    for file in set(files.values()):
+        if os.path.basename(file) != file:
+            raise CheckpointError(f"{source / _INDEX} names a file outside its directory: {file!r}")
+    return {name: source / file for name, file in files.items()}
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+
+
+def _copy(target: torch.Tensor, path: Path, name: str) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            saved = file.get_slice(name)
+            shape = list(saved.get_shape())
+            if shape != list(target.shape):
+                raise CheckpointError(
+                    f"{name} has shape {shape} in {path}, {list(target.shape)} in the model"
+                )
+            if not isinstance(target, DTensor):
+                target.copy_(file.get_tensor(name))
+                return
+            local = target.to_local()
+            start = _first_row(target)
+            if local.ndim == 0:
+                local.copy_(file.get_tensor(name))
+            elif local.numel():
+                local.copy_(saved[start : start + local.shape[0]])
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {name} from {path}: {error}") from None
+
+
+def _first_row(target: DTensor) -> int:
+    """Where this rank's rows begin in the whole tensor."""
+    for dimension, placement in enumerate(target.placements):
+        if placement.is_shard(0):
+            parts = target.device_mesh.size(dimension)
+            rows = -(-target.shape[0] // parts)
+            return rows * target.device_mesh.get_local_rank(dimension)
+    return 0

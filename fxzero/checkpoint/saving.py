@@ -1,0 +1,378 @@
+"""Saving and loading a training state, by all ranks together.
+
+    all ranks    write their shards to step-N.tmp/, then hash some of the files each
+    first rank   writes state.json and manifest.json, syncs, and renames step-N.tmp to step-N
+
+A rank that fails makes all ranks raise, and the temporary directory stays what it is: unread.
+Loading checks every byte first, then copies into the tensors that the model has, however many
+ranks wrote them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from fxzero import __version__
+from fxzero.checkpoint.contents import (
+    Contents,
+    Tensors,
+    empty_like_saved,
+    model_tensors,
+    optimizer_contents,
+    restore_optimizer,
+)
+from fxzero.checkpoint.directories import (
+    FORMAT,
+    STATE,
+    FileRecord,
+    Manifest,
+    check_files,
+    commit,
+    read_manifest,
+    record_file,
+    resolve,
+    retain,
+    temporary_path,
+)
+from fxzero.checkpoint.team import Team
+from fxzero.errors import CheckpointError, UsageError
+from fxzero.randomness import RandomState
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded besides tensors.
+
+    Attributes:
+        extra: what was given to ``save``.
+        random_state: whether this rank's random generators were set; they are only if as many
+            ranks load as have saved.
+    """
+
+    path: Path
+    step: int
+    extra: dict[str, Any]
+    random_state: bool
+
+
+class Saving:
+    """A checkpoint that is being written in the background."""
+
+    def __init__(self, write: Callable[[], Path]) -> None:
+        self._path: Path | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(write,), name="fxzero checkpoint")
+        self._thread.start()
+
+    def _run(self, write: Callable[[], Path]) -> None:
+        try:
+            self._path = write()
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> Path:
+        """The checkpoint's path, once it is whole; raises what went wrong."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._path is not None
+        return self._path
+
+
+def save(
+    root: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    step: int,
+    extra: dict[str, Any] | None = None,
+    keep: int | None = None,
+) -> Path:
+    """Writes a checkpoint, ``root``/step-N; it is whole, or not there, whatever happens meanwhile.
+
+    All ranks call it; ``root`` is a directory that all of them see.  Optimizer state is saved as it
+    is: none is made.
+
+    Args:
+        extra: anything that JSON can hold, such as a scheduler's ``state_dict``.
+        keep: how many checkpoints to keep; None: all.
+
+    Returns:
+        The path of the checkpoint.
+
+    Raises:
+        CheckpointError: on every rank, if it failed on one.
+    """
+    job = _prepare(root, model, optimizer, step=step, extra=extra, keep=keep)
+    return job.write()
+
+
+def save_async(
+    root: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    step: int,
+    extra: dict[str, Any] | None = None,
+    keep: int | None = None,
+) -> Saving:
+    """As ``save``, but returns as soon as the state is copied to host memory.
+
+    Training may go on; wait for the result before the next save.
+    """
+    job = _prepare(root, model, optimizer, step=step, extra=extra, keep=keep)
+    tensors = {name: _host_copy(tensor) for name, tensor in job.contents.tensors.items()}
+    return Saving(replace(job, contents=replace(job.contents, tensors=tensors)).write)
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    copy = tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
+    return copy.detach()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A checkpoint to be written."""
+
+    root: Path
+    contents: Contents
+    step: int
+    extra: dict[str, Any]
+    keep: int | None
+    plan: str
+    team: Team
+
+    def write(self) -> Path:
+        team, temporary = self.team, temporary_path(self.root, self.step)
+        try:
+            team.lead(lambda: _fresh_directory(temporary))
+            team.do(lambda: self._write_tensors(temporary))
+            team.lead(lambda: self._write_state(temporary))
+            names = team.lead(lambda: sorted(entry.name for entry in temporary.iterdir()))
+            mine = names[team.rank :: team.size]
+            records = team.collect(lambda: {name: record_file(temporary / name) for name in mine})
+            files = {name: record for part in records for name, record in part.items()}
+            final: Path = team.lead(lambda: self._commit(temporary, files))
+        finally:
+            team.close()
+        return final
+
+    def _write_tensors(self, temporary: Path) -> None:
+        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        with _quiet():
+            state_dict_saver.save(
+                dict(self.contents.tensors),
+                storage_writer=writer,
+                process_group=self.team.group,
+                no_dist=self.team.group is None,
+            )
+
+    def _write_state(self, temporary: Path) -> None:
+        state = {"extra": self.extra, "optimizer": self.contents.settings}
+        (temporary / STATE).write_text(json.dumps(state))
+
+    def _commit(self, temporary: Path, files: dict[str, FileRecord]) -> Path:
+        manifest = Manifest(
+            format=FORMAT,
+            fxzero_version=__version__,
+            torch_version=torch.__version__,
+            step=self.step,
+            ranks=self.team.size,
+            plan=self.plan,
+            files=files,
+        )
+        final = commit(temporary, manifest)
+        if self.keep is not None:
+            retain(self.root, self.keep)
+        return final
+
+
+def _prepare(
+    root: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    step: int,
+    extra: dict[str, Any] | None,
+    keep: int | None,
+) -> _Job:
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise UsageError(f"step={step!r} must be a number of steps, at least 0")
+    if keep is not None and keep < 1:
+        raise UsageError(f"keep={keep!r} must be at least 1")
+    try:
+        json.dumps(extra)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"extra cannot be written as JSON: {error}") from None
+    contents = Contents(model_tensors(model), {})
+    if optimizer is not None:
+        state = optimizer_contents(model, optimizer)
+        contents = Contents({**contents.tensors, **state.tensors}, state.settings)
+    team = Team.of_all()
+    if not team.leads:
+        # Buffers (running statistics) are each rank's own; the first one's are saved.
+        buffers = {f"model.{name}" for name, _ in model.named_buffers()}
+        kept = {name: t for name, t in contents.tensors.items() if name not in buffers}
+        contents = replace(contents, tensors=kept)
+    random = {f"rng.{team.rank}.{kind}": state for kind, state in _random_state().items()}
+    contents = replace(contents, tensors={**contents.tensors, **random})
+    plan = _plan_hash(model)
+    return _Job(Path(root), contents, step, extra or {}, keep, plan, team)
+
+
+def _random_state() -> Tensors:
+    state = RandomState.now()
+    return {"cpu": state.cpu} if state.cuda is None else {"cpu": state.cpu, "cuda": state.cuda}
+
+
+def _plan_hash(model: nn.Module) -> str:
+    state = vars(model).get("_fxzero")
+    return state.latest.plan.hash if state is not None and state.latest is not None else ""
+
+
+def _fresh_directory(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+
+
+def load(
+    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> Loaded:
+    """Loads a checkpoint, or the latest of a directory, into a model and its optimizer in place.
+
+    All ranks call it; there may be more or fewer of them than have saved.  Every byte is checked
+    before any tensor is touched.
+
+    Raises:
+        CheckpointError: on every rank: there is no checkpoint, a file of it is damaged (which is
+            named), or it is of another model.
+    """
+    team = Team.of_all()
+    try:
+        return _load(path, model, optimizer, team)
+    finally:
+        team.close()
+
+
+def _load(
+    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, team: Team
+) -> Loaded:
+    source: Path = team.lead(lambda: resolve(path))
+    manifest = team.do(lambda: read_manifest(source))
+    names = sorted(manifest.files)[team.rank :: team.size]
+    team.do(lambda: check_files(source, manifest, names))
+    state = team.do(lambda: json.loads((source / STATE).read_text()))
+    reader = HuggingFaceStorageReader(str(source))
+    saved = team.do(lambda: _saved(reader))
+    wanted = team.do(lambda: _targets(saved, model, optimizer, state))
+    mine = {name: _empty(*saved[name]) for name in saved if name.startswith(f"rng.{team.rank}.")}
+    team.do(lambda: _read({**wanted, **mine}, reader, team))
+    if optimizer is not None:
+        tensors = {name: t for name, t in wanted.items() if name.startswith("optimizer.")}
+        team.do(lambda: restore_optimizer(model, optimizer, state["optimizer"], tensors))
+    restored = manifest.ranks == team.size and bool(mine)
+    if restored:
+        cuda = mine.get(f"rng.{team.rank}.cuda")
+        RandomState(mine[f"rng.{team.rank}.cpu"], cuda).restore()
+    return Loaded(source, manifest.step, state["extra"], restored)
+
+
+def _saved(reader: HuggingFaceStorageReader) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor in a checkpoint, by name."""
+    metadata = reader.read_metadata().state_dict_metadata
+    return {
+        name: (tuple(item.size), item.properties.dtype)
+        for name, item in metadata.items()
+        if isinstance(item, TensorStorageMetadata)
+    }
+
+
+def _targets(
+    saved: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    state: dict[str, Any],
+) -> Tensors:
+    """Where each tensor of the checkpoint goes."""
+    targets = model_tensors(model)
+    _check_names(
+        {name for name in saved if name.startswith("model.")},
+        set(targets),
+        lambda name: name.removeprefix("model."),
+    )
+    for name, tensor in targets.items():
+        if saved[name][0] != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{name.removeprefix('model.')} has shape {list(saved[name][0])} in the "
+                f"checkpoint, {list(tensor.shape)} in the model"
+            )
+    if optimizer is None:
+        return targets
+    if "groups" not in state["optimizer"]:
+        raise CheckpointError("the checkpoint was saved without an optimizer")
+    parameters = dict(model.named_parameters())
+    for name, (shape, dtype) in saved.items():
+        if name.startswith("optimizer."):
+            parameter = parameters.get(name.removeprefix("optimizer.").rpartition(".")[0])
+            if parameter is not None:
+                targets[name] = empty_like_saved(shape, dtype, parameter)
+    return targets
+
+
+def _check_names(saved: set[str], known: set[str], shown: Callable[[str], str]) -> None:
+    lines = []
+    for names, where in (
+        (known - saved, "in the model only"),
+        (saved - known, "in the checkpoint only"),
+    ):
+        if names:
+            some = ", ".join(map(shown, sorted(names)[:5]))
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            lines.append(f"  {where}: {some}{more}")
+    if lines:
+        raise CheckpointError("\n".join(["the checkpoint is of another model", *lines]))
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def _read(tensors: Tensors, reader: HuggingFaceStorageReader, team: Team) -> None:
+    with _quiet():
+        state_dict_loader.load(
+            dict(tensors),
+            storage_reader=reader,
+            process_group=team.group,
+            no_dist=team.group is None,
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that there is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
