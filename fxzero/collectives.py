@@ -9,6 +9,7 @@ in the place of dimensions' in graphs that are about to run.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed._functional_collectives  # registers the operators
@@ -20,9 +21,20 @@ ALL_REDUCE = _OPERATORS.all_reduce.default
 REDUCE_SCATTER = _OPERATORS.reduce_scatter_tensor.default
 WAIT = _OPERATORS.wait_tensor.default
 
+# Several at once, each with a list of tensors in the place of one.
+COALESCED: dict[object, Any] = {
+    ALL_GATHER: _OPERATORS.all_gather_into_tensor_coalesced.default,
+    ALL_REDUCE: _OPERATORS.all_reduce_coalesced.default,
+    REDUCE_SCATTER: _OPERATORS.reduce_scatter_tensor_coalesced.default,
+}
+
 # Position of the group's name among the arguments.
 _GROUP: dict[object, int] = {ALL_GATHER: 2, ALL_REDUCE: 2, REDUCE_SCATTER: 3}
 _RANKS: dict[object, int] = {ALL_GATHER: 1, REDUCE_SCATTER: 2}
+
+
+_GROUP |= {COALESCED[one]: position for one, position in _GROUP.items()}
+_RANKS |= {COALESCED[one]: position for one, position in _RANKS.items()}
 
 
 def is_collective(node: fx.Node) -> bool:
@@ -32,12 +44,12 @@ def is_collective(node: fx.Node) -> bool:
 
 def is_gather(node: fx.Node) -> bool:
     """Whether the node starts an all-gather: it may run again, as all ranks run the same graph."""
-    return node.target is ALL_GATHER
+    return node.target in (ALL_GATHER, COALESCED[ALL_GATHER])
 
 
 def is_reduction(node: fx.Node) -> bool:
     """Whether the node starts a reduce-scatter or an all-reduce."""
-    return node.target in (REDUCE_SCATTER, ALL_REDUCE)
+    return is_collective(node) and not is_gather(node)
 
 
 def is_wait(node: fx.Node) -> bool:

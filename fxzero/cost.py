@@ -49,7 +49,7 @@ class Hardware:
 
 
 # On the CPU a copy "to the host" is a copy: it reads and writes the same memory.
-CPU = Hardware("cpu", {2: 5e10, 4: 5e10}, 1.0e10, 3e-6, 5.0e9, 1.0e9, 1e-4)
+CPU = Hardware("cpu", {2: 5e10, 4: 5e10}, 1.0e10, 3e-6, 5.0e9, 1.0e9, 3e-4)
 CUDA = Hardware("cuda", {2: 4.0e14, 4: 4.0e13}, 2.0e12, 4e-6, 2.5e10, 2.0e11, 2e-5)
 
 
@@ -138,6 +138,11 @@ def collective_seconds(node: fx.Node, hardware: Hardware) -> float:
         received = sum(map(_size, _inputs(node))) * (1 if ranks else 2)
     share = (ranks - 1) / ranks if ranks else 1.0
     return hardware.latency + received * share / hardware.network
+
+
+def bucket_bytes(hardware: Hardware) -> int:
+    """Bytes of a collective whose latency is a tenth of its time."""
+    return int(9 * hardware.latency * hardware.network)
 
 
 def modelled_cost(node: fx.Node, hardware: Hardware) -> NodeCost:

@@ -19,8 +19,8 @@ from torch import nn
 
 from fxzero.calibration import cost_model
 from fxzero.capture import capture
-from fxzero.collectives import is_gather
-from fxzero.cost import CostModel
+from fxzero.collectives import is_collective, is_gather
+from fxzero.cost import CostModel, bucket_bytes
 from fxzero.errors import BudgetError, PlanError, UsageError
 from fxzero.execution import BoxedFunction
 from fxzero.graph import InputRole, TrainGraph
@@ -54,6 +54,8 @@ log = logging.getLogger(__name__)
 _TIGHTENINGS = 4
 # Share of the step that recompute may cost without a budget, where generated code makes up for it.
 _FREE = 0.01
+# Share of the parameters that stage 3 gathers at once, unless a budget has less room.
+_PART_GATHERED = 1 / 8
 # Merged values below this share of what the forward makes are not worth planning twice.
 _SMALL_SHARE = 1 / 400
 
@@ -346,9 +348,10 @@ class GraphPlanner:
         for _ in range(_TIGHTENINGS):
             if solution is None:
                 break
-            decided = self._emit(solution)
-            if budget is None or decided.plan.peak_bytes <= budget:
-                return decided
+            for size in self._bucket_sizes:
+                decided = self._emit(solution, size)
+                if budget is None or decided.plan.peak_bytes <= budget:
+                    return decided
             assert target is not None
             target -= decided.plan.peak_bytes - budget
             solution = self._solve(target)
@@ -357,6 +360,19 @@ class GraphPlanner:
             decided = self._emit(Solution(self.solver.smallest, "feasible", None))
             return decided if decided.plan.peak_bytes <= budget else None
         return None
+
+    @property
+    def _bucket_sizes(self) -> tuple[int, ...]:
+        """Up to how many bytes to merge collectives, best first: larger buckets take memory."""
+        nodes = list(self.graph.graph.nodes)
+        if not any(map(is_collective, nodes)):
+            return (0,)
+        largest = bucket_bytes(self.costs.hardware)
+        if self.options.sharding.zero == 3:
+            # Nobody asks for it to have most of the model there at once.
+            whole = tensor_bytes(node.meta["val"] for node in nodes if is_gather(node))
+            largest = min(largest, int(_PART_GATHERED * whole))
+        return (largest, largest // 8, 0)
 
     def smallest(self) -> Decided:
         """The Plan with the smallest peak."""
@@ -418,8 +434,8 @@ class GraphPlanner:
         fits = budget is None or schedule.peak <= budget
         return Solution(schedule, "feasible", None) if fits else None
 
-    def _emit(self, solution: Solution) -> Decided:
-        decisions = self._decisions(solution.schedule)
+    def _emit(self, solution: Solution, bucket: int = 0) -> Decided:
+        decisions = replace(self._decisions(solution.schedule), bucket_bytes=bucket)
         emitted = self._carry_out(decisions)
         facts = self._facts(emitted, decisions)
         return Decided(summarise(facts, status=solution.status, gap=solution.gap), emitted)

@@ -72,7 +72,7 @@ class Value:
         module: qualified module that made it, "" when unknown.
         source: "model.py:41 in forward: x = self.w1(x)", "" when unknown.
         role: "parameter", "buffer", "gradient", "optimizer", "input", "output", "saved",
-            "recomputed", "fetched", "offloaded", "temporary", "rng state" or "tangent".
+            "recomputed", "gathered", "fetched", "offloaded", "temporary", "rng state" or "tangent".
         reason: why it is where it is, for saved, recomputed and offloaded values.
         seconds: modelled time of computing it again (0 when it cannot be), or of its transfers.
     """
@@ -109,13 +109,15 @@ class Decisions:
 
     Attributes:
         saved: forward nodes whose storage lives from the forward to the backward.
-        recompute: the recomputed nodes in execution order.
+        recompute: the nodes that run again, gathers among them, in execution order.
         offload: the fetches of values that the forward copies to the host, in execution order.
+        bucket_bytes: up to how many bytes collectives are merged; 0: none are.
     """
 
     saved: tuple[str, ...] = ()
     recompute: tuple[Rematerialization, ...] = ()
     offload: tuple[Fetch, ...] = ()
+    bucket_bytes: int = 0
 
 
 @dataclass(frozen=True)

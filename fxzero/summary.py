@@ -11,7 +11,7 @@ from torch import fx
 
 from fxzero import __version__
 from fxzero.capture import user_line
-from fxzero.collectives import is_collective
+from fxzero.collectives import is_collective, is_gather
 from fxzero.cost import CostModel
 from fxzero.graph import TrainGraph, describe
 from fxzero.optimizers import OptimizerProfile
@@ -240,15 +240,36 @@ def _recomputed(facts: Facts) -> tuple[Value, ...]:
             clones[node.meta[CLONE_OF]].append(node)
     wanted = {item.node for item in facts.decisions.recompute}
     called = {node.name: name_of(node) for node in facts.graph.graph.nodes}
-    values = []
+    values = _gathered_again(facts, clones)
     for name in wanted:
         for node in clones[name]:
+            if is_gather(node):
+                continue
             cost = facts.costs.price(node)
             size = sum(_own_bytes(node))
             entry = Alive(size, "recomputed", called[name] or name, node)
             reason = f"not kept: {format_bytes(size)} for {format_seconds(cost.seconds)}"
             values.append(_value(entry, facts, reason, cost.seconds))
     return tuple(sorted(values, key=lambda value: (-value.bytes, value.name)))
+
+
+def _gathered_again(facts: Facts, clones: dict[str, list[fx.Node]]) -> list[Value]:
+    """Parameters that the backward gathers anew; a bucket is no clone, but its waits are."""
+    wanted = {item.node for item in facts.decisions.recompute}
+    names = {node: role.name for role, node in facts.graph.pairs()}
+    values = []
+    for gather in facts.graph.graph.nodes:
+        if gather.name not in wanted or not is_gather(gather):
+            continue
+        (part,) = gather.all_input_nodes
+        parameter = part if part in names else part.all_input_nodes[0]
+        seconds = facts.costs.price(gather).seconds
+        for wait in (clone for user in gather.users for clone in clones[user.name]):
+            size = sum(_own_bytes(wait))
+            entry = Alive(size, "gathered", names[parameter].rpartition(".")[2], wait)
+            reason = f"gathered again: {format_bytes(size)} for {format_seconds(seconds)}"
+            values.append(replace(_value(entry, facts, reason, seconds), name=entry.name))
+    return values
 
 
 def _offloaded(facts: Facts) -> tuple[Value, ...]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxzero.collectives import is_gather
 from fxzero.execution import last_uses
 from fxzero.passes.partition import Split
 from fxzero.storages import Storages, analyse, is_scalar, storage_identity
@@ -289,6 +290,8 @@ def _role(node: fx.Node) -> str:
         return "rng state"
     if node.target is TO_DEVICE:
         return "fetched"
+    if is_gather(node):
+        return "gathered"
     return "recomputed" if "recomputed_from" in node.meta else "temporary"
 
 

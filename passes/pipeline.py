@@ -5,7 +5,7 @@
 shard and deduplicate run before the plan is made, the others carry it out.  Of these offload runs
 first: rematerialize lets the backward read what was fetched.  It also rebuilds views in the
 backward, so that write_back sees which buffers the backward still reads.  replay_randomness needs
-the clones that rematerialize makes.
+the clones that rematerialize makes, and bucket the places where gathers are done again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Literal
 
 from fxzero.errors import UsageError, unknown_option
 from fxzero.graph import TrainGraph
+from fxzero.passes.bucket import bucket_pass
 from fxzero.passes.context import PassContext
 from fxzero.passes.deduplicate import deduplicate_pass
 from fxzero.passes.offload import offload_pass
@@ -71,6 +72,7 @@ PASSES: tuple[Pass, ...] = (
     make_pass("rematerialize", rematerialize_pass),
     make_pass("write_back", write_back_pass, completes="capture"),
     make_pass("replay_randomness", replay_randomness_pass, completes="rematerialize"),
+    make_pass("bucket", bucket_pass),
 )
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from fxzero import _torch, randomness
+from fxzero.collectives import is_gather
 from fxzero.errors import GraphLawError
 from fxzero.graph import TrainGraph, describe
 from fxzero.passes.listing import format_nodes
@@ -239,6 +240,8 @@ def recomputed(subject: Subject) -> Iterator[Finding]:
     """A recomputed node runs in the backward and calls what its original calls, on like values."""
     for node in subject.clones:
         original = subject.by_name.get(node.meta[CLONE_OF])
+        if original is None and is_gather(node):
+            continue  # the forward's gather has become part of a bucket
         if original is None:
             yield node, f"recomputes {node.meta[CLONE_OF]}, which does not exist"
             continue

@@ -90,6 +90,8 @@ def _alive(plan: Plan, width: int) -> Iterator[str]:
 
 def _recomputed(plan: Plan, width: int) -> Iterator[str]:
     yield wording.recompute_price(plan)
+    if gathered := wording.gather_price(plan):
+        yield gathered
     yield from _table(plan.recomputed, _seconds, _RECOMPUTED_ROWS, width)
 
 

@@ -1,0 +1,241 @@
+"""Step time and memory of a rank: fxzero's ZeRO stages against DDP, FSDP2 and DeepSpeed, over gloo.
+
+    python benchmarks/bench_zero.py [--ranks 2] [--model gpt2] [--rounds 7]
+
+Every variant trains the same model on the same batches with AdamW.  All live in the same processes
+and are timed in turn, round after round; DeepSpeed is left out where it is not installed.  The peak
+is what a rank's tensors and the allocator's record come to; losses are compared with DDP's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import harness
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from models import MODELS, Case, build
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import fxzero
+from fxzero import _torch
+from fxzero.storages import storage_identity
+
+_RESULTS = Path(__file__).resolve().parent / "results"
+_MiB = 2**20
+_WARMUP = 3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train: a name, and what makes a step from a case."""
+
+    name: str
+    make: Callable[[Case, str], tuple[Callable[[], float], list[torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank saw of one variant.
+
+    Attributes:
+        seconds: of each round.
+        losses: of the warm-up's steps.
+        planned: fxzero's planned peak, or None.
+    """
+
+    name: str
+    peak: int
+    planned: int | None
+    seconds: tuple[float, ...]
+    losses: tuple[float, ...]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="gpt2")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="a smaller model")
+    parser.add_argument("--output", type=Path, default=_RESULTS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        processes.start_processes(
+            _rank, args=(options, directory), nprocs=options.ranks, start_method="spawn"
+        )
+        ranks = [
+            json.loads((Path(directory) / f"{r}.json").read_text()) for r in range(options.ranks)
+        ]
+    _write(options, ranks)
+
+
+def _rank(rank: int, options: argparse.Namespace, directory: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{directory}/store", options.ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=options.ranks)
+    outcomes = _compare(options)
+    (Path(directory) / f"{rank}.json").write_text(json.dumps(outcomes))
+    dist.barrier()
+    os._exit(0)  # FSDP2 over gloo may abort while it is torn down
+
+
+def _compare(options: argparse.Namespace) -> list[dict[str, Any]]:
+    steps, found = {}, []
+    for variant in _variants():
+        case = build(
+            options.model, quick=options.quick, dropout=0.0, dtype=torch.float32, device="cpu"
+        )
+        step, held, plan = variant.make(case, options.model)
+        losses = [step() for _ in range(_WARMUP)]
+        found.append((variant.name, _peak(step, held()), plan(), losses))
+        steps[variant.name] = step
+        if dist.get_rank() == 0:
+            print(f"  {variant.name}", flush=True)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(options.rounds):
+        for name, step in steps.items():
+            dist.barrier()
+            start = time.perf_counter()
+            step()
+            dist.barrier()
+            times[name].append(time.perf_counter() - start)
+        if dist.get_rank() == 0:
+            print(f"  round {number + 1} of {options.rounds}", flush=True)
+    return [
+        {"name": n, "peak": peak, "planned": planned, "seconds": times[n], "losses": losses}
+        for n, peak, planned, losses in found
+    ]
+
+
+def _peak(step: Callable[[], float], held: list[torch.Tensor]) -> int:
+    sizes = {}
+    for tensor in held:
+        local = _torch.local_tensor(tensor)
+        sizes[storage_identity(local)] = local.untyped_storage().nbytes()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    return sum(sizes.values()) + _torch.peak_of_allocations(record)
+
+
+def _variants() -> list[Variant]:
+    made = [
+        Variant("DDP", _ddp),
+        Variant("FSDP2", lambda case, name: _fsdp(case, True)),
+        Variant("FSDP2, no reshard", lambda case, name: _fsdp(case, False)),
+    ]
+    for zero in (0, 1, 2, 3, "auto"):
+        made.append(Variant(f"fxzero zero={zero}", lambda c, n, zero=zero: _fxzero(c, zero)))
+    return made
+
+
+def _inputs(case: Case) -> dict[str, torch.Tensor]:
+    """Other data on every rank."""
+    return {k: v.roll(dist.get_rank() + 1, -1) if v.ndim > 1 else v for k, v in case.inputs.items()}
+
+
+def _step(
+    model: nn.Module, inputs: dict[str, torch.Tensor]
+) -> tuple[Callable[[], float], Callable[[], list[torch.Tensor]]]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> float:
+        loss = model(**inputs)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    def held() -> list[torch.Tensor]:
+        states = [t for s in optimizer.state.values() for t in s.values()]
+        tensors = [*model.parameters(), *model.buffers(), *inputs.values()]
+        return tensors + [t for t in states if isinstance(t, torch.Tensor)]
+
+    return step, held
+
+
+def _ddp(case: Case, name: str) -> Any:
+    model = nn.parallel.DistributedDataParallel(case.module)
+    step, held = _step(model, _inputs(case))
+    buckets = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def everything() -> list[torch.Tensor]:
+        # The reducer's buckets, which no Python object shows.
+        return [*held(), torch.empty(buckets, dtype=torch.uint8)]
+
+    return step, everything, lambda: None
+
+
+def _fsdp(case: Case, reshard: bool) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    inputs = _inputs(case)
+    for block in case.blocks(case.module):
+        fully_shard(block, reshard_after_forward=reshard)
+    fully_shard(case.module, reshard_after_forward=reshard)
+    return *_step(case.module, inputs), lambda: None
+
+
+def _fxzero(case: Case, zero: Any) -> Any:
+    inputs = _inputs(case)
+    model = fxzero.compile(case.module, zero=zero, inner="eager")
+    return *_step(model, inputs), lambda: model.plan.peak_bytes
+
+
+def _write(options: argparse.Namespace, ranks: list[list[dict[str, Any]]]) -> None:
+    heads = ("variant", "peak MiB", "planned MiB", "time / DDP", "time / FSDP2", "loss differs by")
+    rows = [heads]
+    first = {row["name"]: row for row in ranks[0]}
+
+    def against(name: str, other: str) -> str:
+        pairs = zip(first[name]["seconds"], first[other]["seconds"], strict=True)
+        return f"{statistics.median(a / b for a, b in pairs):.2f}"
+
+    for index, row in enumerate(ranks[0]):
+        name = row["name"]
+        peak = max(rank[index]["peak"] for rank in ranks)
+        losses = zip(row["losses"], first["DDP"]["losses"], strict=True)
+        rows.append(
+            (
+                name,
+                f"{peak / _MiB:.1f}",
+                f"{row['planned'] / _MiB:.1f}" if row["planned"] else "",
+                against(name, "DDP"),
+                against(name, "FSDP2"),
+                f"{max(abs(a - b) for a, b in losses):.0e}",
+            )
+        )
+    quick = "-quick" if options.quick else ""
+    stem = f"{datetime.date.today().isoformat()}-zero-{options.model}{quick}-{options.ranks}-ranks"
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"{stem}.json"
+    report = {
+        "schema": 1,
+        "versions": harness.versions(),
+        "machine": harness.machine("cpu"),
+        "ranks": ranks,
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(harness.markdown(rows))
+    for row in rows:
+        print("  ".join(f"{cell:>18}" for cell in row))
+    print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

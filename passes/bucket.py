@@ -1,0 +1,127 @@
+"""Collectives that follow one another become one: a collective costs a latency, however small.
+
+Gathers of parameters that are used one after the other start together where the first one did;
+gradients that become ready one after the other are reduced together where the last one was.  The
+parts stay tensors of their own, so nothing is copied into a bucket or out of it, and each part is
+kept, gathered again or freed by itself.  Forward and backward never share a bucket.
+
+Invariant: a bucket moves no more than ``context.decisions.bucket_bytes``, over one dimension of the
+mesh, and every part is waited for once.
+
+    g1 = all_gather(w1); u1 = wait(g1); y = f(u1, x)     g = all_gather([w1, w2]); g1, g2 = g
+    g2 = all_gather(w2); u2 = wait(g2); z = h(u2, y)  -> u1 = wait(g1); y = f(u1, x)
+                                                         u2 = wait(g2); z = h(u2, y)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import fx
+
+from fxzero.collectives import COALESCED, group_of, is_gather
+from fxzero.graph import TrainGraph
+from fxzero.passes.context import PassContext
+from fxzero.passes.rematerialize import CLONE_OF
+
+
+def bucket_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
+    """Merges collectives up to ``context.decisions.bucket_bytes``."""
+    limit = context.decisions.bucket_bytes
+    if limit:
+        for backward in (False, True):
+            _merge_gathers(graph, limit, backward)
+        # Where gradients are averaged over two dimensions, the second average follows the first.
+        for target in dict.fromkeys(n.target for n in graph.graph.nodes if _reduces(n)):
+            _merge_reductions(graph, limit, target)
+        graph.graph.lint()
+    return graph
+
+
+def _reduces(node: fx.Node) -> bool:
+    return node.target in COALESCED and not is_gather(node)
+
+
+def _merge_gathers(graph: TrainGraph, limit: int, backward: bool) -> None:
+    gathers = [
+        node
+        for node in graph.graph.nodes
+        if node.target in COALESCED and is_gather(node) and graph.is_backward(node) == backward
+    ]
+    for members in _buckets((n for n in gathers if _is_early(n)), limit):
+        for member in members[1:]:
+            (source,) = member.all_input_nodes
+            if source.op != "placeholder":
+                members[0].prepend(source)
+        _merge(graph.graph, members, before=members[0])
+
+
+def _is_early(gather: fx.Node) -> bool:
+    """Whether a gather may start earlier: its part, or what a cast reads, is always there."""
+    (source,) = gather.all_input_nodes
+    return source.op == "placeholder" or all(s.op == "placeholder" for s in source.all_input_nodes)
+
+
+def _merge_reductions(graph: TrainGraph, limit: int, target: Any) -> None:
+    nodes = [node for node in graph.graph.nodes if node.target is target]
+    for members in _buckets(nodes, limit):
+        last = members[-1]
+        behind = [node for member in members for node in _behind(member)]
+        for node in reversed(behind):
+            last.append(node)
+        _merge(graph.graph, members, before=last)
+
+
+def _behind(reduction: fx.Node) -> Iterator[fx.Node]:
+    """What is computed from a reduced gradient before it is returned, in order."""
+    pending = list(reduction.users)
+    while pending:
+        node = pending.pop(0)
+        if node.op != "output":
+            yield node
+            pending += node.users
+
+
+def _buckets(nodes: Iterable[fx.Node], limit: int) -> list[list[fx.Node]]:
+    """Runs of nodes that may be one collective, two or more in each."""
+    found: list[list[fx.Node]] = []
+    room, kind = 0, None
+    for node in nodes:
+        size = _bytes(node)
+        if not found or size > room or _kind(node) != kind:
+            found.append([])
+            room, kind = limit, _kind(node)
+        found[-1].append(node)
+        room -= size
+    return [members for members in found if len(members) > 1]
+
+
+def _bytes(node: fx.Node) -> int:
+    """Bytes of the whole parameter or gradient."""
+    values = [node.meta["val"], *(source.meta["val"] for source in node.all_input_nodes)]
+    return max(value.numel() * value.element_size() for value in values)
+
+
+def _kind(node: fx.Node) -> tuple[Any, ...]:
+    """Equal for collectives that can be one: but for their tensors they are called alike."""
+    return node.target, group_of(node), node.meta["val"].dtype, node.args[1:]
+
+
+def _merge(graph: fx.Graph, members: list[fx.Node], before: fx.Node) -> None:
+    first = members[0]
+    args = ([node.args[0] for node in members], *first.args[1:])
+    with graph.inserting_before(before):
+        bucket = graph.call_function(COALESCED[first.target], args)
+        parts = [graph.call_function(operator.getitem, (bucket, i)) for i in range(len(members))]
+    bucket.meta = _plain(first.meta) | {"val": [node.meta["val"] for node in members]}
+    for node, part in zip(members, parts, strict=True):
+        part.meta = _plain(node.meta)
+        node.replace_all_uses_with(part)
+        graph.erase_node(node)
+
+
+def _plain(meta: dict[str, Any]) -> dict[str, Any]:
+    """A bucket recomputes no one operator."""
+    return {key: value for key, value in meta.items() if key != CLONE_OF}
