@@ -31,7 +31,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 FXZERO := $(PY) \
   -c "import sys; from fxzero.cli import main; sys.argv[0] = 'fxzero'; sys.exit(main())"
 
-.PHONY: help demo test test-quick test-all lint bench bench-gpu clean
+.PHONY: help demo demo-distributed test test-quick test-all lint bench bench-gpu clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) \
@@ -39,6 +39,10 @@ help:  ## list the targets
 
 demo: $(READY)  ## plan and train a small model under a byte budget
 	$(FXZERO) demo
+
+demo-distributed: $(READY)  ## train it on two processes of this machine, sharded (ZeRO-3)
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node 2 \
+	  examples/train_gpt.py --zero 3 --inner eager --steps 10
 
 test: $(READY)  ## run all tests that need no CUDA device
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not cuda" $(PYTEST_ARGS)

@@ -1,15 +1,18 @@
-"""Train a small GPT on Python's own source code under a memory budget.
+"""Train a small GPT on Python's own source code under a memory budget, on one device or many.
 
     pip install fxzero[examples]
     python train_gpt.py --memory-budget 200MiB
     python train_gpt.py                             # no budget: nothing is recomputed
+    torchrun --nproc_per_node 2 train_gpt.py --zero 3 --checkpoints runs/gpt
 
-Everything here is plain PyTorch and transformers except the line with ``fxzero.compile``.
+Everything here is plain PyTorch and transformers except what begins with ``fxzero``.  Run again
+with the same ``--checkpoints``, on as many processes as you like, it goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -31,6 +34,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--inner", choices=["inductor", "eager"], help="default: what is present")
+    parser.add_argument("--zero", default="auto", help="0, 1, 2, 3 or auto: what ranks share")
+    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="save here, and go on")
+    parser.add_argument("--every", type=int, default=10, help="steps between two checkpoints")
     parser.add_argument("--plan-out", type=Path, metavar="FILE", help="write the plan to this file")
     return parser.parse_args()
 
@@ -54,35 +60,48 @@ def load_text() -> Tensor:
     return torch.frombuffer(bytearray().join(f.read_bytes() for f in files), dtype=torch.uint8)
 
 
-def batches(text: Tensor, batch: int, seq: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    while True:
+def batches(text: Tensor, batch: int, seq: int, rank: int, first: int) -> Iterator[Tensor]:
+    """Batches of this rank from step ``first`` on."""
+    for step in range(first, 2**30):
+        generator = torch.Generator().manual_seed(2**31 * rank + step)
         starts = torch.randint(len(text) - seq, (batch, 1), generator=generator)
         yield text[starts + torch.arange(seq)].long()
 
 
 def train(args: argparse.Namespace) -> None:
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rank = int(os.environ.get("RANK", "0"))
+    torch.manual_seed(rank)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     model = build_model(args.layers, args.width, args.seq).to(device).train()
+
+    model = fxzero.compile(
+        model, memory_budget=args.memory_budget, zero=args.zero, inner=args.inner
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    data = batches(load_text(), args.batch, args.seq)
 
-    model = fxzero.compile(model, memory_budget=args.memory_budget, inner=args.inner)
+    done = 0
+    if args.checkpoints and fxzero.checkpoint.latest(args.checkpoints):
+        done = fxzero.checkpoint.load(args.checkpoints, model, optimizer).step
+    data = batches(load_text(), args.batch, args.seq, rank, first=done)
 
-    for step in range(1, args.steps + 1):
+    for step in range(done + 1, args.steps + 1):
         start = time.perf_counter()
         tokens = next(data).to(device)
         optimizer.zero_grad()
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
+        fxzero.clip_grad_norm_(model, 1.0)
         optimizer.step()
         seconds = time.perf_counter() - start
-        print(f"step {step:4}  loss {loss.item():.3f}  {seconds:.2f} s", flush=True)
+        if rank == 0:
+            print(f"step {step:4}  loss {loss.item():.3f}  {seconds:.2f} s", flush=True)
+        if args.checkpoints and step % args.every == 0:
+            fxzero.checkpoint.save(args.checkpoints, model, optimizer, step=step, keep=2)
 
-    print(model.plan)
-    if args.plan_out:
-        model.plan.save(args.plan_out)
+    if rank == 0:
+        print(model.plan)
+        if args.plan_out:
+            model.plan.save(args.plan_out)
 
 
 def main() -> None:

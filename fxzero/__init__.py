@@ -26,6 +26,7 @@ _HOME = {
     "CheckpointError": "fxzero.errors",
     "CaptureError": "fxzero.errors",
     "FxzeroError": "fxzero.errors",
+    "PeerError": "fxzero.errors",
     "UsageError": "fxzero.errors",
 }
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         CaptureError,
         CheckpointError,
         FxzeroError,
+        PeerError,
         UsageError,
     )
     from fxzero.explanation import explain
@@ -55,6 +57,7 @@ __all__ = [
     "CheckpointError",
     "FxzeroError",
     "Measurement",
+    "PeerError",
     "Plan",
     "Precision",
     "UsageError",

@@ -203,6 +203,13 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return local
 
 
+def default_store() -> Any:
+    """The store that the default process group met over."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
 def fake_mode_of(tensors: Sequence[Any]) -> FakeTensorMode | None:
     """The mode that made the first fake tensor among ``tensors``."""
     for tensor in tensors:

@@ -8,6 +8,7 @@ at once, compared, and planned by the first.  Where they differ, every rank rais
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -15,11 +16,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fxzero.errors import DivergenceError, FxzeroError
+from fxzero import _torch
+from fxzero.errors import DivergenceError, FxzeroError, PeerError
 from fxzero.mesh import Mesh
 
 # How long a rank waits for the others to reach the same step, or to plan.
 _PATIENCE = timedelta(minutes=30)
+# Seconds in which ranks are to notice a failure that one of them has noticed.
+_ANSWER = 5.0
+# What the errors of failed collectives say.
+_OF_COLLECTIVES = ("gloo", "Gloo", "NCCL", "onnection", "Timed out", "timed out", "Broken pipe")
 
 
 class Agreement:
@@ -38,19 +44,57 @@ class Agreement:
         """Whether this rank is the one that plans."""
         return bool(dist.get_rank() == self.first)
 
-    def on_step(self, description: str, known: bool) -> bool:
+    def on_step(self, description: str, known: bool, when: str) -> bool:
         """Whether every rank knows the graph of a step that all describe alike.
+
+        Args:
+            when: which step it is, for errors.
 
         Raises:
             DivergenceError: descriptions differ; on every rank.
+            PeerError: a rank does not answer.
         """
         mine = torch.tensor([_number(description), int(known)])
         every = [torch.empty_like(mine) for _ in self.ranks]
-        dist.all_gather(every, mine, group=self.group)
+        try:
+            dist.all_gather(every, mine, group=self.group)
+        except RuntimeError as error:
+            raise self.explained(error, when) from error
         numbers, knows = torch.stack(every).T.tolist()
         if len(set(numbers)) > 1:
             self._refuse("ranks were given different steps", self._collect(description))
         return all(knows)
+
+    def explained(self, error: RuntimeError, when: str) -> RuntimeError:
+        """A PeerError for an error of a collective, other errors as they are.
+
+        Every rank that notices leaves a mark in the store; who leaves none in time is named.
+        """
+        text = str(error).strip().partition("\n")[0]
+        if isinstance(error, PeerError) or not any(word in text for word in _OF_COLLECTIVES):
+            return error
+        lines = [f"{when}: a collective of rank {dist.get_rank()} failed: {text}"]
+        try:
+            silent = self._silent(when)
+        except RuntimeError as problem:
+            lines.append(f"  the others cannot be asked: {str(problem).partition(chr(10))[0]}")
+        else:
+            names = ", ".join(map(str, silent)) or "none"
+            lines.append(f"  no answer from rank: {names}, within {_ANSWER:.0f} s")
+        lines.append("  restart all ranks, from the last checkpoint (torchrun --max-restarts)")
+        return PeerError("\n".join(lines))
+
+    def _silent(self, when: str) -> list[int]:
+        """Ranks that do not notice, too, that something failed."""
+        store = _torch.default_store()
+        keys = {rank: f"fxzero failed {when} {rank}" for rank in self.ranks}
+        store.set(keys[dist.get_rank()], "1")
+        end = time.monotonic() + _ANSWER
+        while True:
+            silent = [rank for rank, key in keys.items() if not store.check([key])]
+            if not silent or time.monotonic() > end:
+                return silent
+            time.sleep(0.05)
 
     def on_result(self, make: Callable[[], Any], digest: Callable[[Any], str]) -> Any:
         """What ``make`` returns, if it returns on all ranks and digests are equal.

@@ -340,7 +340,8 @@ class _State:
         step = self.steps.get(key)
         if self.ranks is not None:
             described = _describe_step(model, leaves, reduces)
-            if not self.ranks.agreement.on_step(described, step is not None):
+            when = f"step {self.ranks.steps + 1}"
+            if not self.ranks.agreement.on_step(described, step is not None, when):
                 step = None
         if step is None:
             check_devices(model, leaves, structure)

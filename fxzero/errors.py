@@ -132,6 +132,12 @@ class DivergenceError(FxzeroError, RuntimeError):
     code = "FXZ601"
 
 
+class PeerError(FxzeroError, RuntimeError):
+    """A collective failed: a rank that trains with this one is gone, or stuck."""
+
+    code = "FXZ602"
+
+
 class CheckpointError(FxzeroError, RuntimeError):
     """A checkpoint that is missing, damaged, or of another model."""
 

@@ -348,11 +348,9 @@ class GraphPlanner:
         for _ in range(_TIGHTENINGS):
             if solution is None:
                 break
-            for size in self._bucket_sizes:
-                decided = self._emit(solution, size)
-                if budget is None or decided.plan.peak_bytes <= budget:
-                    return decided
-            assert target is not None
+            decided = self._emit_within(solution, budget)
+            if budget is None or target is None or decided.plan.peak_bytes <= budget:
+                return decided
             target -= decided.plan.peak_bytes - budget
             solution = self._solve(target)
         # The smallest is what a refusal would name.
@@ -360,6 +358,14 @@ class GraphPlanner:
             decided = self._emit(Solution(self.solver.smallest, "feasible", None))
             return decided if decided.plan.peak_bytes <= budget else None
         return None
+
+    def _emit_within(self, solution: Solution, budget: int | None) -> Decided:
+        """With the largest buckets that the budget has room for, or without any."""
+        for size in self._bucket_sizes:
+            decided = self._emit(solution, size)
+            if budget is None or decided.plan.peak_bytes <= budget:
+                break
+        return decided
 
     @property
     def _bucket_sizes(self) -> tuple[int, ...]:

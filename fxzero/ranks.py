@@ -37,6 +37,7 @@ class Ranks:
         agreement: what they settle before they run anything.
         syncing: whether gradients are averaged; False inside ``no_sync``.
         local: ids of whole parameters whose gradient was left unreduced.
+        steps: how many training steps were begun.
     """
 
     mesh: Mesh
@@ -44,6 +45,7 @@ class Ranks:
     agreement: Agreement
     syncing: bool = True
     local: set[int] = field(default_factory=set)
+    steps: int = 0
 
     def pending(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """What earlier steps have added up for the parameter and not reduced, if anything."""
@@ -63,7 +65,8 @@ class Ranks:
         Args:
             reduces: whether the step's graph averages gradients.
         """
-        return StepParameters(self, reduces, self.syncing)
+        self.steps += 1
+        return StepParameters(self, reduces, self.syncing, self.steps)
 
 
 def connect(model: nn.Module, mesh: Mesh, sharding: Sharding) -> Ranks | None:
@@ -92,10 +95,11 @@ def connect(model: nn.Module, mesh: Mesh, sharding: Sharding) -> Ranks | None:
 class StepParameters:
     """What one step's graphs take and return (``runtime.Parameters``)."""
 
-    def __init__(self, ranks: Ranks, reduces: bool, sync: bool) -> None:
+    def __init__(self, ranks: Ranks, reduces: bool, sync: bool, number: int) -> None:
         self.ranks = ranks
         self.reduces = reduces
         self.sync = sync
+        self.number = number
         self.tensors: tuple[torch.Tensor | None, ...] = ()
 
     def taken(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -107,6 +111,10 @@ class StepParameters:
         """Gradients as autograd adds them to those of the parameters."""
         pairs = zip(gradients, self.tensors, strict=True)
         return [g if p is None else self._returned(g, p) for g, p in pairs]
+
+    def explained(self, error: RuntimeError) -> RuntimeError:
+        """The error of a failed collective names the step and who did not answer."""
+        return self.ranks.agreement.explained(error, f"step {self.number}")
 
     def _returned(
         self, gradient: torch.Tensor | None, parameter: torch.Tensor

@@ -42,6 +42,9 @@ class Parameters(Protocol):
     def returned(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """What autograd gets for the backward's gradients of those inputs."""
 
+    def explained(self, error: RuntimeError) -> RuntimeError:
+        """What is raised for an error in a graph."""
+
 
 class _InPlace:
     """Graphs take parameters as they are."""
@@ -51,6 +54,9 @@ class _InPlace:
 
     def returned(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         return gradients
+
+    def explained(self, error: RuntimeError) -> RuntimeError:
+        return error
 
 
 IN_PLACE = _InPlace()
@@ -146,7 +152,10 @@ class _Step(torch.autograd.Function):
         if executable.may_rerun:
             ctx.start = (inputs, RandomState.now())
         taken = parameters.taken(inputs)
-        results = executable.forward(list(taken))
+        try:
+            results = executable.forward(list(taken))
+        except RuntimeError as error:
+            raise parameters.explained(error) from error
         outputs = results[: executable.output_count]
         saved = results[executable.output_count :]
         results.clear()
@@ -177,8 +186,11 @@ class _Step(torch.autograd.Function):
             inputs, state = ctx.start
             return None, None, *executable.owner.rerun(inputs, state, received)
         executable.owner.observe(held, tuple(received))
-        found = _run_backward(executable, saved, received, ctx.shapes)
-        return None, None, *ctx.parameters.returned(found)
+        try:
+            found = _run_backward(executable, saved, received, ctx.shapes)
+            return None, None, *ctx.parameters.returned(found)
+        except RuntimeError as error:
+            raise ctx.parameters.explained(error) from error
 
 
 def _run_backward(

@@ -1,0 +1,91 @@
+"""The example under torchrun: one script from one process to many, and back after a crash."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "train_gpt.py"
+SMALL = ["--layers", "2", "--width", "32", "--batch", "2", "--seq", "32", "--inner", "eager"]
+_LOSS = re.compile(r"^step +(\d+)  loss ([\d.]+)", re.MULTILINE)
+
+
+def torchrun(*arguments, ranks=2, script=EXAMPLE, restarts=0, timeout=150):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={ranks}", f"--max-restarts={restarts}", str(script)]
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FXZERO_SPEC": "0"},
+    )
+
+
+def losses(text):
+    return dict(_LOSS.findall(text))
+
+
+def test_the_example_goes_on_where_it_was(tmp_path):
+    given = (*SMALL, "--zero", 3, "--steps", 6)
+    whole = torchrun(*given)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    assert len(losses(whole.stdout)) == 6
+    assert "mesh    dp 2, zero 3" in whole.stdout
+    saving = ("--checkpoints", tmp_path, "--every", 3)
+    first = torchrun(*given[:-1], 3, *saving)
+    assert first.returncode == 0, first.stderr[-2000:]
+    rest = torchrun(*given, *saving)
+    assert {**losses(first.stdout), **losses(rest.stdout)} == losses(whole.stdout)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3", "step-6"]
+    # The same checkpoints in one process, without a launcher.
+    alone = subprocess.run(
+        [sys.executable, str(EXAMPLE), *map(str, (*given[:-1], 7, *saving))],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    assert list(losses(alone.stdout)) == ["7"]
+
+
+# The second rank kills itself before its fifth step, the first time.
+_FRAGILE = """
+import os, runpy, signal, sys
+from pathlib import Path
+import torch
+
+marker = Path(sys.argv.pop())
+if os.environ["RANK"] == "1" and not marker.exists():
+    step, count = torch.optim.AdamW.step, [0]
+
+    def fragile(self, *args, **kwargs):
+        count[0] += 1
+        if count[0] == 5:
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args, **kwargs)
+
+    torch.optim.AdamW.step = fragile
+sys.argv[0] = {example!r}
+runpy.run_path({example!r}, run_name="__main__")
+"""
+
+
+def test_a_killed_rank_is_named_and_training_resumes_bit_for_bit(tmp_path):
+    script = tmp_path / "fragile.py"
+    script.write_text(_FRAGILE.format(example=str(EXAMPLE)))
+    given = (*SMALL, "--zero", 3, "--steps", 8, "--every", 2, "--checkpoints")
+    whole = torchrun(*given, tmp_path / "whole")
+    broken = torchrun(*given, tmp_path / "broken", tmp_path / "killed", script=script, restarts=1)
+    assert broken.returncode == 0, broken.stderr[-3000:]
+    assert losses(broken.stdout) == losses(whole.stdout)
+    assert list(losses(broken.stdout))[:4] == ["1", "2", "3", "4"]
+    assert "[FXZ602] step 6: a collective of rank 0 failed: " in broken.stderr
+    assert "no answer from rank: 1, within 5 s" in broken.stderr
