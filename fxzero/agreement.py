@@ -8,6 +8,7 @@ at once, compared, and planned by the first.  Where they differ, every rank rais
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,10 +21,12 @@ from fxzero import _torch
 from fxzero.errors import DivergenceError, FxzeroError, PeerError
 from fxzero.mesh import Mesh
 
+log = logging.getLogger(__name__)
+
 # How long a rank waits for the others to reach the same step, or to plan.
 _PATIENCE = timedelta(minutes=30)
 # Seconds in which ranks are to notice a failure that one of them has noticed.
-_ANSWER = 5.0
+_ANSWER = 2.0
 # What the errors of failed collectives say.
 _OF_COLLECTIVES = ("gloo", "Gloo", "NCCL", "onnection", "Timed out", "timed out", "Broken pipe")
 
@@ -36,13 +39,15 @@ class Agreement:
         self.group = dist.new_group(
             ranks, backend="gloo", timeout=_PATIENCE, use_local_synchronization=True
         )
+        self.rank = dist.get_rank()
+        self.store = _torch.default_store()
         self.first = ranks[0]
         self.ranks = ranks
 
     @property
     def leads(self) -> bool:
         """Whether this rank is the one that plans."""
-        return bool(dist.get_rank() == self.first)
+        return bool(self.rank == self.first)
 
     def on_step(self, description: str, known: bool, when: str) -> bool:
         """Whether every rank knows the graph of a step that all describe alike.
@@ -73,25 +78,27 @@ class Agreement:
         text = str(error).strip().partition("\n")[0]
         if isinstance(error, PeerError) or not any(word in text for word in _OF_COLLECTIVES):
             return error
-        lines = [f"{when}: a collective of rank {dist.get_rank()} failed: {text}"]
+        lines = [f"{when}: a collective of rank {self.rank} failed: {text}"]
+        log.error(lines[0])  # a launcher may end this process before the others have answered
         try:
             silent = self._silent(when)
         except RuntimeError as problem:
             lines.append(f"  the others cannot be asked: {str(problem).partition(chr(10))[0]}")
         else:
             names = ", ".join(map(str, silent)) or "none"
-            lines.append(f"  no answer from rank: {names}, within {_ANSWER:.0f} s")
+            lines.append(
+                f"  no word within {_ANSWER:.0f} s from rank {names}: gone, stuck, or waiting for one"
+            )
         lines.append("  restart all ranks, from the last checkpoint (torchrun --max-restarts)")
         return PeerError("\n".join(lines))
 
     def _silent(self, when: str) -> list[int]:
         """Ranks that do not notice, too, that something failed."""
-        store = _torch.default_store()
         keys = {rank: f"fxzero failed {when} {rank}" for rank in self.ranks}
-        store.set(keys[dist.get_rank()], "1")
+        self.store.set(keys[self.rank], "1")
         end = time.monotonic() + _ANSWER
         while True:
-            silent = [rank for rank, key in keys.items() if not store.check([key])]
+            silent = [rank for rank, key in keys.items() if not self.store.check([key])]
             if not silent or time.monotonic() > end:
                 return silent
             time.sleep(0.05)

@@ -194,7 +194,22 @@ def _all_processes(device: str) -> Any:
             return None
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        _connect("nccl" if device == "cuda" else "gloo")
     if dist.get_world_size() == 1:
         return None
     return init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("dp",))
+
+
+def _connect(backend: str) -> None:
+    """Makes the default process group of the processes that torchrun started."""
+    environment = os.environ
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend)
+        return
+    # After a restart torchrun's store still has the addresses of processes that are gone.
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)

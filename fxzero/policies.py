@@ -20,6 +20,9 @@ from fxzero.errors import UsageError
 from fxzero.graph import TrainGraph
 from fxzero.solver.problem import is_recomputable
 
+# Share of all gathered bytes that the smallest parameters may keep in stage 3.
+_SMALL_SHARE = 0.01
+
 RecomputeOption = str | Callable[[fx.Node], Any]
 MODES = ("auto", "none", "full")
 _POLICIES = {
@@ -46,10 +49,7 @@ def settled_nodes(
     graph: TrainGraph, recompute: RecomputeOption, zero: int | None = None
 ) -> dict[str, str]:
     """ "save" or "recompute" by name, for forward nodes that a tag or a user has settled."""
-    settled = {}
-    if zero is not None:
-        gathered = "recompute" if zero == 3 else "save"
-        settled = {node.name: gathered for node in graph.graph.nodes if is_gather(node)}
+    settled = {} if zero is None else _gathered(graph, again=zero == 3)
     settled |= _checkpoint_regions(graph)
     if callable(recompute):
         for node in graph.graph.nodes:
@@ -57,6 +57,24 @@ def settled_nodes(
                 choice = _policy(recompute(node), node)
                 if choice is not None:
                     settled[node.name] = choice
+    return settled
+
+
+def _gathered(graph: TrainGraph, *, again: bool) -> dict[str, str]:
+    """What becomes of gathered parameters: kept, or gathered again but for the smallest.
+
+    Gathering those costs a latency each and frees next to nothing.
+    """
+    sizes = {
+        node.name: node.meta["val"].numel() * node.meta["val"].element_size()
+        for node in graph.graph.nodes
+        if is_gather(node)
+    }
+    room = _SMALL_SHARE * sum(sizes.values())
+    settled = {}
+    for name, size in sorted(sizes.items(), key=lambda item: item[1]):
+        room -= size
+        settled[name] = "recompute" if again and room < 0 else "save"
     return settled
 
 

@@ -35,8 +35,11 @@ class Pool:
             self.connections.append(ours)
             self.processes.append(process)
 
-    def run(self, task, timeout=120, **given):
-        """The ranks' answers; raises AssertionError with the first rank's traceback."""
+    def run(self, task, timeout=120, dying=(), **given):
+        """The ranks' answers; raises AssertionError with the first rank's traceback.
+
+        Ranks that are to die in the task answer None.
+        """
         for connection in self.connections:
             connection.send((task, given))
         deadline = time.monotonic() + timeout
@@ -45,7 +48,11 @@ class Pool:
             if not connection.poll(max(deadline - time.monotonic(), 0)):
                 self.close()
                 raise AssertionError(f"{task}({given}): rank {rank} took more than {timeout} s")
-            answers.append(connection.recv())
+            try:
+                answers.append(connection.recv())
+            except EOFError:
+                assert rank in dying, f"{task}({given}): rank {rank} died"
+                answers.append((True, None))
         failed = [f"rank {r}: {text}" for r, (ok, text) in enumerate(answers) if not ok]
         assert not failed, "\n".join(failed)
         return [answer for _, answer in answers]

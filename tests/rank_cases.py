@@ -1,6 +1,9 @@
 """What each rank of a pool runs: five steps of a model, by fxzero or by DistributedDataParallel."""
 
 import functools
+import os
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -314,3 +317,18 @@ def save_on_a_full_disk(root):
     finally:
         saving.record_file = record
     return "no error"
+
+
+def killed_in_the_backward(directory):
+    """The last rank kills itself after its second forward; the others write what they are told."""
+    training_step.capture = capturing.capture
+    model = fxzero.compile(Small(), zero=3, inner="eager")
+    model(inputs()).backward()
+    loss = model(inputs())
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        loss.backward()
+    except fxzero.PeerError as error:
+        Path(directory, str(dist.get_rank())).write_text(str(error))
+        os._exit(1)  # as a script does that catches nothing

@@ -242,6 +242,17 @@ def test_local_tensor_is_the_part_of_this_rank_and_other_tensors_themselves() ->
         dist.destroy_process_group()
 
 
+def test_the_default_store_is_that_of_the_group() -> None:
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        before = store.num_keys()
+        _torch.default_store().set("key", "value")
+        assert store.num_keys() == before + 1
+    finally:
+        dist.destroy_process_group()
+
+
 def test_fake_mode_of_finds_the_mode_of_the_first_fake() -> None:
     with _torch.FakeTensorMode() as mode:
         fake = torch.empty(2)
