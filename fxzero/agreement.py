@@ -86,9 +86,8 @@ class Agreement:
             lines.append(f"  the others cannot be asked: {str(problem).partition(chr(10))[0]}")
         else:
             names = ", ".join(map(str, silent)) or "none"
-            lines.append(
-                f"  no word within {_ANSWER:.0f} s from rank {names}: gone, stuck, or waiting for one"
-            )
+            text = f"no word within {_ANSWER:.0f} s from rank {names}"
+            lines.append(f"  {text}: gone, stuck, or waiting for one")
         lines.append("  restart all ranks, from the last checkpoint (torchrun --max-restarts)")
         return PeerError("\n".join(lines))
 

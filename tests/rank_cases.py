@@ -332,3 +332,25 @@ def killed_in_the_backward(directory):
     except fxzero.PeerError as error:
         Path(directory, str(dist.get_rank())).write_text(str(error))
         os._exit(1)  # as a script does that catches nothing
+
+
+def meta_initialised():
+    """A model whose whole weights never exist: sharded on the meta device, then made and set."""
+    training_step.capture = capturing.capture
+    with torch.device("meta"):
+        model = Small()
+    model = fxzero.compile(model, zero=3, inner="eager")
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    with torch.no_grad():
+        model.scale.fill_(2.0)
+    weights = [whole(p) for p in model.parameters()]
+    assert all(bool(w.isfinite().all()) and float(w.abs().max()) < 10 for w in weights)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    assert few_steps(model, optimizer, 20)[-1] < few_steps(model, optimizer, 1)[0] * 2
+    assert model.verify(inputs()).exact
+    assert not any(map(torch.equal, weights[:1], [whole(p) for p in model.parameters()][:1]))
+    return "done"

@@ -64,23 +64,21 @@ def test_accumulated_and_clipped_gradients_equal_ddps(pools, zero):
     assert max(theirs[0][2]) > 0.05
 
 
-# AdamW turns the rounding of a gradient that is zero, as before a batch norm, into a step.
-@pytest.mark.parametrize("world", [3, 4])
-@pytest.mark.parametrize(("name", "tolerance"), [("gpt2", 1e-6), ("bert", 1e-6), ("resnet", 1e-3)])
-def test_more_ranks_differ_by_rounding(pools, world, name, tolerance):
+# Not before a batch norm: gradients that are zero but for rounding become steps of AdamW.
+@pytest.mark.parametrize(("world", "name"), [(3, "gpt2"), (3, "bert"), (4, "gpt2")])
+def test_more_ranks_differ_by_rounding(pools, world, name):
     pool = pools(world)
     theirs = pool.run("rank_cases:by_ddp", name=name, clip=0.05)
     for zero in (0, 3):
         ours = pool.run("rank_cases:by_fxzero", name=name, zero=zero, clip=0.05)
         losses, parameters = differences(ours, theirs)
         assert losses <= 1e-5
-        assert parameters <= tolerance
+        assert parameters <= 1e-6
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_two_runs_of_one_plan_are_equal(pools, zero):
+def test_two_runs_of_one_plan_are_equal(pools):
     pool = pools(3)
-    first, again = (pool.run("rank_cases:by_fxzero", name="bert", zero=zero) for _ in range(2))
+    first, again = (pool.run("rank_cases:by_fxzero", name="bert", zero=3) for _ in range(2))
     assert differences(first, again) == (0.0, 0.0)
 
 
@@ -177,3 +175,7 @@ def test_a_dead_rank_is_named_by_all_others(tmp_path):
             for name in names
         }
         assert "restart all ranks, from the last checkpoint" in advice
+
+
+def test_a_model_on_the_meta_device_becomes_shards(pools):
+    assert pools(2).run("rank_cases:meta_initialised") == ["done"] * 2
