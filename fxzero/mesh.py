@@ -209,7 +209,7 @@ def _connect(backend: str) -> None:
         return
     # After a restart torchrun's store still has the addresses of processes that are gone.
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
-    store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+    shared = dist.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"attempt {attempt}", shared)  # type: ignore[attr-defined]
     rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
