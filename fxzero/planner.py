@@ -31,6 +31,7 @@ from fxzero.passes.context import PassContext
 from fxzero.passes.partition import Split, partition
 from fxzero.passes.pipeline import PREPARATION, Pass, select, skipped_passes
 from fxzero.passes.runner import checking, run_passes
+from fxzero.passes.shard import left_whole
 from fxzero.passes.spec import check_split
 from fxzero.plans import Decisions, Fetch, Plan, Rematerialization
 from fxzero.policies import settled_nodes, unmet_wishes
@@ -304,6 +305,7 @@ class GraphPlanner:
         self.unapplied = (
             *unapplied,
             *unmet_wishes(self.graph, self.settled),
+            *left_whole(self.graph, options.sharding),
             *(f"pass {name} is switched off by FXZERO_SKIP" for name in skipped),
         )
         if self.unapplied and options.strict:

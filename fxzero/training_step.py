@@ -250,10 +250,11 @@ class TrainingStep:
         mutated = self._decided.emitted.split.mutated
         unplanned = [i for i in gradients if i not in self._captured.differentiable]
         paths = ", ".join(self._captured.outputs.paths[i] or str(i) for i in unplanned)
-        if mutated:
+        if mutated or self.ranks is not None:
+            why = f"it updates {mutated[0]}" if mutated else "its parameters are spread over ranks"
             raise RuntimeStateError(
                 f"a gradient came through output {paths}, but only the model's scalars were "
-                f"planned for, and the step cannot run again because it updates {mutated[0]}\n"
+                f"planned for, and the step cannot run again because {why}\n"
                 "  compute the loss inside the model, or return no scalar beside that output"
             )
         log.warning(

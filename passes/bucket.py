@@ -53,7 +53,7 @@ def _merge_gathers(graph: TrainGraph, limit: int, backward: bool) -> None:
     for members in _buckets((n for n in gathers if _is_early(n)), limit):
         for member in members[1:]:
             (source,) = member.all_input_nodes
-            if source.op != "placeholder":
+            if source.op != "placeholder" and graph.is_backward(source) == backward:
                 members[0].prepend(source)
         _merge(graph.graph, members, before=members[0])
 

@@ -65,6 +65,18 @@ def shard_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
     return graph
 
 
+def left_whole(graph: TrainGraph, sharding: Sharding) -> list[str]:
+    """A note on every parameter that should be cut and could not be; scalars are not worth it."""
+    if sharding.shard is None:
+        return []
+    return [
+        f"parameter {role.name} stays whole on every rank: its memory is not contiguous"
+        for role, node in graph.pairs()
+        if role.kind == "parameter" and WHOLE not in node.meta
+        if not node.meta["val"].is_contiguous()
+    ]
+
+
 class _Rewrite:
     def __init__(self, graph: TrainGraph, sharding: Sharding) -> None:
         self.graph = graph

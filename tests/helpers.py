@@ -153,6 +153,12 @@ class Subject:
         return self._traced[differentiable]
 
 
-def tiers(names: Iterable[Any], quick: Collection[Any]) -> list[Any]:
-    """Parameters of a test: those not in ``quick`` are marked slow."""
-    return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in names]
+def tiers(
+    names: Iterable[Any], quick: Collection[Any], exhaustive: Collection[Any] = ()
+) -> list[Any]:
+    """Parameters of a test: those not in ``quick`` are marked slow, some of these exhaustive."""
+    slow, more = pytest.mark.slow, pytest.mark.exhaustive
+    return [
+        pytest.param(n, marks=() if n in quick else (slow, more) if n in exhaustive else slow)
+        for n in names
+    ]

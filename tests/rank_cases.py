@@ -354,3 +354,38 @@ def meta_initialised():
     assert model.verify(inputs()).exact
     assert not any(map(torch.equal, weights[:1], [whole(p) for p in model.parameters()][:1]))
     return "done"
+
+
+class TwoOutputs(nn.Module):
+    """A loss, and something beside it that a gradient may come through."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = self.layer(x)
+        return hidden.square().mean(), hidden
+
+
+def unplanned_gradient():
+    training_step.capture = capturing.capture
+    model = fxzero.compile(TwoOutputs(), zero=3, inner="eager")
+    loss, hidden = model(inputs())
+    with pytest.raises(fxzero.FxzeroError) as caught:
+        (loss + hidden.sum()).backward()
+    return str(caught.value)
+
+
+def in_mixed_precision(zero):
+    """Computed in bfloat16, reduced and kept in float32."""
+    training_step.capture = capturing.capture
+    torch.manual_seed(0)
+    precision = fxzero.Precision(param=torch.bfloat16, reduce=torch.float32)
+    model = fxzero.compile(Step("gpt2"), zero=zero, precision=precision, inner="eager")
+    result = _train("gpt2", model, None, 1, None)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    ((args, kwargs),) = batches("gpt2", 1)
+    with torch.no_grad():
+        assert model(*args, **kwargs).isfinite()
+    return result

@@ -109,7 +109,14 @@ class Shares:
             return refusal
 
 
-@pytest.mark.parametrize("name", tiers(zoo.CASES, quick=("buffers",)))
+@pytest.mark.parametrize(
+    "name",
+    tiers(
+        zoo.CASES,
+        quick=("buffers",),
+        exhaustive=("mixtral", "t5", "vit", "frozen", "llama_bf16", "resnet", "tied"),
+    ),
+)
 def test_a_zoo_model_equals_eager_bitwise_within_its_plan(name: str, tmp_path: Path) -> None:
     expected: Sequence[Outcome] = eager(name)
     budgets = {share: expected[0].peak * share // 100 for share in (100, 60, 40)}

@@ -12,7 +12,7 @@ import pytest
 _COMMAND = Path(__file__).resolve().parent.parent / "benchmarks" / "bench_solver.py"
 _MODELS = ("gpt2",)
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(330)]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.slow, pytest.mark.timeout(330)]
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def test_inside_a_kernel_elementwise_operators_are_cheaper_and_others_as_before(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["time", "flops"])
+@pytest.mark.parametrize("objective", ["time", pytest.param("flops", marks=pytest.mark.exhaustive)])
 def test_without_a_budget_generated_code_recomputes_what_costs_next_to_nothing(
     objective: str,
 ) -> None:

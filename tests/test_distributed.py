@@ -44,11 +44,19 @@ def differences(ours, theirs):
     return max(losses), max(parameters)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_two_ranks_equal_ddp_bit_for_bit(pools, name):
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("gpt2", STAGES),
+        ("resnet", (0, 3)),
+        ("mixed_dtype", (2, 3)),
+        *(pytest.param(name, STAGES, marks=pytest.mark.exhaustive) for name in MODELS[1:]),
+    ],
+)
+def test_two_ranks_equal_ddp_bit_for_bit(pools, name, stages):
     pool = pools(2)
     theirs = pool.run("rank_cases:by_ddp", name=name)
-    for zero in STAGES:
+    for zero in stages:
         ours = pool.run("rank_cases:by_fxzero", name=name, zero=zero)
         assert differences(ours, theirs) == (0.0, 0.0), zero
         assert ours[0][3] == ours[1][3]
@@ -65,7 +73,7 @@ def test_accumulated_and_clipped_gradients_equal_ddps(pools, zero):
 
 
 # Not before a batch norm: gradients that are zero but for rounding become steps of AdamW.
-@pytest.mark.parametrize(("world", "name"), [(3, "gpt2"), (3, "bert"), (4, "gpt2")])
+@pytest.mark.parametrize(("world", "name"), [(3, "bert"), (4, "gpt2")])
 def test_more_ranks_differ_by_rounding(pools, world, name):
     pool = pools(world)
     theirs = pool.run("rank_cases:by_ddp", name=name, clip=0.05)
@@ -97,6 +105,16 @@ def test_a_budget_and_generated_code_change_nothing(pools):
     assert parameters <= 1e-4
 
 
+def test_all_stages_agree_in_mixed_precision(pools):
+    pool, answers = pools(2), []
+    for zero in (0, 1, 2, 3):
+        answers.append(pool.run("rank_cases:in_mixed_precision", zero=zero))
+        assert differences(answers[-1], answers[0]) == (0.0, 0.0)
+    whole = pool.run("rank_cases:by_fxzero", name="gpt2", zero=0)
+    losses, _ = differences(answers[0], whole)
+    assert 0 < losses < 0.1
+
+
 def test_everything_around_a_step(pools):
     for answer in pools(2).run("rank_cases:around_a_step"):
         assert answer == "done"
@@ -123,6 +141,12 @@ def test_measured_bytes_are_the_planned_ones(pools, zero):
         assert measured >= 0.95 * planned
 
 
+def test_a_gradient_that_was_not_planned_for_is_refused(pools):
+    for text in pools(2).run("rank_cases:unplanned_gradient"):
+        assert "a gradient came through output [1], but only the model's scalars were" in text
+        assert "cannot run again because its parameters are spread over ranks" in text
+
+
 def test_hybrid_sharding_equals_ddp(pools):
     pool = pools(4)
     theirs = pool.run("rank_cases:by_ddp", name="gpt2")
@@ -132,8 +156,11 @@ def test_hybrid_sharding_equals_ddp(pools):
     assert parameters <= 1e-4
 
 
-def test_a_checkpoint_loads_at_any_number_of_ranks(tmp_path):
-    worlds, saved = (1, 2, 3, 4), {}
+@pytest.mark.parametrize(
+    "worlds", [(1, 3), pytest.param((1, 2, 3, 4), marks=pytest.mark.exhaustive)]
+)
+def test_a_checkpoint_loads_at_any_number_of_ranks(tmp_path, worlds):
+    saved = {}
     for world in worlds:
         with Pool(world) as pool:
             answers = pool.run("rank_cases:train_and_save", root=str(tmp_path / str(world)))

@@ -48,7 +48,15 @@ every_model = pytest.mark.parametrize(
 
 
 @every_model
-@pytest.mark.parametrize("share", ["100%", "60%", "40%", "minimum"])
+@pytest.mark.parametrize(
+    "share",
+    [
+        "100%",
+        pytest.param("60%", marks=pytest.mark.exhaustive),
+        pytest.param("40%", marks=pytest.mark.exhaustive),
+        "minimum",
+    ],
+)
 def test_a_step_equals_eager_bitwise_and_its_peak_is_the_planned_one(
     subject: Subject, share: str
 ) -> None:

@@ -136,7 +136,7 @@ def planner(name: str, **options: Any) -> GraphPlanner:
     return Planner(graph, Options(optimizer="sgd", **options), name, outputs_held=False).variants[0]
 
 
-@pytest.mark.parametrize("name", tiers(("gpt2", "unet"), quick=()))
+@pytest.mark.parametrize("name", tiers(("gpt2", "unet"), quick=(), exhaustive=("gpt2",)))
 def test_with_offload_a_peak_is_smaller_and_a_budget_no_dearer(name: str) -> None:
     plain, offloading = planner(name).solver, planner(name, offload=True).solver
     low, high = plain.smallest.peak, plain.everything.peak

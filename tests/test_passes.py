@@ -146,6 +146,7 @@ def test_the_list_of_passes_prints() -> None:
         ["rematerialize", "exact"],
         ["write_back", "exact"],
         ["replay_randomness", "exact"],
+        ["bucket", "exact"],
     ]
     assert lines[4].endswith("Buffer updates become writes at the end of the forward.")
     assert all(item.summary for item in PASSES)
@@ -155,9 +156,10 @@ def test_the_list_of_passes_prints() -> None:
 def test_a_pass_is_switched_off_by_name() -> None:
     assert select(()) == PASSES
     chosen = select(["write_back"])
-    assert [item.name for item in chosen] == ["offload", "rematerialize", "replay_randomness"]
+    kept = ["offload", "rematerialize", "replay_randomness", "bucket"]
+    assert [item.name for item in chosen] == kept
     graph, reports = run_passes(graphs.tiny(), NOTHING, chosen)
-    assert [report.name for report in reports] == ["offload", "rematerialize", "replay_randomness"]
+    assert [report.name for report in reports] == kept
     assert "mutation" in [role.kind for role in graph.outputs]
 
 
@@ -170,7 +172,7 @@ def test_the_environment_switches_passes_off(monkeypatch: pytest.MonkeyPatch) ->
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)), torch.randn(4, 8)
     monkeypatch.setenv("FXZERO_SKIP", "rematerialize,replay_randomness")
     plan = fxzero.plan(model, (x,), recompute="full")
-    assert plan.passes == ("shard", "deduplicate", "offload", "write_back")
+    assert plan.passes == ("shard", "deduplicate", "offload", "write_back", "bucket")
     assert plan.decisions.recompute == ()
     assert "pass rematerialize is switched off by FXZERO_SKIP" in plan.notes
     with pytest.raises(UsageError, match="strict=True, but\n  pass rematerialize is switched off"):
@@ -208,6 +210,7 @@ def test_dumps_hold_the_graph_before_each_pass_and_after_it_if_it_changed(tmp_pa
         "02-write_back.after.txt",
         "02-write_back.before.txt",
         "03-replay_randomness.before.txt",
+        "04-bucket.before.txt",
     ]
     text = (tmp_path / "new" / "01-rematerialize.before.txt").read_text()
     FileCheck().check("primals_1  parameter up.weight  float32[8, 4]  F").check(

@@ -199,3 +199,26 @@ def test_precision_refuses_other_dtypes():
 def test_ranks_that_do_not_run_can_only_be_planned():
     with pytest.raises(fxzero.UsageError, match="mesh of dp=4 describes ranks that do not run"):
         fxzero.compile(Chain(), mesh={"dp": 4})
+
+
+def test_a_weight_that_is_not_contiguous_stays_whole_and_is_noted():
+    model = Chain(2)
+    model.layers[0].weight = nn.Parameter(model.layers[0].weight.detach().t())
+    plan, split = emitted(model, (torch.randn(8, 64),), zero=3)
+    note = "parameter layers.0.weight stays whole on every rank: its memory is not contiguous"
+    assert note in plan.notes
+    assert parts(split.forward, is_gather) == 3
+    with pytest.raises(fxzero.UsageError, match="stays whole on every rank"):
+        emitted(model, (torch.randn(8, 64),), zero=3, strict=True)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3, None])
+def test_casts_of_parts_are_where_their_buckets_need_them(zero):
+    precision = fxzero.Precision(param=torch.bfloat16, reduce=torch.float32)
+    graph = capture(Chain(), (torch.randn(8, 64),), precision=precision).graph
+    sharding = Mesh({"dp": 4}).sharding(zero, torch.float32)
+    for recompute in ("none", "auto", "full"):
+        options = Options(sharding=sharding, precision=precision, recompute=recompute)
+        split = Planner(graph, options, "model").decide().emitted.split
+        assert parts(split.forward, is_gather) == 8
+        assert parts(split.backward, is_reduction) == 8
