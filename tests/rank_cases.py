@@ -232,7 +232,9 @@ def measured_peak(zero):
         optimizer.zero_grad()
 
     step()
-    return fxzero.measure(step).peak_bytes, model.plan.peak_bytes
+    # Threads of gloo may let go of what a collective read a moment after it has ended.
+    peaks = [fxzero.measure(step).peak_bytes for _ in range(3)]
+    return min(peaks), model.plan.peak_bytes
 
 
 def train_and_save(root):

@@ -78,13 +78,14 @@ runpy.run_path({example!r}, run_name="__main__")
 """
 
 
-def test_a_killed_rank_is_named_and_training_resumes_bit_for_bit(tmp_path):
+# The launcher ends the others as soon as one is dead, often before they notice: what they say then
+# is tested in test_distributed.py.
+def test_after_a_killed_rank_training_resumes_bit_for_bit(tmp_path):
     script = tmp_path / "fragile.py"
     script.write_text(_FRAGILE.format(example=str(EXAMPLE)))
     given = (*SMALL, "--zero", 3, "--steps", 8, "--every", 2, "--checkpoints")
     whole = torchrun(*given, tmp_path / "whole")
     broken = torchrun(*given, tmp_path / "broken", tmp_path / "killed", script=script, restarts=1)
     assert broken.returncode == 0, broken.stderr
+    assert (tmp_path / "killed").exists()
     assert losses(broken.stdout) == losses(whole.stdout)
-    assert list(losses(broken.stdout))[:4] == ["1", "2", "3", "4"]
-    assert "step 6: a collective of rank 0 failed: " in broken.stderr
