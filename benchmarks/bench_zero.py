@@ -1,10 +1,10 @@
-"""Step time and memory of a rank: fxzero's ZeRO stages against DDP, FSDP2 and DeepSpeed, over gloo.
+"""Step time and memory of a rank: fxzero's ZeRO stages against DDP and FSDP2, over gloo.
 
     python benchmarks/bench_zero.py [--ranks 2] [--model gpt2] [--rounds 7]
 
 Every variant trains the same model on the same batches with AdamW.  All live in the same processes
-and are timed in turn, round after round; DeepSpeed is left out where it is not installed.  The peak
-is what a rank's tensors and the allocator's record come to; losses are compared with DDP's.
+and are timed in turn, round after round.  The peak is what a rank's tensors and the allocator's
+record come to; losses are compared with DDP's.
 """
 
 from __future__ import annotations
@@ -40,31 +40,15 @@ from fxzero.storages import storage_identity
 _RESULTS = Path(__file__).resolve().parent / "results"
 _MiB = 2**20
 _WARMUP = 3
+_Held = Callable[[], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train: a name, and what makes a step from a case."""
+    """One way to train: a name, and what makes a step, all that it holds and its planned peak."""
 
     name: str
-    make: Callable[[Case, str], tuple[Callable[[], float], list[torch.Tensor]]]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one rank saw of one variant.
-
-    Attributes:
-        seconds: of each round.
-        losses: of the warm-up's steps.
-        planned: fxzero's planned peak, or None.
-    """
-
-    name: str
-    peak: int
-    planned: int | None
-    seconds: tuple[float, ...]
-    losses: tuple[float, ...]
+    make: Callable[[Case], tuple[Callable[[], float], _Held, Callable[[], int | None]]]
 
 
 def main() -> None:
@@ -101,7 +85,7 @@ def _compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         case = build(
             options.model, quick=options.quick, dropout=0.0, dtype=torch.float32, device="cpu"
         )
-        step, held, plan = variant.make(case, options.model)
+        step, held, plan = variant.make(case)
         losses = [step() for _ in range(_WARMUP)]
         found.append((variant.name, _peak(step, held()), plan(), losses))
         steps[variant.name] = step
@@ -136,11 +120,11 @@ def _peak(step: Callable[[], float], held: list[torch.Tensor]) -> int:
 def _variants() -> list[Variant]:
     made = [
         Variant("DDP", _ddp),
-        Variant("FSDP2", lambda case, name: _fsdp(case, True)),
-        Variant("FSDP2, no reshard", lambda case, name: _fsdp(case, False)),
+        Variant("FSDP2", lambda case: _fsdp(case, True)),
+        Variant("FSDP2, no reshard", lambda case: _fsdp(case, False)),
     ]
     for zero in (0, 1, 2, 3, "auto"):
-        made.append(Variant(f"fxzero zero={zero}", lambda c, n, zero=zero: _fxzero(c, zero)))
+        made.append(Variant(f"fxzero zero={zero}", lambda case, zero=zero: _fxzero(case, zero)))
     return made
 
 
@@ -149,9 +133,7 @@ def _inputs(case: Case) -> dict[str, torch.Tensor]:
     return {k: v.roll(dist.get_rank() + 1, -1) if v.ndim > 1 else v for k, v in case.inputs.items()}
 
 
-def _step(
-    model: nn.Module, inputs: dict[str, torch.Tensor]
-) -> tuple[Callable[[], float], Callable[[], list[torch.Tensor]]]:
+def _step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Callable[[], float], _Held]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step() -> float:
@@ -169,7 +151,7 @@ def _step(
     return step, held
 
 
-def _ddp(case: Case, name: str) -> Any:
+def _ddp(case: Case) -> Any:
     model = nn.parallel.DistributedDataParallel(case.module)
     step, held = _step(model, _inputs(case))
     buckets = sum(p.numel() * p.element_size() for p in model.parameters())

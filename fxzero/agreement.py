@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fxzero import _torch
-from fxzero.errors import DivergenceError, FxzeroError, PeerError
+from fxzero.errors import DivergenceError, FxzeroError, PeerError, first_line
 from fxzero.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Agreement:
 
         Every rank that notices leaves a mark in the store; who leaves none in time is named.
         """
-        text = str(error).strip().partition("\n")[0]
+        text = first_line(error)
         if isinstance(error, PeerError) or not any(word in text for word in _OF_COLLECTIVES):
             return error
         lines = [f"{when}: a collective of rank {self.rank} failed: {text}"]
@@ -83,7 +83,7 @@ class Agreement:
         try:
             silent = self._silent(when)
         except RuntimeError as problem:
-            lines.append(f"  the others cannot be asked: {str(problem).partition(chr(10))[0]}")
+            lines.append(f"  the others cannot be asked: {first_line(problem)}")
         else:
             names = ", ".join(map(str, silent)) or "none"
             text = f"no word within {_ANSWER:.0f} s from rank {names}"
@@ -112,7 +112,7 @@ class Agreement:
         try:
             made = make()
         except FxzeroError as error:
-            self._collect(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            self._collect(f"{type(error).__name__}: {first_line(error)}")
             raise
         except Exception as error:
             self._collect(f"{type(error).__name__}: {error}")

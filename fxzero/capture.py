@@ -31,7 +31,7 @@ from torch import fx, nn
 
 from fxzero import _torch
 from fxzero.decompositions import decompositions_for, restore_eager_operators
-from fxzero.errors import CaptureError, DeviceError
+from fxzero.errors import CaptureError, DeviceError, first_line
 from fxzero.graph import TrainGraph
 from fxzero.precision import Precision
 from fxzero.sharding import is_spread, replaced
@@ -254,15 +254,9 @@ def _whole(model: nn.Module) -> Iterator[_torch.FakeTensorMode | None]:
         return
     mode = _torch.FakeTensorMode(allow_non_fake_inputs=True)
 
-    def whole(parameter: torch.Tensor) -> nn.Parameter:
+    def whole(parameter: torch.Tensor) -> torch.Tensor:
         with mode:
-            fake = torch.empty_strided(
-                parameter.shape,
-                parameter.stride(),
-                dtype=parameter.dtype,
-                device=parameter.device,
-            )
-            return nn.Parameter(fake, parameter.requires_grad)
+            return _fake_like(parameter, parameter.device)
 
     with replaced(model, whole):
         yield mode
@@ -280,10 +274,10 @@ def _on_fake_tensors(
         return copy.deepcopy(model, memo), [memo[id(leaf)] for leaf in leaves]
 
 
-def _fake_like(tensor: torch.Tensor) -> torch.Tensor:
+def _fake_like(tensor: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
     """Must run under a FakeTensorMode."""
     fake = torch.empty_strided(
-        tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu"
+        tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device
     ).requires_grad_(tensor.requires_grad)
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
@@ -370,7 +364,7 @@ def _named_errors(model: nn.Module) -> Iterator[None]:
         what = (
             "its control flow or a shape depends on the value of a tensor"
             if data_dependent
-            else f"{type(error).__name__}: {_first_line(error)}"
+            else f"{type(error).__name__}: {first_line(error)}"
         )
         advice = (
             _ADVICE
@@ -381,10 +375,6 @@ def _named_errors(model: nn.Module) -> Iterator[None]:
         raise CaptureError(
             f"cannot trace {type(model).__name__}: {what}\n  at {where}\n  {advice}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _caused_by(error: BaseException | None, kinds: tuple[type[Exception], ...]) -> bool:

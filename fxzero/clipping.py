@@ -19,7 +19,7 @@ from torch import nn
 from fxzero import _torch
 from fxzero.errors import RuntimeStateError
 from fxzero.ranks import Ranks
-from fxzero.sharding import Shards, is_cut, padded_rows
+from fxzero.sharding import Shards, is_cut, padded, padded_rows
 
 
 @torch.no_grad()
@@ -70,7 +70,9 @@ def _norms(parameters: list[nn.Parameter], shards: Shards, norm_type: float) -> 
     count = shards.sharding.shards
     for start in range(0, len(cut), count):
         chunk = cut[start : start + count]
-        whole = _exchange([_padded(gradients[i], parameters[i], count) for i in chunk], shards)
+        rows = (padded_rows(parameters[i].shape[0], count) for i in chunk)
+        parts = [padded(gradients[i], n) for i, n in zip(chunk, rows, strict=True)]
+        whole = _exchange(parts, shards)
         if whole is not None:
             mine = chunk[shards.rank]
             whole = whole.view(-1, *parameters[mine].shape[1:])[: parameters[mine].shape[0]]
@@ -93,15 +95,6 @@ def _exchange(parts: list[torch.Tensor], shards: Shards) -> torch.Tensor | None:
     whole = flat.new_empty(sum(received))
     dist.all_to_all_single(whole, flat, received, sent, group=shards.group)
     return whole.to(parts[rank].dtype) if rank < len(parts) else None
-
-
-def _padded(gradient: torch.Tensor, parameter: torch.Tensor, count: int) -> torch.Tensor:
-    rows = padded_rows(parameter.shape[0], count)
-    if gradient.shape[0] == rows:
-        return gradient
-    padded = gradient.new_zeros((rows, *parameter.shape[1:]))
-    padded[: gradient.shape[0]] = gradient
-    return padded
 
 
 def _local_gradient(parameter: torch.Tensor) -> Any:

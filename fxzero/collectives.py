@@ -31,8 +31,6 @@ COALESCED: dict[object, Any] = {
 # Position of the group's name among the arguments.
 _GROUP: dict[object, int] = {ALL_GATHER: 2, ALL_REDUCE: 2, REDUCE_SCATTER: 3}
 _RANKS: dict[object, int] = {ALL_GATHER: 1, REDUCE_SCATTER: 2}
-
-
 _GROUP |= {COALESCED[one]: position for one, position in _GROUP.items()}
 _RANKS |= {COALESCED[one]: position for one, position in _RANKS.items()}
 

@@ -211,8 +211,7 @@ class CompiledModule(nn.Module):
         state = self._fxzero
         if state.ranks is not None:
             raise UsageError(
-                "a model on many ranks cannot be pickled\n  save its state_dict with "
-                "torch.distributed.checkpoint"
+                "a model on many ranks cannot be pickled\n  save it with fxzero.checkpoint.save"
             )
         return _rebuild, (eager_view(self), state.options, state.plan, state.recompile_limit)
 
@@ -372,10 +371,10 @@ class _State:
 
 def _describe_step(model: nn.Module, leaves: Sequence[torch.Tensor], reduces: bool) -> str:
     """What all ranks have to have in common, in words."""
-    modes = {True: "training", False: "evaluation"}[model.training]
+    mode = "training" if model.training else "evaluation"
     frozen = sum(not p.requires_grad for p in model.parameters())
     accumulating = "" if reduces else ", accumulating"
-    return f"inputs {describe_all(leaves)}, {modes}, {frozen} frozen parameters{accumulating}"
+    return f"inputs {describe_all(leaves)}, {mode}, {frozen} frozen parameters{accumulating}"
 
 
 def _key(model: nn.Module, leaves: Sequence[torch.Tensor], structure: Structure) -> Hashable:

@@ -171,6 +171,11 @@ class GraphLawError(InternalError):
     code = "FXZ902"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip().splitlines() or [""])[0]
+
+
 def unknown_option(name: str, known: Iterable[str], *, where: str) -> UsageError:
     """Error for an option name nobody knows, with the nearest known one."""
     known = sorted(known)

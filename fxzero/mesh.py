@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class Mesh:
         """Number of ranks."""
         return math.prod(self.sizes.values())
 
-    @property
+    @cached_property
     def groups(self) -> dict[str, str]:
         """The name of each dimension's process group, for collectives that run."""
         if self.devices is None:

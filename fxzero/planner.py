@@ -369,7 +369,7 @@ class GraphPlanner:
                 break
         return decided
 
-    @property
+    @cached_property
     def _bucket_sizes(self) -> tuple[int, ...]:
         """Up to how many bytes to merge collectives, best first: larger buckets take memory."""
         nodes = list(self.graph.graph.nodes)
@@ -390,7 +390,7 @@ class GraphPlanner:
         """The smallest peak that the ``recompute`` option can reach."""
         return self.solver.everything if self._keeps_all else self.solver.smallest
 
-    @property
+    @cached_property
     def _keeps_all(self) -> bool:
         """Whether there is nothing to decide."""
         chooses = self.options.sharding.zero is None and any(map(is_gather, self.graph.graph.nodes))

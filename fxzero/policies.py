@@ -65,11 +65,7 @@ def _gathered(graph: TrainGraph, *, again: bool) -> dict[str, str]:
 
     Gathering those costs a latency each and frees next to nothing.
     """
-    sizes = {
-        node.name: node.meta["val"].numel() * node.meta["val"].element_size()
-        for node in graph.graph.nodes
-        if is_gather(node)
-    }
+    sizes = {node.name: node.meta["val"].nbytes for node in graph.graph.nodes if is_gather(node)}
     room = _SMALL_SHARE * sum(sizes.values())
     settled = {}
     for name, size in sorted(sizes.items(), key=lambda item: item[1]):

@@ -38,6 +38,15 @@ def padded_rows(rows: int, shards: int) -> int:
     return -(-rows // shards)
 
 
+def padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """The tensor with rows of zeros behind its own; itself if it has as many as that."""
+    if tensor.shape[0] == rows:
+        return tensor
+    result = tensor.new_zeros((rows, *tensor.shape[1:]))
+    result[: tensor.shape[0]] = tensor
+    return result
+
+
 def may_shard(tensor: torch.Tensor) -> bool:
     """Whether a parameter can be cut by rows."""
     return tensor.ndim > 0 and tensor.numel() > 0 and tensor.is_contiguous()
@@ -113,10 +122,7 @@ class Shards:
         size = local.untyped_storage().nbytes() // local.element_size()
         if size - local.storage_offset() >= rows * stride[0] and local.is_contiguous():
             return local.as_strided(shape, stride, local.storage_offset())
-        # Somebody has put other memory behind the parameter.
-        padded = local.new_zeros(shape)
-        padded[: local.shape[0]] = local
-        return padded
+        return padded(local, rows)  # somebody has put other memory behind the parameter
 
     def gradient(self, part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         """The gradient that a graph returned for ``part``, as the parameter's."""
@@ -144,11 +150,8 @@ class Shards:
 
     def _reduce_part(self, whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         rows = padded_rows(parameter.shape[0], self._axis.size) * self._axis.size
-        if rows > whole.shape[0]:
-            padded = whole.new_zeros((rows, *whole.shape[1:]))
-            padded[: whole.shape[0]] = whole
-            whole = padded
-        return average_part(whole, self._axis.size, self.mesh.groups[self._axis.name])
+        group = self.mesh.groups[self._axis.name]
+        return average_part(padded(whole, rows), self._axis.size, group)
 
     @property
     def _axis(self) -> Axis:
@@ -165,10 +168,10 @@ class Shards:
 
 
 @contextlib.contextmanager
-def replaced(model: nn.Module, make: Callable[[torch.Tensor], nn.Parameter]) -> Iterator[None]:
+def replaced(model: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Inside, ``make(parameter)`` stands wherever a parameter that is spread over ranks does."""
-    made: dict[int, nn.Parameter] = {}
-    places = [
+    made: dict[int, torch.Tensor] = {}
+    places: list[tuple[dict[str, Any], str, torch.Tensor]] = [
         (table, name, parameter)
         for table in (module._parameters for module in model.modules())
         for name, parameter in table.items()

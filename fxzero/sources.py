@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxzero.errors import UsageError
+from fxzero.errors import UsageError, first_line
 from fxzero.structure import flatten
 
 log = logging.getLogger(__name__)
@@ -282,5 +282,4 @@ def _image_inputs(config: Any, batch: int, seq: int | None, dtype: torch.dtype) 
 
 
 def _described(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -119,18 +119,17 @@ class TrainingStep:
             return captured, planner
 
         self._wanted: tuple[int, ...] | None = None
-        agreement = self.ranks.agreement if self.ranks else None
-        if agreement is None:
+        if self.ranks is None:
             self._captured, self._planner = trace()
         else:
-            self._captured, self._planner = agreement.on_result(trace, lambda m: m[1].digest)
+            made = self.ranks.agreement.on_result(trace, lambda made: made[1].digest)
+            self._captured, self._planner = made
         given = self.given if differentiable is None else None
         self._adopt(self._decide() if given is None else self._planner.replay(given))
 
     def _decide(self) -> Decided:
         """The plan of this process, or of the first rank."""
-        agreement = self.ranks.agreement if self.ranks else None
-        if agreement is None:
+        if self.ranks is None:
             return self._planner.decide()
         decided: list[Decided] = []
 
@@ -138,7 +137,7 @@ class TrainingStep:
             decided.append(self._planner.decide())
             return decided[0].plan.to_json()
 
-        text = agreement.of_first(plan)
+        text = self.ranks.agreement.of_first(plan)
         return decided[0] if decided else self._planner.replay(Plan.from_json(text))
 
     def _follow_outputs(self) -> None:

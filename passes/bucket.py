@@ -101,7 +101,7 @@ def _buckets(nodes: Iterable[fx.Node], limit: int) -> list[list[fx.Node]]:
 def _bytes(node: fx.Node) -> int:
     """Bytes of the whole parameter or gradient."""
     values = [node.meta["val"], *(source.meta["val"] for source in node.all_input_nodes)]
-    return max(int(value.numel() * value.element_size()) for value in values)
+    return max(int(value.nbytes) for value in values)
 
 
 def _kind(node: fx.Node) -> tuple[Any, ...]:

@@ -106,7 +106,8 @@ class _Rewrite:
             with mode:
                 cast.meta = {**cast.meta, "val": part.to(cast.meta["val"].dtype)}
         writer = _Writer(self.graph, users[0], mode)
-        gathered = writer.call(ALL_GATHER, (source, axis.size, axis.name), parameter.name)
+        arguments = (source, axis.size, axis.name)
+        gathered = writer.call(ALL_GATHER, arguments, f"{parameter.name}_gathered")
         result = writer.wait(gathered)
         if rows * axis.size > whole.shape[0]:
             result = writer.call(_ATEN.slice.Tensor, (result, 0, 0, whole.shape[0]))
@@ -159,13 +160,12 @@ class _Writer:
         backward = graph.is_backward(like)
         self.meta["partitioner_tag"] = "is_backward" if backward else "is_forward"
 
-    def call(self, target: Any, args: tuple[Any, ...], of: str = "") -> fx.Node:
-        name = f"{of}_gathered" if of else None
+    def call(
+        self, target: Any, args: tuple[Any, ...], name: str | None = None, **options: Any
+    ) -> fx.Node:
         with self.graph.inserting_before(self.before):
-            node = self.graph.create_node("call_function", target, args, name=name)
-        given: Any = fx.map_arg(args, lambda source: source.meta["val"])
-        with self.mode, torch.no_grad():
-            node.meta = {**self.meta, "val": target(*given)}
+            node = self.graph.create_node("call_function", target, args, options, name=name)
+        node.meta = {**self.meta, "val": _derived(node, self.mode)}
         return node
 
     def wait(self, collective: fx.Node) -> fx.Node:
@@ -176,22 +176,12 @@ class _Writer:
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         if node.meta["val"].dtype == dtype:
             return node
-        with self.graph.inserting_before(self.before):
-            cast = self.graph.call_function(_ATEN._to_copy.default, (node,), {"dtype": dtype})
-        with self.mode:
-            cast.meta = {**self.meta, "val": node.meta["val"].to(dtype)}
-        return cast
+        return self.call(_ATEN._to_copy.default, (node,), dtype=dtype)
 
     def contiguous(self, node: fx.Node) -> fx.Node:
         if node.meta["val"].is_contiguous():
             return node
-        with self.graph.inserting_before(self.before):
-            copy = self.graph.call_function(
-                _ATEN.clone.default, (node,), {"memory_format": torch.contiguous_format}
-            )
-        with self.mode:
-            copy.meta = {**self.meta, "val": node.meta["val"].contiguous()}
-        return copy
+        return self.call(_ATEN.clone.default, (node,), memory_format=torch.contiguous_format)
 
 
 def _renew_views(node: fx.Node, stale: int, mode: Any) -> None:
@@ -199,12 +189,17 @@ def _renew_views(node: fx.Node, stale: int, mode: Any) -> None:
     for user in list(node.users):
         leaves = tensor_leaves(user.meta.get("val"))
         if user.op == "call_function" and any(storage_identity(t) == stale for t in leaves):
-            given: Any = fx.map_arg((user.args, user.kwargs), lambda source: source.meta["val"])
-            args, kwargs = given
-            assert callable(user.target)
-            with mode, torch.no_grad():
-                user.meta = {**user.meta, "val": user.target(*args, **kwargs)}
+            user.meta = {**user.meta, "val": _derived(user, mode)}
             _renew_views(user, stale, mode)
+
+
+def _derived(node: fx.Node, mode: Any) -> Any:
+    """The node's value, from those of its arguments."""
+    given: Any = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    args, kwargs = given
+    assert callable(node.target)
+    with mode, torch.no_grad():
+        return node.target(*args, **kwargs)
 
 
 def _narrowing_cast(users: list[fx.Node]) -> fx.Node | None:

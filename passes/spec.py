@@ -23,8 +23,8 @@ import torch
 from torch import fx
 
 from fxzero import _torch, randomness
-from fxzero.collectives import is_gather
-from fxzero.errors import GraphLawError
+from fxzero.collectives import is_gather, is_wait
+from fxzero.errors import GraphLawError, first_line
 from fxzero.graph import TrainGraph, describe
 from fxzero.passes.listing import format_nodes
 from fxzero.passes.offload import FETCH_OF
@@ -147,7 +147,7 @@ def lint(subject: Subject) -> Iterator[Finding]:
     try:
         subject.graph.graph.lint()
     except Exception as error:
-        yield None, str(error).partition("\n")[0]
+        yield None, first_line(error)
 
 
 def signature(subject: Subject) -> Iterator[Finding]:
@@ -224,12 +224,12 @@ def draws(subject: Subject) -> Iterator[Finding]:
 def collectives(subject: Subject) -> Iterator[Finding]:
     """Each result of a functional collective is read by one wait, and by nothing else."""
     for node in subject.calls:
-        if _namespace(node) != "_c10d_functional" or _is_wait(node):
+        if _namespace(node) != "_c10d_functional" or is_wait(node):
             continue
         many = isinstance(node.meta.get("val"), (tuple, list))
         for result in node.users if many else [node]:
-            waits = [user for user in result.users if _is_wait(user)]
-            others = [user.name for user in result.users if not _is_wait(user)]
+            waits = [user for user in result.users if is_wait(user)]
+            others = [user.name for user in result.users if not is_wait(user)]
             if len(waits) != 1:
                 yield result, f"collective with {len(waits)} waits"
             if others:
@@ -442,10 +442,6 @@ def _written_by(node: fx.Node) -> list[fx.Node]:
 
 def _namespace(node: fx.Node) -> str:
     return getattr(node.target, "namespace", "")
-
-
-def _is_wait(node: fx.Node) -> bool:
-    return _namespace(node) == "_c10d_functional" and "wait_tensor" in str(node.target)
 
 
 def _surroundings(graph: TrainGraph, node: fx.Node | None) -> list[str]:

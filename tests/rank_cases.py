@@ -1,6 +1,6 @@
 """What each rank of a pool runs: five steps of a model, by fxzero or by DistributedDataParallel."""
 
-import functools
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -20,15 +20,16 @@ from fxzero import training_step
 STEPS = 5
 
 
-@functools.lru_cache(maxsize=4)
-def traced(name, spread, inner):
-    """One trace of a model serves all stages that shard it."""
-    return {}
+TRACES = {}  # of the model that was traced last: one serves all stages that shard it
 
 
-def share_traces(name, model, inner):
-    """Lets the next compilations of this model find its trace."""
-    known = traced(name, any(isinstance(p, DTensor) for p in model.parameters()), inner)
+@contextlib.contextmanager
+def shared_traces(name, model, inner):
+    """Inside, compilations of this model find the trace of an earlier one."""
+    key = (name, any(isinstance(p, DTensor) for p in model.parameters()), inner)
+    if key not in TRACES:
+        TRACES.clear()
+    known = TRACES.setdefault(key, {})
 
     def capture(*args, differentiable=None, **options):
         if differentiable not in known:
@@ -38,6 +39,10 @@ def share_traces(name, model, inner):
         return known[differentiable]
 
     training_step.capture = capture
+    try:
+        yield
+    finally:
+        training_step.capture = capturing.capture
 
 
 class Step(nn.Module):
@@ -78,12 +83,13 @@ def by_fxzero(name, accumulate=1, clip=None, **options):
     torch.manual_seed(0)
     options = {"inner": "eager", "recompute": "none", **options}
     model = fxzero.compile(Step(name), **options)
-    share_traces(name, model, options["inner"])
 
     def norm(limit):
         return fxzero.clip_grad_norm_(model, limit)
 
-    return *_train(name, model, norm, accumulate, clip), model.plan.peak_bytes
+    with shared_traces(name, model, options["inner"]):
+        result = _train(name, model, norm, accumulate, clip)
+    return *result, model.plan.peak_bytes
 
 
 def by_ddp(name, accumulate=1, clip=None):
@@ -144,7 +150,6 @@ def by_fxzero_hybrid(name, zero):
 def around_a_step():
     """What a script does besides training steps, on sharded parameters."""
     torch.manual_seed(dist.get_rank())  # the first rank's values are taken
-    training_step.capture = capturing.capture
     model = fxzero.compile(Small(), zero=3, inner="eager")
     torch.manual_seed(0)
     expected = Small()
@@ -200,7 +205,6 @@ def around_a_step():
 
 
 def different_lengths():
-    training_step.capture = capturing.capture
     model = fxzero.compile(Small(), zero=3, inner="eager")
     try:
         model(inputs(8 + dist.get_rank()))
@@ -210,7 +214,6 @@ def different_lengths():
 
 
 def too_small_a_budget():
-    training_step.capture = capturing.capture
     model = fxzero.compile(Small(), zero=3, inner="eager", memory_budget="1KiB")
     try:
         model(inputs())
@@ -221,7 +224,6 @@ def too_small_a_budget():
 
 def measured_peak(zero):
     """(measured, planned) peak of a step, of the forward and backward and of the optimizer's."""
-    training_step.capture = capturing.capture
     model = fxzero.compile(Step("gpt2"), zero=zero, inner="eager")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ((args, kwargs),) = batches("gpt2", 1)
@@ -239,7 +241,6 @@ def measured_peak(zero):
 
 def train_and_save(root):
     """Saves after three steps; what two more come to, and the first rank's whole parameters."""
-    training_step.capture = capturing.capture
     torch.manual_seed(0)
     model = fxzero.compile(Small(), zero=3, inner="eager")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -270,7 +271,6 @@ def whole_state(model, optimizer):
 
 def load_and_train(root, zero):
     """What is loaded from another number of ranks, and what two more steps come to."""
-    training_step.capture = capturing.capture
     model = fxzero.compile(Small(), zero=zero, inner="eager")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
     fxzero.checkpoint.load(root, model, optimizer)
@@ -323,7 +323,6 @@ def save_on_a_full_disk(root):
 
 def killed_in_the_backward(directory):
     """The last rank kills itself after its second forward; the others write what they are told."""
-    training_step.capture = capturing.capture
     model = fxzero.compile(Small(), zero=3, inner="eager")
     model(inputs()).backward()
     loss = model(inputs())
@@ -338,7 +337,6 @@ def killed_in_the_backward(directory):
 
 def meta_initialised():
     """A model whose whole weights never exist: sharded on the meta device, then made and set."""
-    training_step.capture = capturing.capture
     with torch.device("meta"):
         model = Small()
     model = fxzero.compile(model, zero=3, inner="eager")
@@ -371,7 +369,6 @@ class TwoOutputs(nn.Module):
 
 
 def unplanned_gradient():
-    training_step.capture = capturing.capture
     model = fxzero.compile(TwoOutputs(), zero=3, inner="eager")
     loss, hidden = model(inputs())
     with pytest.raises(fxzero.FxzeroError) as caught:
@@ -381,7 +378,6 @@ def unplanned_gradient():
 
 def in_mixed_precision(zero):
     """Computed in bfloat16, reduced and kept in float32."""
-    training_step.capture = capturing.capture
     torch.manual_seed(0)
     precision = fxzero.Precision(param=torch.bfloat16, reduce=torch.float32)
     model = fxzero.compile(Step("gpt2"), zero=zero, precision=precision, inner="eager")

@@ -4,7 +4,7 @@
     optimizer.<name>.<state>      the optimizer's state of a parameter, such as exp_avg
     rng.<rank>.<device>           states of random generators
 
-A tensor under several names (tied weights) is written once.  Scalars are written as one element.
+A tensor under several names (tied weights) is written once, under the first of them.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ class Contents:
 
 def model_tensors(model: nn.Module) -> Tensors:
     """The model's parameters and buffers that are saved, each once."""
-    seen: dict[int, str] = {}
-    found = {}
-    state = model.state_dict(keep_vars=True)
-    for name, value in state.items():
-        if isinstance(value, torch.Tensor) and seen.setdefault(id(value), name) == name:
-            found[f"model.{name}"] = value.detach()
-    return found
+    return {f"model.{names[0]}": tensor.detach() for names, tensor in named_tensors(model)}
+
+
+def named_tensors(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
+    """Each tensor of the model's state, with all its names: tied weights have several."""
+    found: dict[int, tuple[list[str], torch.Tensor]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, torch.Tensor):
+            found.setdefault(id(value), ([], value))[0].append(name)
+    return list(found.values())
 
 
 def optimizer_contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contents:

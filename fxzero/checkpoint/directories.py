@@ -29,7 +29,6 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 _TEMPORARY = ".tmp"
 _STEP = re.compile(r"step-(\d{1,18})")
-_BLOCK = 1 << 20
 _MAX_MANIFEST_BYTES = 1 << 28
 
 
@@ -69,12 +68,14 @@ def temporary_path(root: Path, step: int) -> Path:
 
 def record_file(path: Path) -> FileRecord:
     """Length and checksum of a file, after it has been synced to disk."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        while block := file.read(_BLOCK):
-            digest.update(block)
-        return FileRecord(file.tell(), digest.hexdigest())
+    return FileRecord(path.stat().st_size, _sha256(path))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def commit(temporary: Path, manifest: Manifest) -> Path:
@@ -154,7 +155,7 @@ def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> None:
     for name in names:
         record = manifest.files[name]
         _check_length(path, name, record)
-        found = record_file(path / name).sha256
+        found = _sha256(path / name)
         if found != record.sha256:
             raise CheckpointError(
                 f"{path / name} is damaged: SHA-256 {found[:16]}..., its manifest says "

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fxzero.checkpoint.contents import Tensors, model_tensors
+from fxzero.checkpoint.contents import Tensors, named_tensors
 from fxzero.checkpoint.team import Team
 from fxzero.errors import CheckpointError
+from fxzero.sharding import padded_rows
 
 _ONE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -47,19 +48,19 @@ def export_safetensors(
     directory, team = Path(directory), Team.of_all()
     try:
         team.lead(lambda: directory.mkdir(parents=True, exist_ok=True))
-        sizes = {name: t.numel() * t.element_size() for name, t in _named(model)}
+        tensors = {names[0]: tensor for names, tensor in named_tensors(model)}
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         groups = _grouped(sizes, file_bytes)
         files = {}
-        tensors = dict(_named(model))
         for number, names in enumerate(groups, start=1):
             whole = {name: _whole(tensors[name]) for name in names}
-            file = _ONE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}"
-            file = file if file.endswith(".safetensors") else f"{file}.safetensors"
-            team.lead(functools.partial(_write, whole, directory / file))
+            several = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            file = several if len(groups) > 1 else _ONE
+            team.lead(functools.partial(_write, directory / file, whole))
             files.update(dict.fromkeys(names, file))
         if len(groups) > 1:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-            team.lead(lambda: _replace(directory / _INDEX, json.dumps(index, indent=2).encode()))
+            team.lead(lambda: _replace(directory / _INDEX, _as_json(index)))
     finally:
         team.close()
     return directory
@@ -82,11 +83,6 @@ def load_safetensors(model: nn.Module, directory: str | Path) -> None:
         team.close()
 
 
-def _named(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in model_tensors(model).items():
-        yield name.removeprefix("model."), tensor
-
-
 def _grouped(sizes: dict[str, int], limit: int) -> list[list[str]]:
     groups: list[list[str]] = [[]]
     room = limit
@@ -104,31 +100,29 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return whole.detach().cpu().contiguous()
 
 
-def _write(tensors: Tensors, path: Path) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(path)
+def _write(path: Path, tensors: Tensors) -> None:
+    _replace(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _as_json(index: dict[str, Any]) -> Callable[[Path], object]:
+    return lambda partial: partial.write_text(json.dumps(index, indent=2))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Puts what ``write`` writes in a file's place, which is the old or the new one, never half."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(content)
+    write(partial)
     partial.replace(path)
 
 
 @torch.no_grad()
 def _load(model: nn.Module, source: Path) -> None:
     where = _places(source)
-    aliases: dict[int, list[str]] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if isinstance(value, torch.Tensor):
-            aliases.setdefault(id(value), []).append(name)
-    state = model.state_dict(keep_vars=True)
-    for names in aliases.values():
+    for names, tensor in named_tensors(model):
         found = next((name for name in names if name in where), None)
         if found is None:
             raise CheckpointError(f"{source} has no weight called {' or '.join(names)}")
-        _copy(state[names[0]], where[found], found)
+        _copy(tensor, where[found], found)
 
 
 def _places(source: Path) -> dict[str, Path]:
@@ -186,6 +180,7 @@ def _first_row(target: DTensor) -> int:
     for dimension, placement in enumerate(target.placements):
         if placement.is_shard(0):
             parts = target.device_mesh.size(dimension)
-            rows = -(-target.shape[0] // parts)
-            return rows * target.device_mesh.get_local_rank(dimension)
+            return padded_rows(target.shape[0], parts) * target.device_mesh.get_local_rank(
+                dimension
+            )
     return 0

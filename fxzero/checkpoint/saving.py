@@ -226,18 +226,15 @@ def _prepare(
         json.dumps(extra)
     except (TypeError, ValueError) as error:
         raise UsageError(f"extra cannot be written as JSON: {error}") from None
-    contents = Contents(model_tensors(model), {})
-    if optimizer is not None:
-        state = optimizer_contents(model, optimizer)
-        contents = Contents({**contents.tensors, **state.tensors}, state.settings)
+    tensors = model_tensors(model)
+    optimized = Contents({}, {}) if optimizer is None else optimizer_contents(model, optimizer)
     team = Team.of_all()
     if not team.leads:
         # Buffers (running statistics) are each rank's own; the first one's are saved.
-        buffers = {f"model.{name}" for name, _ in model.named_buffers()}
-        kept = {name: t for name, t in contents.tensors.items() if name not in buffers}
-        contents = replace(contents, tensors=kept)
+        for name, _ in model.named_buffers():
+            tensors.pop(f"model.{name}", None)
     random = {f"rng.{team.rank}.{kind}": state for kind, state in _random_state().items()}
-    contents = replace(contents, tensors={**contents.tensors, **random})
+    contents = Contents({**tensors, **optimized.tensors, **random}, optimized.settings)
     plan = _plan_hash(model)
     return _Job(Path(root), contents, step, extra or {}, keep, plan, team)
 
@@ -288,7 +285,11 @@ def _load(
     reader = HuggingFaceStorageReader(str(source))
     saved = team.do(lambda: _saved(reader))
     wanted = team.do(lambda: _targets(saved, model, optimizer, state))
-    mine = {name: _empty(*saved[name]) for name in saved if name.startswith(f"rng.{team.rank}.")}
+    mine = {
+        name: torch.empty(shape, dtype=dtype)
+        for name, (shape, dtype) in saved.items()
+        if name.startswith(f"rng.{team.rank}.")
+    }
     team.do(lambda: _read({**wanted, **mine}, reader, team))
     if optimizer is not None:
         tensors = {name: t for name, t in wanted.items() if name.startswith("optimizer.")}
@@ -318,11 +319,7 @@ def _targets(
 ) -> Tensors:
     """Where each tensor of the checkpoint goes."""
     targets = model_tensors(model)
-    _check_names(
-        {name for name in saved if name.startswith("model.")},
-        set(targets),
-        lambda name: name.removeprefix("model."),
-    )
+    _check_names({name for name in saved if name.startswith("model.")}, set(targets))
     for name, tensor in targets.items():
         if saved[name][0] != tuple(tensor.shape):
             raise CheckpointError(
@@ -342,22 +339,18 @@ def _targets(
     return targets
 
 
-def _check_names(saved: set[str], known: set[str], shown: Callable[[str], str]) -> None:
+def _check_names(saved: set[str], known: set[str]) -> None:
     lines = []
     for names, where in (
         (known - saved, "in the model only"),
         (saved - known, "in the checkpoint only"),
     ):
         if names:
-            some = ", ".join(map(shown, sorted(names)[:5]))
+            some = ", ".join(name.removeprefix("model.") for name in sorted(names)[:5])
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             lines.append(f"  {where}: {some}{more}")
     if lines:
         raise CheckpointError("\n".join(["the checkpoint is of another model", *lines]))
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype)
 
 
 def _read(tensors: Tensors, reader: HuggingFaceStorageReader, team: Team) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -53,8 +53,7 @@ class Team:
 
     def lead(self, action: Callable[[], T]) -> T:
         """What ``action`` returns on the first rank, where alone it runs; raises as ``do``."""
-        first = self.collect(lambda: action() if self.leads else None)[0]
-        return first  # type: ignore[return-value]
+        return cast(T, self.collect(lambda: action() if self.leads else None)[0])
 
     def _run(self, action: Callable[[], T], *, share: bool) -> tuple[T, list[T]]:
         result: Any = None
@@ -64,7 +63,8 @@ class Team:
         except Exception as error:
             failure = error
         text = "" if failure is None else f"{type(failure).__name__}: {failure}"
-        answers = self._gather((text.partition("\n")[0], result if share else None))
+        first = text.partition("\n")[0]
+        answers = self._gather((first, result if share else None))
         if isinstance(failure, FxzeroError):
             raise failure
         if failure is not None:
