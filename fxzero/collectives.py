@@ -2,12 +2,13 @@
 
     g = all_gather_into_tensor(part, 8, "dp"); w = wait_tensor(g)
 
-``w`` is the memory of ``g`` once the transfer has ended.  ``bind`` puts the names of process groups
-in the place of dimensions' in graphs that are about to run.
+``w`` is the memory of ``g`` once the transfer has ended; until then ``part`` is read.  ``bind``
+puts the names of process groups in the place of dimensions' in graphs that are about to run.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,24 @@ def is_reduction(node: fx.Node) -> bool:
 def is_wait(node: fx.Node) -> bool:
     """Whether the node waits for a collective."""
     return node.target is WAIT
+
+
+def waits_of(collective: fx.Node) -> list[fx.Node]:
+    """The waits for a collective's results."""
+    users = list(collective.users)
+    parts = [user for item in users if item.target is operator.getitem for user in item.users]
+    return [user for user in (*users, *parts) if is_wait(user)]
+
+
+def collective_of(wait: fx.Node) -> fx.Node:
+    """The collective that a wait is for."""
+    (source,) = wait.all_input_nodes
+    return source.all_input_nodes[0] if source.target is operator.getitem else source
+
+
+def in_transfer(node: fx.Node) -> tuple[fx.Node, ...]:
+    """What must stay as it is until a wait has ended: all that its collective reads."""
+    return tuple(collective_of(node).all_input_nodes) if is_wait(node) else ()
 
 
 def ranks_of(node: fx.Node) -> int | None:

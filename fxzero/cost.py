@@ -8,14 +8,14 @@ the hardware description.  Modelled times beside measured ones are scaled to com
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from fxzero.collectives import is_collective, is_reduction, is_wait, ranks_of
+from fxzero.collectives import is_collective, is_gather, is_reduction, is_wait, ranks_of
 from fxzero.randomness import draw, draw_again
 from fxzero.storages import tensor_leaves
 from fxzero.transfers import TRANSFERS
@@ -75,12 +75,14 @@ class CostModel:
         measured: seconds by ``operator_key``.
         scale: what modelled seconds are multiplied by.
         fused: whether elementwise operators run inside the kernels of those that read them.
+        exposed: share of its time that a gather costs which runs again beside operators.
     """
 
     hardware: Hardware
     measured: Mapping[str, float] = field(default_factory=dict)
     scale: float = 1.0
     fused: bool = False
+    exposed: float = 1.0
 
     def price(self, node: fx.Node) -> NodeCost:
         """Price of running a node once; inputs and views are free."""
@@ -93,6 +95,11 @@ class CostModel:
         if self.fused and is_elementwise(node):
             seconds = self._inside_a_kernel(node, seconds)
         return NodeCost(seconds, modelled.flops)
+
+    def price_again(self, node: fx.Node) -> NodeCost:
+        """What a step takes longer if a node runs once more in it."""
+        price = self.price(node)
+        return replace(price, seconds=price.seconds * self.exposed) if is_gather(node) else price
 
     def _inside_a_kernel(self, node: fx.Node, alone: float) -> float:
         """Seconds of an operator whose result is not written and read again but used at once.

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxzero.collectives import in_transfer
+
 BoxedFunction = Callable[[list[Any]], list[Any]]
 
 
@@ -27,13 +29,14 @@ def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """For each node, the values that nothing reads after it ran.
 
     Values that nothing ever reads die with the node that makes them; results never die.  Inputs
-    that nothing reads are listed under the first node that is not an input.
+    that nothing reads are listed under the first node that is not an input.  What a collective
+    reads lives until it is waited for.
     """
     nodes = list(graph.nodes)
     first = next(node for node in nodes if node.op != "placeholder")
     last: dict[fx.Node, fx.Node] = {n: first if n.op == "placeholder" else n for n in nodes}
     for node in nodes:
-        for source in node.all_input_nodes:
+        for source in (*node.all_input_nodes, *in_transfer(node)):
             last[source] = node
     dying: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node, at in last.items():

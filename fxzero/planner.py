@@ -19,6 +19,7 @@ from torch import nn
 
 from fxzero.calibration import cost_model
 from fxzero.capture import capture
+from fxzero.clock import exposed_share
 from fxzero.collectives import is_collective, is_gather
 from fxzero.cost import CostModel, bucket_bytes
 from fxzero.errors import BudgetError, PlanError, UsageError
@@ -57,6 +58,8 @@ _TIGHTENINGS = 4
 _FREE = 0.01
 # Share of the parameters that stage 3 gathers at once, unless a budget has less room.
 _PART_GATHERED = 1 / 8
+# How many gathers, and how many reductions, run beside operators.
+_IN_FLIGHT = 2
 # Merged values below this share of what the forward makes are not worth planning twice.
 _SMALL_SHARE = 1 / 400
 
@@ -297,7 +300,7 @@ class GraphPlanner:
         self.loss_bytes = _outside_loss_bytes(arguments)
         self.fixed_bytes = self.optimizer.state_bytes + tensor_bytes(held, self.granularity)
         self.fixed_bytes += LOSS_SCALARS if self.loss_bytes else 0
-        self.costs = costs
+        self.costs = replace(costs, exposed=exposed_share(self.graph, costs))
         self.settled = settled_nodes(self.graph, options.recompute, options.sharding.zero)
         skipped = skipped_passes()
         self.recompute = "none" if "rematerialize" in skipped else options.recompute
@@ -362,25 +365,29 @@ class GraphPlanner:
         return None
 
     def _emit_within(self, solution: Solution, budget: int | None) -> Decided:
-        """With the largest buckets that the budget has room for, or without any."""
-        for size in self._bucket_sizes:
-            decided = self._emit(solution, size)
-            if budget is None or decided.plan.peak_bytes <= budget:
+        """With the fastest way to run collectives that the budget has room for."""
+        for bucket, in_flight in self._ways_to_communicate:
+            decisions = self._decisions(solution.schedule, bucket, in_flight)
+            emitted = self._carry_out(decisions)
+            if budget is None or emitted.timeline.peak_bytes <= budget:
                 break
-        return decided
+        return self._summarised(solution, decisions, emitted)
 
     @cached_property
-    def _bucket_sizes(self) -> tuple[int, ...]:
-        """Up to how many bytes to merge collectives, best first: larger buckets take memory."""
+    def _ways_to_communicate(self) -> tuple[tuple[int, int], ...]:
+        """Up to how many bytes to merge collectives, and how many of them run beside operators.
+
+        Fastest first: both take memory.
+        """
         nodes = list(self.graph.graph.nodes)
         if not any(map(is_collective, nodes)):
-            return (0,)
+            return ((0, 0),)
         largest = bucket_bytes(self.costs.hardware)
         if self.options.sharding.zero == 3:
             # Nobody asks for it to have most of the model there at once.
             whole = tensor_bytes(node.meta["val"] for node in nodes if is_gather(node))
             largest = min(largest, int(_PART_GATHERED * whole))
-        return (largest, largest // 8, 0)
+        return ((largest, _IN_FLIGHT), (largest // 8, _IN_FLIGHT), (largest // 8, 0), (0, 0))
 
     def smallest(self) -> Decided:
         """The Plan with the smallest peak."""
@@ -442,13 +449,15 @@ class GraphPlanner:
         fits = budget is None or schedule.peak <= budget
         return Solution(schedule, "feasible", None) if fits else None
 
-    def _emit(self, solution: Solution, bucket: int = 0) -> Decided:
-        decisions = replace(self._decisions(solution.schedule), bucket_bytes=bucket)
-        emitted = self._carry_out(decisions)
+    def _emit(self, solution: Solution) -> Decided:
+        decisions = self._decisions(solution.schedule)
+        return self._summarised(solution, decisions, self._carry_out(decisions))
+
+    def _summarised(self, solution: Solution, decisions: Decisions, emitted: Emitted) -> Decided:
         facts = self._facts(emitted, decisions)
         return Decided(summarise(facts, status=solution.status, gap=solution.gap), emitted)
 
-    def _decisions(self, schedule: Schedule) -> Decisions:
+    def _decisions(self, schedule: Schedule, bucket: int = 0, in_flight: int = 0) -> Decisions:
         problem = self.solver.problem
         makers = {problem.maker[storage] for storage in schedule.saved}
         runs = [(problem.operators[q], problem.steps[step]) for q, step in schedule.recompute]
@@ -456,6 +465,8 @@ class GraphPlanner:
             saved=tuple(problem.operators[index].name for index in sorted(makers)),
             recompute=tuple(Rematerialization(o.name, at) for o, at in runs if not o.fetches),
             offload=tuple(Fetch(o.name, at) for o, at in runs if o.fetches),
+            bucket_bytes=bucket,
+            in_flight=in_flight,
         )
 
     def _carry_out(self, decisions: Decisions) -> Emitted:

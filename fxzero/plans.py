@@ -112,12 +112,15 @@ class Decisions:
         recompute: the nodes that run again, gathers among them, in execution order.
         offload: the fetches of values that the forward copies to the host, in execution order.
         bucket_bytes: up to how many bytes collectives are merged; 0: none are.
+        in_flight: how many collectives of a kind run beside operators; 0: all are waited for at
+            once.
     """
 
     saved: tuple[str, ...] = ()
     recompute: tuple[Rematerialization, ...] = ()
     offload: tuple[Fetch, ...] = ()
     bucket_bytes: int = 0
+    in_flight: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,8 @@ class Plan:
         step_seconds: modelled time of forward and backward, recompute and transfers included.
         recompute_seconds, recompute_flops: the part that is recompute, without collectives.
         transfer_seconds: the part that is copying to and from the host.
-        communication_seconds: the part that is collectives, of recompute too.
+        communication_seconds: time of all collectives; most of it may pass beside operators.
+        exposed_seconds: the part of the step in which operators wait for collectives.
         host_bytes: most bytes that offloaded values take in host memory at once.
         graph_digest: which graph the decisions belong to.
         curve: what ``pareto()`` returns.
@@ -215,6 +219,7 @@ class Plan:
     recompute_flops: int
     transfer_seconds: float
     communication_seconds: float
+    exposed_seconds: float
     host_bytes: int
     decisions: Decisions
     peak: Peak

@@ -11,6 +11,7 @@ from torch import fx
 
 from fxzero import __version__
 from fxzero.capture import user_line
+from fxzero.clock import elapsed
 from fxzero.collectives import is_collective, is_gather
 from fxzero.cost import CostModel
 from fxzero.graph import TrainGraph, describe
@@ -72,15 +73,13 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
     peak = _optimizer_peak(facts, step_bytes) if step_bytes > timeline.peak_bytes else _peak(facts)
     recomputed = _recomputed(facts)
     breakdown = _breakdown(peak.alive)
-    seconds = {node: facts.costs.price(node) for node in _steps(facts.split)}
-    communication = [cost for node, cost in seconds.items() if is_collective(node)]
-    again = [cost for node, cost in seconds.items() if CLONE_OF in node.meta]
-    recompute = [c for n, c in seconds.items() if CLONE_OF in n.meta and not is_collective(n)]
-    transfers = [cost for node, cost in seconds.items() if node.target in TRANSFERS]
-    step_seconds = sum((cost.seconds for cost in seconds.values()), 0.0)
+    time = elapsed((facts.split.forward.graph, facts.split.backward.graph), facts.costs)
+    prices = {node: facts.costs.price(node) for node in _steps(facts.split)}
+    recompute = [c for n, c in prices.items() if CLONE_OF in n.meta and not is_collective(n)]
     recompute_seconds = sum((cost.seconds for cost in recompute), 0.0)
-    transfer_seconds = sum((cost.seconds for cost in transfers), 0.0)
-    base = step_seconds - transfer_seconds - sum((cost.seconds for cost in again), 0.0)
+    transfers = [cost.seconds for node, cost in prices.items() if node.target in TRANSFERS]
+    transfer_seconds = sum(transfers, 0.0)
+    base = time.step - transfer_seconds - recompute_seconds - _gather_seconds(facts)
     return Plan(
         schema_version=SCHEMA_VERSION,
         fxzero_version=__version__,
@@ -92,11 +91,12 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
         peak_bytes=peak.bytes,
         minimum_budget=max(min(facts.smallest.peak, timeline.peak_bytes), step_bytes),
         unplanned_peak_bytes=max(facts.everything.peak, step_bytes),
-        step_seconds=step_seconds,
+        step_seconds=time.step,
         recompute_seconds=recompute_seconds,
         recompute_flops=sum(cost.flops for cost in recompute),
         transfer_seconds=transfer_seconds,
-        communication_seconds=sum((cost.seconds for cost in communication), 0.0),
+        communication_seconds=time.communication,
+        exposed_seconds=time.exposed,
         host_bytes=timeline.host_bytes,
         decisions=facts.decisions,
         peak=peak,
@@ -121,6 +121,13 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
 def _steps(split: Split) -> list[fx.Node]:
     graphs = (split.forward.graph, split.backward.graph)
     return [n for graph in graphs for n in graph.nodes if n.op == "call_function"]
+
+
+def _gather_seconds(facts: Facts) -> float:
+    """What the gathers that run again make the step longer."""
+    again = Counter(item.node for item in facts.decisions.recompute)
+    gathers = [node for node in facts.graph.graph.nodes if is_gather(node)]
+    return sum((facts.costs.price_again(n).seconds * again[n.name] for n in gathers), 0.0)
 
 
 def _optimizer_step_bytes(facts: Facts) -> int:
@@ -263,7 +270,7 @@ def _gathered_again(facts: Facts, clones: dict[str, list[fx.Node]]) -> list[Valu
             continue
         (part,) = gather.all_input_nodes
         parameter = part if part in names else part.all_input_nodes[0]
-        seconds = facts.costs.price(gather).seconds
+        seconds = facts.costs.price_again(gather).seconds
         for wait in (clone for user in gather.users for clone in clones[user.name]):
             size = sum(_own_bytes(wait))
             entry = Alive(size, "gathered", names[parameter].rpartition(".")[2], wait)

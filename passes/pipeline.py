@@ -5,7 +5,8 @@
 shard and deduplicate run before the plan is made, the others carry it out.  Of these offload runs
 first: rematerialize lets the backward read what was fetched.  It also rebuilds views in the
 backward, so that write_back sees which buffers the backward still reads.  replay_randomness needs
-the clones that rematerialize makes, and bucket the places where gathers are done again.
+the clones that rematerialize makes, bucket the places where gathers are done again, and overlap
+the buckets.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fxzero.passes.bucket import bucket_pass
 from fxzero.passes.context import PassContext
 from fxzero.passes.deduplicate import deduplicate_pass
 from fxzero.passes.offload import offload_pass
+from fxzero.passes.overlap import overlap_pass
 from fxzero.passes.rematerialize import rematerialize_pass
 from fxzero.passes.replay_randomness import replay_randomness_pass
 from fxzero.passes.shard import shard_pass
@@ -73,6 +75,7 @@ PASSES: tuple[Pass, ...] = (
     make_pass("write_back", write_back_pass, completes="capture"),
     make_pass("replay_randomness", replay_randomness_pass, completes="rematerialize"),
     make_pass("bucket", bucket_pass),
+    make_pass("overlap", overlap_pass),
 )
 
 

@@ -103,6 +103,7 @@ class _Rewrite:
             # What travels is as narrow as what is computed.
             source, users = cast, sorted(cast.users, key=self.order.__getitem__)
             users_value = cast.meta["val"]
+            users[0].prepend(cast)
             with mode:
                 cast.meta = {**cast.meta, "val": part.to(cast.meta["val"].dtype)}
         writer = _Writer(self.graph, users[0], mode)

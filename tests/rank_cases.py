@@ -222,9 +222,9 @@ def too_small_a_budget():
     return "no error"
 
 
-def measured_peak(zero):
+def measured_peak(zero, inner="eager"):
     """(measured, planned) peak of a step, of the forward and backward and of the optimizer's."""
-    model = fxzero.compile(Step("gpt2"), zero=zero, inner="eager")
+    model = fxzero.compile(Step("gpt2"), zero=zero, inner=inner)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ((args, kwargs),) = batches("gpt2", 1)
 

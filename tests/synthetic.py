@@ -94,6 +94,7 @@ def gpt_plan(*, budget: int | None = 5120 * MiB, recomputed: int = 10, **changes
         recompute_flops=recomputed * 25_165_824 * 8,
         transfer_seconds=0.0,
         communication_seconds=0.0,
+        exposed_seconds=0.0,
         host_bytes=0,
         decisions=Decisions(
             saved=tuple(value.name for value in kept),

@@ -141,6 +141,17 @@ def test_measured_bytes_are_the_planned_ones(pools, zero):
         assert measured >= 0.95 * planned
 
 
+def test_generated_code_holds_what_is_planned_while_collectives_run(pools):
+    peaks = {}
+    for zero in (2, 3):
+        for measured, planned in pools(2).run(
+            "rank_cases:measured_peak", zero=zero, inner="inductor", timeout=240
+        ):
+            assert 0.95 * planned <= measured <= planned
+            peaks[zero] = planned
+    assert peaks[3] <= peaks[2]
+
+
 def test_a_gradient_that_was_not_planned_for_is_refused(pools):
     for text in pools(2).run("rank_cases:unplanned_gradient"):
         assert "a gradient came through output [1], but only the model's scalars were" in text

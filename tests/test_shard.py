@@ -103,7 +103,7 @@ def test_the_arithmetic_of_the_stages(zero):
 def test_a_smaller_budget_gathers_more_often():
     free = planner(Chain(), (torch.randn(8, 64),), zero=None).decide().plan
     assert not free.decisions.recompute
-    smallest = planner(Chain(), (torch.randn(8, 64),), zero=3).decide().plan.peak_bytes
+    smallest = free.minimum_budget
     assert smallest < free.peak_bytes
     gathers = []
     for share in (0.0, 0.5, 1.0):

@@ -53,8 +53,9 @@ def _heading(plan: Plan, width: int) -> Iterator[str]:
     )
     if mesh := wording.mesh_text(plan):
         yield (
-            f"mesh    {mesh}; collectives take {format_seconds(plan.communication_seconds)} "
-            f"({share(plan.communication_seconds, plan.step_seconds)} of the step)"
+            f"mesh    {mesh}; collectives take {format_seconds(plan.communication_seconds)}, the "
+            f"step waits {format_seconds(plan.exposed_seconds)} for them "
+            f"({share(plan.exposed_seconds, plan.step_seconds)})"
         )
 
 

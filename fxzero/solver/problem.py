@@ -265,7 +265,7 @@ def _operators(
             continue
         for storage in makes:
             maker[storage] = len(operators)
-        price = costs.price(node)
+        price = costs.price_again(node)
         reads = {s for source in node.all_input_nodes for s in storages.of[source]}
         operators.append(
             Operator(

@@ -117,12 +117,16 @@ class Solver:
         return solution
 
     def least_peak(self, share: float) -> Solution:
-        """The smallest peak that is found for a share of the price of the whole step."""
+        """The smallest peak that is found for a share of the price of the whole step.
+
+        What tags or a ZeRO stage have settled to run again does not count.
+        """
         best = Solution(self.everything, "optimal", 0.0)
+        most = self.price(self.everything) + share * self._whole
         low, high = self.smallest.peak, self.everything.peak
         for _ in range(_HALVINGS):
             solution = self.solve((low + high) // 2)
-            if solution is not None and self.price(solution.schedule) <= share * self._whole:
+            if solution is not None and self.price(solution.schedule) <= most:
                 best, high = solution, solution.schedule.peak
             else:
                 low = (low + high) // 2

@@ -1,0 +1,82 @@
+"""The time of a step whose collectives run beside operators until they are waited for.
+
+Operators run one after the other, and so do collectives, on links of their own.  A wait holds
+operators up until its collective has ended; a collective that has ended by then costs nothing.
+
+    start g1 | op | op | wait g1        operators   ==op====op==......|
+                                        links       ======g1==========|     "....": exposed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxzero.collectives import collective_of, is_collective, is_gather, is_wait
+from fxzero.cost import CostModel
+from fxzero.graph import TrainGraph
+
+# A gather that operators hide costs this share of its time, so that none is free.
+_LEAST_EXPOSED = 0.02
+
+
+@dataclass(frozen=True)
+class Elapsed:
+    """Modelled seconds of a step.
+
+    Attributes:
+        step: from its first operator to its last.
+        communication: all collectives, by themselves.
+        exposed: how long operators wait for collectives.
+    """
+
+    step: float
+    communication: float
+    exposed: float
+
+
+def elapsed(graphs: Iterable[fx.Graph], costs: CostModel) -> Elapsed:
+    """The time of graphs that run one after the other."""
+    now = idle_from = communication = exposed = 0.0
+    ends: dict[fx.Node, float] = {}
+    for graph in graphs:
+        for node in graph.nodes:
+            if node.op != "call_function":
+                continue
+            seconds = costs.price(node).seconds
+            if is_collective(node):
+                communication += seconds
+                ends[node] = idle_from = max(now, idle_from) + seconds
+            elif is_wait(node):
+                wait = max(ends[collective_of(node)] - now, 0.0)
+                exposed += wait
+                now += wait
+            else:
+                now += seconds
+    return Elapsed(now, communication, exposed)
+
+
+def exposed_share(graph: TrainGraph, costs: CostModel) -> float:
+    """What share of its time a gather costs that the backward does again, 1 at most.
+
+    Gathers and reductions run beside the backward's operators, which hide as much of them as they
+    take themselves; what is left is spread over all gathers.
+
+    Args:
+        graph: a joint graph without recompute.
+    """
+    operators = collectives = gathers = 0.0
+    for node in graph.graph.nodes:
+        if node.op != "call_function":
+            continue
+        seconds = costs.price(node).seconds
+        if is_gather(node):
+            gathers += seconds
+        elif is_collective(node):
+            collectives += seconds
+        elif graph.is_backward(node):
+            operators += seconds
+    left = gathers + collectives - operators
+    return min(max(left / gathers, _LEAST_EXPOSED), 1.0) if gathers else 1.0
