@@ -3,18 +3,21 @@
     g = all_gather_into_tensor(part, 8, "dp"); w = wait_tensor(g)
 
 ``w`` is the memory of ``g`` once the transfer has ended; until then ``part`` is read.  ``bind``
-puts the names of process groups in the place of dimensions' in graphs that are about to run.
+puts the names of process groups in the place of dimensions' in graphs that are about to run, and
+operators that gloo can run several of at once.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed._functional_collectives  # registers the operators
 from torch import fx
+
+from fxzero.storages import tensor_leaves
 
 _OPERATORS = torch.ops._c10d_functional
 ALL_GATHER = _OPERATORS.all_gather_into_tensor.default
@@ -51,6 +54,12 @@ def is_reduction(node: fx.Node) -> bool:
     return is_collective(node) and not is_gather(node)
 
 
+def starts_transfer(target: Any) -> bool:
+    """Whether an operator is a collective, in a graph or in generated code."""
+    name = getattr(target, "namespace", "")
+    return target is OVER_GLOO or (name == WAIT.namespace and target is not WAIT)
+
+
 def is_wait(node: fx.Node) -> bool:
     """Whether the node waits for a collective."""
     return node.target is WAIT
@@ -72,6 +81,31 @@ def collective_of(wait: fx.Node) -> fx.Node:
 def in_transfer(node: fx.Node) -> tuple[fx.Node, ...]:
     """What must stay as it is until a wait has ended: all that its collective reads."""
     return tuple(collective_of(node).all_input_nodes) if is_wait(node) else ()
+
+
+def workspace_bytes(target: Any, read: Iterable[Any], made: Iterable[Any]) -> int:
+    """What gloo allocates for itself while a collective runs; the copies that it makes are its own.
+
+    Found by measuring; NCCL's buffers are not the allocator's.
+
+    Args:
+        target: the operator, also one that writes into its argument.
+        read, made: its tensors, which need no memory.
+    """
+    read, made = list(read), list(made)
+    if any(tensor.device.type != "cpu" for tensor in made):
+        return 0
+    name = target.name()
+    received, sent = (sum(int(tensor.nbytes) for tensor in tensors) for tensors in (made, read))
+    if "all_gather" in name:
+        return received + (sent if "coalesced" in name else 0)
+    return sent if "reduce_scatter" in name or "coalesced" in name else 0
+
+
+def workspace_of(collective: fx.Node) -> int:
+    """What a collective in a graph needs besides its tensors, in bytes."""
+    read = [source.meta["val"] for source in collective.all_input_nodes]
+    return workspace_bytes(collective.target, read, tensor_leaves(collective.meta["val"]))
 
 
 def ranks_of(node: fx.Node) -> int | None:
@@ -107,10 +141,32 @@ def average_part(tensor: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
     return reduced
 
 
+@torch.library.custom_op("fxzero::all_gather_over_gloo", mutates_args=())
+def _over_gloo(part: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
+    """Starts an all-gather as ALL_GATHER does.
+
+    In torch 2.13 gloo's gather of a list, which ALL_GATHER calls with a list of one, corrupts the
+    heap where several run at once; its gather into one tensor does not.
+    """
+    whole = part.new_empty((part.shape[0] * ranks, *part.shape[1:]))
+    _OPERATORS.all_gather_into_tensor_out(part, ranks, group, out=whole)
+    return whole
+
+
+@_over_gloo.register_fake
+def _(part: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
+    return part.new_empty((part.shape[0] * ranks, *part.shape[1:]))
+
+
+OVER_GLOO = torch.ops.fxzero.all_gather_over_gloo.default
+
+
 def bind(module: fx.GraphModule, groups: Mapping[str, str]) -> None:
     """Replaces names of mesh dimensions by those of process groups, in place."""
     for node in module.graph.nodes:
         if is_collective(node):
             position = _GROUP[node.target]
             node.update_arg(position, groups.get(group_of(node), group_of(node)))
+            if node.target is ALL_GATHER and node.meta["val"].device.type == "cpu":
+                node.target = OVER_GLOO
     module.recompile()

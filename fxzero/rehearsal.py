@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from fxzero import _torch
-from fxzero.collectives import WAIT
+from fxzero.collectives import WAIT, starts_transfer, workspace_bytes
 from fxzero.execution import BoxedFunction
 from fxzero.passes.partition import Split
 from fxzero.plans import Plan, Value
@@ -134,7 +134,7 @@ class _Counter(_torch.TransparentDispatchMode):
         self.current = 0
         self.peak = 0
         self._sizes: dict[int, int] = {}
-        self._in_transfer: dict[int, list[torch.Tensor]] = {}
+        self._in_transfer: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
     def restart(self, current: int) -> None:
         """Goes on from ``current`` bytes, whatever was counted so far."""
@@ -146,18 +146,21 @@ class _Counter(_torch.TransparentDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in _torch.tensors_in(result) if func is not TO_HOST else ():
             self._count(tensor)
-        if func.namespace == WAIT.namespace:
+        if func is WAIT:
+            _, workspaces = self._in_transfer.pop(storage_identity(args[0]), ([], []))
+            workspaces.clear()
+        elif starts_transfer(func):
             self._follow_transfer(func, args, result)
         return result
 
     def _follow_transfer(self, func: Any, args: Any, result: Any) -> None:
-        """Holds what a collective reads until the waits for all that it makes."""
-        if func is WAIT:
-            self._in_transfer.pop(storage_identity(args[0]), None)
-            return
-        sent = _torch.tensors_in(args)
-        for tensor in _torch.tensors_in(result):
-            self._in_transfer[storage_identity(tensor)] = sent
+        """Holds what a collective reads until its last wait, and its workspace until the first."""
+        sent, made = _torch.tensors_in(args), _torch.tensors_in(result)
+        workspace = torch.empty(workspace_bytes(func, sent, made), dtype=torch.uint8)
+        self._count(workspace)
+        held = sent, [workspace]
+        for tensor in made:
+            self._in_transfer[storage_identity(tensor)] = held
 
     def _count(self, tensor: torch.Tensor) -> None:
         storage, key = tensor.untyped_storage(), storage_identity(tensor)

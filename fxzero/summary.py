@@ -17,6 +17,7 @@ from fxzero.cost import CostModel
 from fxzero.graph import TrainGraph, describe
 from fxzero.optimizers import OptimizerProfile
 from fxzero.options import Options
+from fxzero.passes.bucket import GATHERED
 from fxzero.passes.listing import module_of
 from fxzero.passes.partition import Split
 from fxzero.passes.rematerialize import CLONE_OF
@@ -247,7 +248,7 @@ def _recomputed(facts: Facts) -> tuple[Value, ...]:
             clones[node.meta[CLONE_OF]].append(node)
     wanted = {item.node for item in facts.decisions.recompute}
     called = {node.name: name_of(node) for node in facts.graph.graph.nodes}
-    values = _gathered_again(facts, clones)
+    values = _gathered_again(facts)
     for name in wanted:
         for node in clones[name]:
             if is_gather(node):
@@ -260,10 +261,14 @@ def _recomputed(facts: Facts) -> tuple[Value, ...]:
     return tuple(sorted(values, key=lambda value: (-value.bytes, value.name)))
 
 
-def _gathered_again(facts: Facts, clones: dict[str, list[fx.Node]]) -> list[Value]:
-    """Parameters that the backward gathers anew; a bucket is no clone, but its waits are."""
+def _gathered_again(facts: Facts) -> list[Value]:
+    """Parameters that the backward gathers anew: clones of waits, or copies out of a bucket."""
     wanted = {item.node for item in facts.decisions.recompute}
     names = {node: role.name for role, node in facts.graph.pairs()}
+    parts = defaultdict(list)
+    for node in facts.split.backward.graph.nodes:
+        if (name := node.meta.get(GATHERED) or node.meta.get(CLONE_OF)) is not None:
+            parts[name].append(node)
     values = []
     for gather in facts.graph.graph.nodes:
         if gather.name not in wanted or not is_gather(gather):
@@ -271,7 +276,7 @@ def _gathered_again(facts: Facts, clones: dict[str, list[fx.Node]]) -> list[Valu
         (part,) = gather.all_input_nodes
         parameter = part if part in names else part.all_input_nodes[0]
         seconds = facts.costs.price_again(gather).seconds
-        for wait in (clone for user in gather.users for clone in clones[user.name]):
+        for wait in (part for user in gather.users for part in parts[user.name]):
             size = sum(_own_bytes(wait))
             entry = Alive(size, "gathered", names[parameter].rpartition(".")[2], wait)
             reason = f"gathered again: {format_bytes(size)} for {format_seconds(seconds)}"

@@ -10,6 +10,7 @@ What the books hold besides activations:
     tangents                                        from the loss to the end of the backward
     offloaded values                                in books of their own, for host memory
     gradients                                       from the node that makes them to the end
+    what collectives read, and their workspace      until they are waited for
 """
 
 from __future__ import annotations
@@ -20,8 +21,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxzero.collectives import is_gather
+from fxzero.collectives import (
+    collective_of,
+    is_collective,
+    is_gather,
+    is_wait,
+    workspace_of,
+)
 from fxzero.execution import last_uses
+from fxzero.passes.bucket import GATHERED
 from fxzero.passes.partition import Split
 from fxzero.storages import Storages, analyse, is_scalar, storage_identity
 from fxzero.transfers import TO_DEVICE, TO_HOST
@@ -239,7 +247,11 @@ class _Books:
                 if storages.maker[storage] is node:
                     key = self._key(phase, storage)
                     self._birth(key, storages, storage, roles.get(key, _role(node)), node.name)
+            if is_collective(node):
+                self._open_workspace(node)
             self._record(node)
+            if is_wait(node):
+                self._death(("workspace", collective_of(node)))
             for dead in dying.get(node, ()):
                 for storage in storages.of.get(dead, ()):
                     key = self._key(phase, storage)
@@ -263,6 +275,13 @@ class _Books:
         size = -(-size // self.around.granularity) * self.around.granularity
         self.alive[key] = Alive(size, role, name, maker)
         self.total += size
+
+    def _open_workspace(self, collective: fx.Node) -> None:
+        """What a collective needs besides its tensors, until it is waited for."""
+        if size := workspace_of(collective):
+            entry = Alive(size, "temporary", f"{collective.name} workspace", collective)
+            self.alive["workspace", collective] = entry
+            self.total += size
 
     def _death(self, key: object) -> None:
         if (entry := self.alive.pop(key, None)) is not None:
@@ -290,7 +309,7 @@ def _role(node: fx.Node) -> str:
         return "rng state"
     if node.target is TO_DEVICE:
         return "fetched"
-    if is_gather(node):
+    if is_gather(node) or GATHERED in node.meta:
         return "gathered"
     return "recomputed" if "recomputed_from" in node.meta else "temporary"
 

@@ -5,6 +5,10 @@ gradients that become ready one after the other are reduced together where the l
 parts stay tensors of their own, so nothing is copied into a bucket or out of it, and each part is
 kept, gathered again or freed by itself.  Forward and backward never share a bucket.
 
+gloo takes as long for a list of gradients as for each by itself, and cannot run several gathers of
+lists at once (see ``collectives``).  There the parts are copied side by side into one tensor, and
+what is gathered is taken apart at the first wait.
+
 Invariant: a bucket moves no more than ``context.decisions.bucket_bytes``, over one dimension of the
 mesh, and every part is waited for once.
 
@@ -19,23 +23,31 @@ import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import fx
 
-from fxzero.collectives import COALESCED, group_of, is_gather
+from fxzero.collectives import ALL_GATHER, COALESCED, REDUCE_SCATTER, group_of, is_gather
 from fxzero.graph import TrainGraph
 from fxzero.passes.context import PassContext
 from fxzero.passes.rematerialize import CLONE_OF
+from fxzero.passes.writer import Writer
+
+# In the meta of a parameter that is copied out of a bucket: the wait in whose place it stands.
+GATHERED = "gathered"
+
+_ATEN = torch.ops.aten
 
 
 def bucket_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
     """Merges collectives up to ``context.decisions.bucket_bytes``."""
     limit = context.decisions.bucket_bytes
     if limit:
+        flat = context.device == "cpu"
         for backward in (False, True):
-            _merge_gathers(graph, limit, backward)
+            _merge_gathers(graph, limit, backward, flat)
         # Where gradients are averaged over two dimensions, the second average follows the first.
         for target in dict.fromkeys(n.target for n in graph.graph.nodes if _reduces(n)):
-            _merge_reductions(graph, limit, target)
+            _merge_reductions(graph, limit, target, flat)
         graph.graph.lint()
     return graph
 
@@ -44,7 +56,7 @@ def _reduces(node: fx.Node) -> bool:
     return node.target in COALESCED and not is_gather(node)
 
 
-def _merge_gathers(graph: TrainGraph, limit: int, backward: bool) -> None:
+def _merge_gathers(graph: TrainGraph, limit: int, backward: bool, flat: bool) -> None:
     gathers = [
         node
         for node in graph.graph.nodes
@@ -55,7 +67,10 @@ def _merge_gathers(graph: TrainGraph, limit: int, backward: bool) -> None:
             (source,) = member.all_input_nodes
             if source.op != "placeholder" and graph.is_backward(source) == backward:
                 members[0].prepend(source)
-        _merge(graph.graph, members, before=members[0])
+        if flat:
+            _gather_flat(graph, members)
+        else:
+            _merge(graph.graph, members, before=members[0])
 
 
 def _is_early(gather: fx.Node) -> bool:
@@ -64,14 +79,17 @@ def _is_early(gather: fx.Node) -> bool:
     return source.op == "placeholder" or all(s.op == "placeholder" for s in source.all_input_nodes)
 
 
-def _merge_reductions(graph: TrainGraph, limit: int, target: Any) -> None:
+def _merge_reductions(graph: TrainGraph, limit: int, target: Any, flat: bool) -> None:
     nodes = [node for node in graph.graph.nodes if node.target is target]
     for members in _buckets(nodes, limit):
         last = members[-1]
         behind = [node for member in members for node in _behind(member)]
         for node in reversed(behind):
             last.append(node)
-        _merge(graph.graph, members, before=last)
+        if flat and target is REDUCE_SCATTER:
+            _reduce_flat(Writer(graph, last), members)
+        else:
+            _merge(graph.graph, members, before=last)
 
 
 def _behind(reduction: fx.Node) -> Iterator[fx.Node]:
@@ -120,6 +138,46 @@ def _merge(graph: fx.Graph, members: list[fx.Node], before: fx.Node) -> None:
         part.meta = _plain(node.meta)
         node.replace_all_uses_with(part)
         graph.erase_node(node)
+
+
+def _gather_flat(graph: TrainGraph, members: list[fx.Node]) -> None:
+    """One collective of one tensor, which is taken apart where the first part is waited for."""
+    _, ranks, group = members[0].args
+    sources = [node.all_input_nodes[0] for node in members]
+    waits = [wait for node in members for wait in node.users]
+    sizes = [source.meta["val"].numel() for source in sources]
+    start, end = Writer(graph, members[0]), Writer(graph, waits[0])
+    rows = [start.call(_ATEN.view.default, (source, [-1])) for source in sources]
+    bucket = start.call(ALL_GATHER, (start.call(_ATEN.cat.default, (rows,)), ranks, group))
+    whole = end.call(_ATEN.view.default, (end.wait(bucket), [ranks, -1]))
+    parts = end.call(_ATEN.split_with_sizes.default, (whole, sizes, 1))
+    for index, (gather, wait) in enumerate(zip(members, waits, strict=True)):
+        copy = end.contiguous(end.call(operator.getitem, (parts, index)))
+        copy.meta[GATHERED] = wait.meta.get(CLONE_OF, wait.name)
+        part = end.call(_ATEN.view.default, (copy, list(gather.meta["val"].shape)))
+        part.meta = {**_plain(wait.meta), "val": part.meta["val"]}
+        wait.replace_all_uses_with(part)
+    for replaced in (*waits, *members):
+        graph.graph.erase_node(replaced)
+
+
+def _reduce_flat(writer: Writer, members: list[fx.Node]) -> None:
+    """One collective of one tensor: each rank's parts of all gradients side by side."""
+    _, operation, ranks, group = members[0].args
+    sources = [node.all_input_nodes[0] for node in members]
+    rows = [writer.call(_ATEN.view.default, (source, [ranks, -1])) for source in sources]
+    bucket = writer.call(_ATEN.view.default, (writer.call(_ATEN.cat.default, (rows, 1)), [-1]))
+    reduced = writer.call(REDUCE_SCATTER, (bucket, operation, ranks, group))
+    values = [node.meta["val"] for node in members]
+    sizes = [value.numel() for value in values]
+    parts = writer.call(_ATEN.split_with_sizes.default, (writer.wait(reduced), sizes))
+    for index, (node, value) in enumerate(zip(members, values, strict=True)):
+        part = writer.call(operator.getitem, (parts, index))
+        part = writer.call(_ATEN.view.default, (part, list(value.shape)))
+        (wait,) = node.users
+        wait.replace_all_uses_with(part)
+        for replaced in (wait, node):
+            writer.graph.erase_node(replaced)
 
 
 def _plain(meta: dict[str, Any]) -> dict[str, Any]:

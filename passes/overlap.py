@@ -17,12 +17,18 @@ collectives start depends on the graph alone: it is the same on all ranks.
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Collection
 
+import torch
 from torch import fx
 
 from fxzero.collectives import group_of, is_gather, is_reduction, waits_of
 from fxzero.graph import TrainGraph
 from fxzero.passes.context import PassContext
+
+_ATEN = torch.ops.aten
+# What is done to parts of parameters before they are gathered.
+_PREPARE = (_ATEN._to_copy.default, _ATEN.view.default, _ATEN.cat.default)
 
 
 def overlap_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
@@ -37,7 +43,7 @@ def overlap_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
 
 
 def _start_early(graph: TrainGraph, count: int, backward: bool) -> None:
-    """Moves the starts of gathers, and casts of the parts that they read, to earlier places."""
+    """Moves the starts of gathers, and what prepares their parts, to earlier places."""
     nodes = [
         node
         for node in graph.graph.nodes
@@ -48,11 +54,22 @@ def _start_early(graph: TrainGraph, count: int, backward: bool) -> None:
     first_waits = [min(waits_of(gather), key=position.__getitem__) for gather in gathers]
     # The first ones start together.
     for gather, before in zip(gathers[1:], [*gathers[: count - 1], *first_waits], strict=False):
-        sources = [source for source in gather.all_input_nodes if source in position]
-        if all(read.op == "placeholder" for s in sources for read in s.all_input_nodes):
+        sources = _behind(gather, position)
+        if all(source.target in _PREPARE for source in sources):
             before.append(gather)
-            for source in sources:
+            for source in sorted(sources, key=position.__getitem__):
                 gather.prepend(source)
+
+
+def _behind(gather: fx.Node, among: Collection[fx.Node]) -> set[fx.Node]:
+    """What has to run before a gather starts."""
+    found: set[fx.Node] = set()
+    pending = [gather]
+    while pending:
+        new = {source for source in pending.pop().all_input_nodes if source in among} - found
+        found |= new
+        pending += new if all(source.target in _PREPARE for source in new) else ()
+    return found
 
 
 def _wait_late(graph: fx.Graph, count: int) -> None:

@@ -20,16 +20,15 @@ and reduction has one wait, and each gradient has the shape and dtype of its pla
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from fxzero import _torch
-from fxzero.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, WAIT
+from fxzero.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
 from fxzero.graph import TrainGraph
 from fxzero.mesh import Sharding
 from fxzero.passes.context import PassContext
+from fxzero.passes.writer import Writer, derived
 from fxzero.sharding import may_shard, padded_rows
 from fxzero.storages import storage_identity, tensor_leaves
 
@@ -37,7 +36,6 @@ from fxzero.storages import storage_identity, tensor_leaves
 WHOLE = "whole"
 
 _ATEN = torch.ops.aten
-_ORIGIN = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack")
 
 
 def shard_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
@@ -106,7 +104,7 @@ class _Rewrite:
             users[0].prepend(cast)
             with mode:
                 cast.meta = {**cast.meta, "val": part.to(cast.meta["val"].dtype)}
-        writer = _Writer(self.graph, users[0], mode)
+        writer = Writer(self.graph, users[0])
         arguments = (source, axis.size, axis.name)
         gathered = writer.call(ALL_GATHER, arguments, f"{parameter.name}_gathered")
         result = writer.wait(gathered)
@@ -115,14 +113,13 @@ class _Rewrite:
         stale = storage_identity(users_value)
         for user in users:
             user.replace_input_with(source, result)
-        _renew_views(result, stale, mode)
+        _renew_views(result, stale)
 
     def reduce(self, gradient: fx.Node, parameter: fx.Node, whole: torch.Tensor) -> fx.Node:
         """The gradient's average over the ranks, cut as the parameter is."""
         sharding, part = self.sharding, parameter.meta["val"]
-        mode = _torch.fake_mode_of([part])
         late = sharding.zero == 1 or self.order.get(gradient, -1) < 0
-        writer = _Writer(self.graph, self.output if late else gradient.next, mode, gradient)
+        writer = Writer(self.graph, self.output if late else gradient.next, gradient)
         value = gradient
         is_cut = part is not whole
         if sharding.reduce_dtype is not None:
@@ -143,64 +140,13 @@ class _Rewrite:
         return writer.cast(value, part.dtype)
 
 
-class _Writer:
-    """Writes calls before one place in a graph, with the origin and direction of what is there."""
-
-    def __init__(
-        self,
-        graph: TrainGraph,
-        before: fx.Node,
-        mode: Any,
-        like: fx.Node | None = None,
-    ) -> None:
-        self.graph = graph.graph
-        self.before = before
-        self.mode = mode
-        like = before if like is None else like
-        self.meta = {key: like.meta[key] for key in _ORIGIN if key in like.meta}
-        backward = graph.is_backward(like)
-        self.meta["partitioner_tag"] = "is_backward" if backward else "is_forward"
-
-    def call(
-        self, target: Any, args: tuple[Any, ...], name: str | None = None, **options: Any
-    ) -> fx.Node:
-        with self.graph.inserting_before(self.before):
-            node = self.graph.create_node("call_function", target, args, options, name=name)
-        node.meta = {**self.meta, "val": _derived(node, self.mode)}
-        return node
-
-    def wait(self, collective: fx.Node) -> fx.Node:
-        node = self.call(WAIT, (collective,))
-        node.meta["val"] = collective.meta["val"]  # it returns its argument
-        return node
-
-    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        if node.meta["val"].dtype == dtype:
-            return node
-        return self.call(_ATEN._to_copy.default, (node,), dtype=dtype)
-
-    def contiguous(self, node: fx.Node) -> fx.Node:
-        if node.meta["val"].is_contiguous():
-            return node
-        return self.call(_ATEN.clone.default, (node,), memory_format=torch.contiguous_format)
-
-
-def _renew_views(node: fx.Node, stale: int, mode: Any) -> None:
+def _renew_views(node: fx.Node, stale: int) -> None:
     """Lets the values of all views of ``node`` be views of its value, and not of what it was."""
     for user in list(node.users):
         leaves = tensor_leaves(user.meta.get("val"))
         if user.op == "call_function" and any(storage_identity(t) == stale for t in leaves):
-            user.meta = {**user.meta, "val": _derived(user, mode)}
-            _renew_views(user, stale, mode)
-
-
-def _derived(node: fx.Node, mode: Any) -> Any:
-    """The node's value, from those of its arguments."""
-    given: Any = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
-    args, kwargs = given
-    assert callable(node.target)
-    with mode, torch.no_grad():
-        return node.target(*args, **kwargs)
+            user.meta = {**user.meta, "val": derived(user)}
+            _renew_views(user, stale)
 
 
 def _narrowing_cast(users: list[fx.Node]) -> fx.Node | None:

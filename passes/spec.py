@@ -240,8 +240,8 @@ def recomputed(subject: Subject) -> Iterator[Finding]:
     """A recomputed node runs in the backward and calls what its original calls, on like values."""
     for node in subject.clones:
         original = subject.by_name.get(node.meta[CLONE_OF])
-        if original is None and is_gather(node):
-            continue  # the forward's gather has become part of a bucket
+        if original is None and (is_gather(node) or is_wait(node)):
+            continue  # the forward's has become part of a bucket
         if original is None:
             yield node, f"recomputes {node.meta[CLONE_OF]}, which does not exist"
             continue

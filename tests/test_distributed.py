@@ -147,7 +147,8 @@ def test_generated_code_holds_what_is_planned_while_collectives_run(pools):
         for measured, planned in pools(2).run(
             "rank_cases:measured_peak", zero=zero, inner="inductor", timeout=240
         ):
-            assert 0.95 * planned <= measured <= planned
+            # A transfer that ends early gives its workspace back before it is waited for.
+            assert 0.9 * planned <= measured <= planned
             peaks[zero] = planned
     assert peaks[3] <= peaks[2]
 

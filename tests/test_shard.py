@@ -1,7 +1,5 @@
 """Parameters as shards in graphs: what is gathered when, what is reduced where, and its bytes."""
 
-import operator
-
 import pytest
 import torch
 import zoo
@@ -9,7 +7,7 @@ from torch import nn
 
 import fxzero
 from fxzero.capture import capture
-from fxzero.collectives import is_collective, is_gather, is_reduction, is_wait
+from fxzero.collectives import collective_of, is_collective, is_gather, is_reduction, is_wait
 from fxzero.mesh import Mesh, planned_mesh
 from fxzero.options import Options
 from fxzero.passes.shard import WHOLE
@@ -42,11 +40,19 @@ def emitted(*args, **options):
 
 
 def parts(module, kind):
-    """What is waited for of collectives of a kind: one for each part of a bucket."""
-    waits = [node for node in module.graph.nodes if is_wait(node)]
-    sources = [wait.args[0] for wait in waits]
-    made = [s.args[0] if s.target is operator.getitem else s for s in sources]
-    return sum(map(kind, made))
+    """What is made by collectives of a kind: one for each part of a bucket, also of a flat one."""
+    waits = [n for n in module.graph.nodes if is_wait(n) and kind(collective_of(n))]
+    return sum(_parts_of(wait) for wait in waits)
+
+
+def _parts_of(node):
+    """Among how many the value is split."""
+    for user in node.users:
+        if "split" in str(user.target):
+            return len(user.users)
+        if "view" in str(user.target):
+            return _parts_of(user)
+    return 1
 
 
 def chain(**options):

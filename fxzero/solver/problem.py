@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from fxzero.collectives import is_gather
+from fxzero.collectives import is_collective, is_gather, workspace_of
 from fxzero.cost import CostModel
 from fxzero.graph import TrainGraph
 from fxzero.passes.replay_randomness import is_random, rng_state_bytes
@@ -201,6 +201,13 @@ def build_problem(
     stay = settled["save"] | settled["recompute"] if offload else set(range(len(sizes)))
     stay.update(s for node in forward if is_gather(node) for s in storages.of[node])
     operators, maker = _operators(forward, storages, costs, device, _mutated(graph))
+    death = _deaths(forward, storages, graph)
+    workspaces = _workspaces(operators, forward)
+    for index, size in workspaces.items():
+        operator = operators[index]
+        operators[index] = replace(operator, makes=(*operator.makes, len(sizes)))
+        stay.add(len(sizes))
+        sizes, maker, death = (*sizes, size), (*maker, index), (*death, operator.position)
     if not recompute:
         gathers = {node.name for node in forward if is_gather(node)}
         operators = [replace(o, recomputable=o.name in gathers) for o in operators]
@@ -223,7 +230,7 @@ def build_problem(
         bytes=sizes,
         operators=(*fetches, *operators),
         maker=maker,
-        death=_deaths(forward, storages, graph),
+        death=death,
         forward_steps=len(forward),
         steps=tuple(node.name for node in backward),
         reads=tuple(_forward_reads(node, storages, maker) for node in backward),
@@ -283,6 +290,16 @@ def _operators(
             )
         )
     return operators, tuple(maker)
+
+
+def _workspaces(operators: list[Operator], forward: list[fx.Node]) -> dict[int, int]:
+    """Bytes of values that nobody reads: what gathers need while they run."""
+    found = {}
+    for index, operator in enumerate(operators):
+        node = forward[operator.position]
+        if is_gather(node) and (size := workspace_of(node)):
+            found[index] = size
+    return found
 
 
 def _fetches(
@@ -381,7 +398,7 @@ def _backward_base(
     base, after = [], []
     for step, node in enumerate(backward):
         alive += sum(sizes[s] for s in set(storages.of[node]) if storages.maker[s] is node)
-        base.append(alive)
+        base.append(alive + (workspace_of(node) if is_collective(node) else 0))
         alive -= sum(sizes[s] for s in dying.get(step, ()))
         after.append(alive)
     return base, after
