@@ -1,8 +1,8 @@
 """Collectives run while operators do: they start early and are waited for late.
 
-A gather starts when the one before it is first used, so that it runs beside what that one was
-gathered for.  A reduction is waited for when the next one starts, so that it runs beside the
-operators that make the next gradients.  Forward and backward keep to themselves.
+A gather starts when one before it is first used, and runs beside what that one was gathered for.
+A reduction is waited for when one behind it starts, and runs beside the operators that make the
+gradients in between.  Forward and backward keep to themselves.
 
 Invariant: of gathers, and of reductions over one dimension of the mesh, at most
 ``context.decisions.in_flight`` are neither waited for nor the next to be.  The order in which

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 import fxzero
 from fxzero import capture as capturing
-from fxzero import training_step
+from fxzero import collectives, training_step
 
 STEPS = 5
 
@@ -237,6 +237,27 @@ def measured_peak(zero, inner="eager"):
     # Threads of gloo may let go of what a collective read a moment after it has ended.
     peaks = [fxzero.measure(step).tensor_bytes for _ in range(3)]
     return min(peaks), model.plan.peak_bytes
+
+
+def gathers_side_by_side():
+    """Several run at once while this thread uses memory, which breaks with torch's operator."""
+    ranks, group = dist.get_world_size(), dist.group.WORLD.group_name
+    for _ in range(150):
+        running = []
+        for size in (3, 2000, 17, 700, 1, 2999, 64, 1500, 333, 5):
+            part = torch.full((size,), float(dist.get_rank()))
+            running.append((collectives.OVER_GLOO(part, ranks, group), part))
+            if len(running) > 3:
+                _check_gathered(*running.pop(0), ranks)
+        for whole, part in running:
+            _check_gathered(whole, part, ranks)
+    return "done"
+
+
+def _check_gathered(whole, part, ranks):
+    collectives.WAIT(whole)
+    expected = torch.arange(ranks, dtype=part.dtype).repeat_interleave(len(part))
+    assert torch.equal(whole, expected)
 
 
 def train_and_save(root):

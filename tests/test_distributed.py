@@ -73,21 +73,23 @@ def test_accumulated_and_clipped_gradients_equal_ddps(pools, zero):
 
 
 # Not before a batch norm: gradients that are zero but for rounding become steps of AdamW.
-@pytest.mark.parametrize(("world", "name"), [(3, "bert"), (4, "gpt2")])
-def test_more_ranks_differ_by_rounding(pools, world, name):
+@pytest.mark.parametrize(
+    ("world", "name"), [(3, "bert"), pytest.param(4, "gpt2", marks=pytest.mark.exhaustive)]
+)
+def test_more_ranks_differ_by_rounding_and_repeat_themselves(pools, world, name):
     pool = pools(world)
     theirs = pool.run("rank_cases:by_ddp", name=name, clip=0.05)
-    for zero in (0, 3):
-        ours = pool.run("rank_cases:by_fxzero", name=name, zero=zero, clip=0.05)
+    runs = [pool.run("rank_cases:by_fxzero", name=name, zero=zero, clip=0.05) for zero in (0, 3, 3)]
+    for ours in runs:
         losses, parameters = differences(ours, theirs)
         assert losses <= 1e-5
         assert parameters <= 1e-6
+    assert differences(*runs[1:]) == (0.0, 0.0)
 
 
-def test_two_runs_of_one_plan_are_equal(pools):
-    pool = pools(3)
-    first, again = (pool.run("rank_cases:by_fxzero", name="bert", zero=3) for _ in range(2))
-    assert differences(first, again) == (0.0, 0.0)
+def test_gathers_run_side_by_side(pools):
+    for answer in pools(2).run("rank_cases:gathers_side_by_side"):
+        assert answer == "done"
 
 
 def test_a_budget_and_generated_code_change_nothing(pools):
@@ -103,6 +105,20 @@ def test_a_budget_and_generated_code_change_nothing(pools):
     losses, parameters = differences(generated, theirs)
     assert losses <= 1e-5
     assert parameters <= 1e-4
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", MODELS)
+def test_generated_code_differs_by_rounding(pools, name):
+    """What rounding comes to after five steps of AdamW, which divides by it where gradients are small."""
+    theirs = pools(2).run("rank_cases:by_ddp", name=name)
+    for zero in (0, 2, 3):
+        given = {"zero": zero, "inner": "inductor", "timeout": 400}
+        losses, parameters = differences(
+            pools(2).run("rank_cases:by_fxzero", name=name, **given), theirs
+        )
+        assert losses <= 1e-4
+        assert parameters <= 1e-3
 
 
 def test_all_stages_agree_in_mixed_precision(pools):
@@ -142,15 +158,10 @@ def test_measured_bytes_are_the_planned_ones(pools, zero):
 
 
 def test_generated_code_holds_what_is_planned_while_collectives_run(pools):
-    peaks = {}
-    for zero in (2, 3):
-        for measured, planned in pools(2).run(
-            "rank_cases:measured_peak", zero=zero, inner="inductor", timeout=240
-        ):
-            # A transfer that ends early gives its workspace back before it is waited for.
-            assert 0.9 * planned <= measured <= planned
-            peaks[zero] = planned
-    assert peaks[3] <= peaks[2]
+    given = {"zero": 3, "inner": "inductor", "timeout": 240}
+    for measured, planned in pools(2).run("rank_cases:measured_peak", **given):
+        # A transfer that ends early gives its workspace back before it is waited for.
+        assert 0.9 * planned <= measured <= planned
 
 
 def test_a_gradient_that_was_not_planned_for_is_refused(pools):
