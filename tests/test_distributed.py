@@ -110,7 +110,7 @@ def test_a_budget_and_generated_code_change_nothing(pools):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", MODELS)
 def test_generated_code_differs_by_rounding(pools, name):
-    """What rounding comes to after five steps of AdamW, which divides by it where gradients are small."""
+    """Five steps of AdamW, which divides by rounding where a gradient is nothing else."""
     theirs = pools(2).run("rank_cases:by_ddp", name=name)
     for zero in (0, 2, 3):
         given = {"zero": zero, "inner": "inductor", "timeout": 400}
