@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ import zoo
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 import fxzero
+from fxzero import _torch, collectives, training_step
 from fxzero import capture as capturing
-from fxzero import collectives, training_step
 
 STEPS = 5
 
@@ -258,6 +260,33 @@ def _check_gathered(whole, part, ranks):
     collectives.WAIT(whole)
     expected = torch.arange(ranks, dtype=part.dtype).repeat_interleave(len(part))
     assert torch.equal(whole, expected)
+
+
+def workspaces():
+    """(allocated besides results, what plans count) of each collective, in bytes."""
+    ranks, group = dist.get_world_size(), dist.group.WORLD.group_name
+    part = torch.randn(64, 256)
+    wholes = [torch.randn(ranks * rows, 256) for rows in (64, 32, 16)]
+    calls = [
+        (collectives.OVER_GLOO, part, (ranks, group)),
+        (collectives.REDUCE_SCATTER, wholes[0], ("avg", ranks, group)),
+        (collectives.ALL_REDUCE, wholes[0], ("avg", group)),
+        (collectives.COALESCED[collectives.ALL_REDUCE], wholes, ("avg", group)),
+    ]
+    return {str(target): _workspace(target, *given) for target, *given in calls}
+
+
+def _workspace(target, argument, others):
+    dist.barrier()
+    time.sleep(0.2)  # until threads of gloo have let go of what the one before has read
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        made = target(argument, *others)
+        made = made if isinstance(made, list) else [made]
+        for tensor in made:
+            collectives.WAIT(tensor)
+    besides = _torch.peak_of_allocations(record) - sum(tensor.nbytes for tensor in made)
+    read = argument if isinstance(argument, list) else [argument]
+    return besides, collectives.workspace_bytes(target, read, made)
 
 
 def train_and_save(root):

@@ -92,6 +92,12 @@ def test_gathers_run_side_by_side(pools):
         assert answer == "done"
 
 
+def test_gloo_allocates_what_plans_count(pools):
+    for answer in pools(2).run("rank_cases:workspaces"):
+        for operator, (allocated, counted) in answer.items():
+            assert 0 <= allocated - counted <= 64, operator
+
+
 def test_a_budget_and_generated_code_change_nothing(pools):
     pool = pools(2)
     theirs = pool.run("rank_cases:by_ddp", name="gpt2")
