@@ -21,7 +21,7 @@ from fxzero.report import html as page
 from fxzero.report import terminal
 from fxzero.report.diff import diff
 from fxzero.report.folding import fold, pattern
-from fxzero.report.wording import verdict
+from fxzero.report.wording import ROLES, verdict
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7*7 }}\x1b[31m\n\ud800"
 
@@ -287,6 +287,12 @@ def test_the_page_holds_verdict_chart_and_tables() -> None:
     tags = [tag for tag, _ in found.tags]
     assert tags.count("table") == 4
     assert tags.count("path") == 2
+
+
+def test_every_role_has_a_colour_of_its_own() -> None:
+    colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", page.render(gpt_plan())))
+    of_roles = [colours[role.replace(" ", "-")] for role in ROLES]
+    assert len(set(of_roles)) == len(ROLES)
 
 
 def test_the_page_needs_no_network() -> None:

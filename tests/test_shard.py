@@ -12,6 +12,7 @@ from fxzero.mesh import Mesh, planned_mesh
 from fxzero.options import Options
 from fxzero.passes.shard import WHOLE
 from fxzero.planner import Planner
+from fxzero.report.html import render
 
 
 class Chain(nn.Module):
@@ -174,6 +175,10 @@ def test_hybrid_sharding_reduces_in_both_directions():
 def test_the_report_names_the_mesh():
     plan = fxzero.plan(Chain(), (torch.randn(8, 64),), devices=8, zero=3)
     assert "mesh    dp 8, zero 3; collectives take " in str(plan)
+    page = render(plan)
+    assert "wait for collectives" in page
+    assert "of them; dp 8, zero 3" in page
+    assert "wait for collectives" not in render(fxzero.plan(Chain(), (torch.randn(8, 64),)))
     assert fxzero.Plan.from_json(plan.to_json()) == plan
 
 
