@@ -98,7 +98,7 @@ def test_gloo_allocates_what_plans_count(pools):
             assert 0 <= allocated - counted <= 64, operator
 
 
-def test_a_budget_and_generated_code_change_nothing(pools):
+def test_a_budget_changes_nothing(pools):
     pool = pools(2)
     theirs = pool.run("rank_cases:by_ddp", name="gpt2")
     free = pool.run("rank_cases:by_fxzero", name="gpt2", zero="auto")
@@ -107,10 +107,6 @@ def test_a_budget_and_generated_code_change_nothing(pools):
     tight = pool.run("rank_cases:by_fxzero", name="gpt2", **options)
     assert tight[0][3] <= budget
     assert differences(tight, theirs) == (0.0, 0.0)
-    generated = pool.run("rank_cases:by_fxzero", name="gpt2", zero=3, inner="inductor")
-    losses, parameters = differences(generated, theirs)
-    assert losses <= 1e-5
-    assert parameters <= 1e-4
 
 
 @pytest.mark.exhaustive
@@ -158,14 +154,20 @@ def test_ranks_that_differ_raise_the_same_error(pools):
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_measured_bytes_are_the_planned_ones(pools, zero):
-    for measured, planned in pools(4).run("rank_cases:measured_peak", zero=zero):
+    for measured, planned, _ in pools(4).run("rank_cases:measured_peak", zero=zero):
         assert measured <= planned
         assert measured >= 0.95 * planned
 
 
-def test_generated_code_holds_what_is_planned_while_collectives_run(pools):
-    given = {"zero": 3, "inner": "inductor", "timeout": 240}
-    for measured, planned in pools(2).run("rank_cases:measured_peak", **given):
+def test_generated_code_computes_the_same_within_its_plan(pools):
+    given = {"zero": 3, "timeout": 240}
+    generated = pools(2).run("rank_cases:measured_peak", inner="inductor", **given)
+    for (*_, ours), (*_, eager) in zip(
+        generated, pools(2).run("rank_cases:measured_peak", **given), strict=True
+    ):
+        assert ours == pytest.approx(eager, abs=1e-5)
+        assert len(set(ours)) == 4
+    for measured, planned, _ in generated:
         # A transfer that ends early gives its workspace back before it is waited for.
         assert 0.9 * planned <= measured <= planned
 
