@@ -50,7 +50,7 @@ def elapsed(graphs: Iterable[fx.Graph], costs: CostModel) -> Elapsed:
                 communication += seconds
                 ends[node] = idle_from = max(now, idle_from) + seconds
             elif is_wait(node):
-                wait = max(ends[collective_of(node)] - now, 0.0)
+                wait = max(ends.get(collective_of(node), now) - now, 0.0)
                 exposed += wait
                 now += wait
             else:

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import fx
 
-from fxzero.collectives import WAIT
+from fxzero.collectives import WAIT, is_gather
 from fxzero.graph import TrainGraph
 from fxzero.passes.context import PassContext
 from fxzero.passes.offload import FETCH_OF
@@ -119,7 +119,14 @@ class _Rewrite:
         self._forget_views_of(node)
 
     def _unpack(self, node: fx.Node, before: fx.Node) -> None:
-        """Takes a cloned tuple apart at once: the tuple would keep all its items alive."""
+        """Takes a cloned tuple apart at once: the tuple would keep all its items alive.
+
+        A cloned gather is waited for at once: buckets are made of gathers that are.
+        """
+        if is_gather(node):
+            waits = [user for user in node.users if not self.graph.is_backward(user)]
+            self.unpacked.append(self.latest[node])
+            self.unpacked += [self._clone(wait, before) for wait in waits]
         if isinstance(node.meta["val"], (tuple, list)):
             for user in list(node.users):
                 if user.target is operator.getitem and not self.graph.is_backward(user):

@@ -192,6 +192,38 @@ def test_a_budget_without_room_has_no_collectives_beside_operators():
     assert roomy.exposed_seconds < tight.exposed_seconds
 
 
+class Late(nn.Module):
+    """A bias known before its weight, whose rows ranks do not divide, used at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias, self.weight = (nn.Parameter(fill(7)) for fill in (torch.zeros, torch.ones))
+        self.up, self.down = nn.Linear(7, 64), nn.Linear(64, 7)
+
+    def forward(self, x):
+        x = self.down(self.up(x))
+        return nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "given"),
+    [
+        (Late, (3, 7), {"ranks": 2}),
+        (Chain, (64, 64), {"zero": None, "recompute": "auto", "memory_budget": 160_000}),
+        (lambda: Chain(6, 32), (64, 32), {"zero": None, "recompute": "auto"}),
+    ],
+)
+def test_gathers_that_run_again_are_waited_for_where_they_run(model, inputs, given):
+    made = planner(model(), (torch.randn(*inputs),), **given)
+    variant = made.variants[0]
+    made.decide()
+    for schedule in (variant.solver.everything, variant.solver.smallest):
+        for bucket in (0, 2000, 40_000):
+            for in_flight in (0, 1, 2):
+                split = variant._carry_out(variant._decisions(schedule, bucket, in_flight)).split
+                assert running_at_most(split.backward.graph, is_gather) <= in_flight
+
+
 def test_without_decisions_the_graph_stays_as_it_is():
     graph = planner(Chain(), INPUTS).variants[0].graph
     before = [node.name for node in graph.graph.nodes]
