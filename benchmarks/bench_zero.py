@@ -225,7 +225,7 @@ def _deepspeed(case: Case, zero: int) -> Any:
 
 
 def _tensors_behind(holder: Any) -> list[torch.Tensor]:
-    """All tensors that the garbage collector finds behind an object, and their attributes'."""
+    """All tensors that an object reaches through attributes and containers."""
     seen: set[int] = set()
     pending, found = [holder], []
     while pending:

@@ -9,13 +9,13 @@ operators up until its collective has ended; a collective that has ended by then
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import fx
 
 from fxzero.collectives import collective_of, is_collective, is_gather, is_wait
-from fxzero.cost import CostModel
+from fxzero.cost import CostModel, NodeCost
 from fxzero.graph import TrainGraph
 
 # A gather that operators hide costs this share of its time, so that none is free.
@@ -37,15 +37,19 @@ class Elapsed:
     exposed: float
 
 
-def elapsed(graphs: Iterable[fx.Graph], costs: CostModel) -> Elapsed:
-    """The time of graphs that run one after the other."""
+def elapsed(graphs: Iterable[fx.Graph], price: Callable[[fx.Node], NodeCost]) -> Elapsed:
+    """The time of graphs that run one after the other.
+
+    Args:
+        price: what a node that calls a function costs by itself.
+    """
     now = idle_from = communication = exposed = 0.0
     ends: dict[fx.Node, float] = {}
     for graph in graphs:
         for node in graph.nodes:
             if node.op != "call_function":
                 continue
-            seconds = costs.price(node).seconds
+            seconds = price(node).seconds
             if is_collective(node):
                 communication += seconds
                 ends[node] = idle_from = max(now, idle_from) + seconds
@@ -67,6 +71,8 @@ def exposed_share(graph: TrainGraph, costs: CostModel) -> float:
     Args:
         graph: a joint graph without recompute.
     """
+    if not any(map(is_gather, graph.graph.nodes)):
+        return 1.0
     operators = collectives = gathers = 0.0
     for node in graph.graph.nodes:
         if node.op != "call_function":
@@ -79,4 +85,4 @@ def exposed_share(graph: TrainGraph, costs: CostModel) -> float:
         elif graph.is_backward(node):
             operators += seconds
     left = gathers + collectives - operators
-    return min(max(left / gathers, _LEAST_EXPOSED), 1.0) if gathers else 1.0
+    return min(max(left / gathers, _LEAST_EXPOSED), 1.0)

@@ -56,7 +56,8 @@ log = logging.getLogger(__name__)
 _TIGHTENINGS = 4
 # Share of the step that recompute may cost without a budget, where generated code makes up for it.
 _FREE = 0.01
-# Share of the parameters that stage 3 gathers at once, unless a budget has less room.
+# Share of the parameters in one bucket of stage 3, unless a budget has less room; those in flight
+# come on top.
 _PART_GATHERED = 1 / 8
 # How many gathers, and how many reductions, run beside operators.
 _IN_FLIGHT = 2

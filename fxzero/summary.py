@@ -74,8 +74,9 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
     peak = _optimizer_peak(facts, step_bytes) if step_bytes > timeline.peak_bytes else _peak(facts)
     recomputed = _recomputed(facts)
     breakdown = _breakdown(peak.alive)
-    time = elapsed((facts.split.forward.graph, facts.split.backward.graph), facts.costs)
     prices = {node: facts.costs.price(node) for node in _steps(facts.split)}
+    graphs = (facts.split.forward.graph, facts.split.backward.graph)
+    time = elapsed(graphs, prices.__getitem__)
     recompute = [c for n, c in prices.items() if CLONE_OF in n.meta and not is_collective(n)]
     recompute_seconds = sum((cost.seconds for cost in recompute), 0.0)
     transfers = [cost.seconds for node, cost in prices.items() if node.target in TRANSFERS]

@@ -5,12 +5,12 @@ gradients that become ready one after the other are reduced together where the l
 parts stay tensors of their own, so nothing is copied into a bucket or out of it, and each part is
 kept, gathered again or freed by itself.  Forward and backward never share a bucket.
 
-gloo takes as long for a list of gradients as for each by itself, and cannot run several gathers of
-lists at once (see ``collectives``).  There the parts are copied side by side into one tensor, and
-what is gathered is taken apart at the first wait.
+gloo scatters the sums of a list of gradients one by one, and cannot run several gathers of lists
+at once (see ``collectives``).  There the parts of both are copied side by side into one tensor,
+which is taken apart where it is waited for; all-reduces are lists there too.
 
 Invariant: a bucket moves no more than ``context.decisions.bucket_bytes``, over one dimension of the
-mesh, and every part is waited for once.
+mesh, and no part is read before it is waited for.
 
     g1 = all_gather(w1); u1 = wait(g1); y = f(u1, x)     g = all_gather([w1, w2]); g1, g2 = g
     g2 = all_gather(w2); u2 = wait(g2); z = h(u2, y)  -> u1 = wait(g1); y = f(u1, x)
@@ -171,13 +171,12 @@ def _reduce_flat(writer: Writer, members: list[fx.Node]) -> None:
     values = [node.meta["val"] for node in members]
     sizes = [value.numel() for value in values]
     parts = writer.call(_ATEN.split_with_sizes.default, (writer.wait(reduced), sizes))
-    for index, (node, value) in enumerate(zip(members, values, strict=True)):
+    waits = [wait for node in members for wait in node.users]
+    for index, (wait, value) in enumerate(zip(waits, values, strict=True)):
         part = writer.call(operator.getitem, (parts, index))
-        part = writer.call(_ATEN.view.default, (part, list(value.shape)))
-        (wait,) = node.users
-        wait.replace_all_uses_with(part)
-        for replaced in (wait, node):
-            writer.graph.erase_node(replaced)
+        wait.replace_all_uses_with(writer.call(_ATEN.view.default, (part, list(value.shape))))
+    for replaced in (*waits, *members):
+        writer.graph.erase_node(replaced)
 
 
 def _plain(meta: dict[str, Any]) -> dict[str, Any]:

@@ -54,14 +54,14 @@ def _start_early(graph: TrainGraph, count: int, backward: bool) -> None:
     first_waits = [min(waits_of(gather), key=position.__getitem__) for gather in gathers]
     # The first ones start together.
     for gather, before in zip(gathers[1:], [*gathers[: count - 1], *first_waits], strict=False):
-        sources = _behind(gather, position)
+        sources = _preparation(gather, position)
         if all(source.target in _PREPARE for source in sources):
             before.append(gather)
             for source in sorted(sources, key=position.__getitem__):
                 gather.prepend(source)
 
 
-def _behind(gather: fx.Node, among: Collection[fx.Node]) -> set[fx.Node]:
+def _preparation(gather: fx.Node, among: Collection[fx.Node]) -> set[fx.Node]:
     """What has to run before a gather starts."""
     found: set[fx.Node] = set()
     pending = [gather]

@@ -136,7 +136,7 @@ def test_a_step_is_shorter_where_collectives_run_beside_operators():
     times = []
     for in_flight in (0, 1, 2):
         split = carried_out(wide, bucket_bytes=0, in_flight=in_flight)
-        times.append(elapsed((split.forward.graph, split.backward.graph), costs))
+        times.append(elapsed((split.forward.graph, split.backward.graph), costs.price))
     assert times[0].exposed == pytest.approx(times[0].communication)
     assert times[0].communication == times[1].communication == times[2].communication
     assert times[2].step < times[1].step < times[0].step
@@ -163,11 +163,7 @@ def test_a_wait_costs_what_operators_have_not_hidden():
     third = call(REDUCE_SCATTER, two, "avg", 2, "dp", seconds=1.0)
     graph.output((call(WAIT, third), more))  # at 9, ends at 10
 
-    class Costs:
-        def price(self, node):
-            return prices[node]
-
-    time = elapsed([graph], Costs())
+    time = elapsed([graph], prices.__getitem__)
     assert (time.step, time.communication, time.exposed) == (10.0, 7.0, 2.0)
 
 

@@ -60,7 +60,10 @@ def export_safetensors(
             files.update(dict.fromkeys(names, file))
         if len(groups) > 1:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-            team.lead(lambda: _replace(directory / _INDEX, _as_json(index)))
+            text = json.dumps(index, indent=2)
+            team.lead(
+                lambda: _replace(directory / _INDEX, lambda partial: partial.write_text(text))
+            )
     finally:
         team.close()
     return directory
@@ -102,10 +105,6 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def _write(path: Path, tensors: Tensors) -> None:
     _replace(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
-
-
-def _as_json(index: dict[str, Any]) -> Callable[[Path], object]:
-    return lambda partial: partial.write_text(json.dumps(index, indent=2))
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
