@@ -348,8 +348,11 @@ def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
     }
 
 
-# Inductor keeps a freed buffer for a later one of its size, however long that takes.
+# Inductor keeps a freed buffer for a later one of its size, however long that takes.  Nor does it
+# know that what one of our operators for collectives reads is in use until the wait for it.
 _INDUCTOR_OPTIONS = {"fallback_random": True, "allow_buffer_reuse": False}
+# It looks for the order of the smallest peak, which ends each collective where it starts.
+_IN_ORDER = {"reorder_for_peak_memory": False}
 # A score that no pair of kernels without a value between them reaches: those, far apart in the
 # planned order, would run at once and hold all their results.
 _NEVER_SIDE_BY_SIDE = {"score_fusion_memory_threshold": 10**18}
@@ -361,6 +364,7 @@ def compile_with_inductor(
     *,
     backward: bool,
     side_by_side: bool = True,
+    in_order: bool = False,
 ) -> Callable[[list[Any]], list[Any]]:
     """A boxed function that Inductor generated for a graph of aten operators.
 
@@ -371,6 +375,7 @@ def compile_with_inductor(
         replace_target: what stands for an operator that Inductor does not know.
         side_by_side: whether operators that read the same values may be fused; it saves time, and
             takes memory where they are far apart.
+        in_order: whether kernels keep the order of the graph.
     """
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
@@ -388,9 +393,12 @@ def compile_with_inductor(
     record_original_output_strides(copied)
     values = (node.meta.get("val") for node in graph.nodes)
     fake_mode = fake_mode_of([v for value in values for v in tensors_in(value)])
+    options: dict[str, Any] = dict(_INDUCTOR_OPTIONS)
+    options |= {} if side_by_side else _NEVER_SIDE_BY_SIDE
+    options |= _IN_ORDER if in_order else {}
     with (
         tracing(TracingContext(fake_mode)),
-        config.patch(_INDUCTOR_OPTIONS | ({} if side_by_side else _NEVER_SIDE_BY_SIDE)),
+        config.patch(options),
         torch.no_grad(),
     ):
         compiled: Any = compile_fx_inner(copied, inputs, is_backward=backward)

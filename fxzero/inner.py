@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from fxzero import _torch, randomness
-from fxzero.collectives import bind
+from fxzero.collectives import bind, starts_transfer
 from fxzero.execution import BoxedFunction, compile_to_python
 from fxzero.rehearsal import Peaks
 from fxzero.runtime import Executable, Owner
@@ -112,7 +112,11 @@ def compile_graph(module: fx.GraphModule, inner: str, *, backward: bool) -> Boxe
     if inner == "eager":
         return compile_to_python(module)
     return _torch.compile_with_inductor(
-        module, _inductor_target, backward=backward, side_by_side=inner == "inductor"
+        module,
+        _inductor_target,
+        backward=backward,
+        side_by_side=inner == "inductor",
+        in_order=any(starts_transfer(node.target) for node in module.graph.nodes),
     )
 
 

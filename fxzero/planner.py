@@ -388,7 +388,8 @@ class GraphPlanner:
             # Nobody asks for it to have most of the model there at once.
             whole = tensor_bytes(node.meta["val"] for node in nodes if is_gather(node))
             largest = min(largest, int(_PART_GATHERED * whole))
-        return ((largest, _IN_FLIGHT), (largest // 8, _IN_FLIGHT), (largest // 8, 0), (0, 0))
+        small = largest // 8
+        return ((largest, _IN_FLIGHT), (small, _IN_FLIGHT), (small, 1), (small, 0), (0, 0))
 
     def smallest(self) -> Decided:
         """The Plan with the smallest peak."""

@@ -30,7 +30,8 @@ from fxzero.collectives import ALL_GATHER, COALESCED, REDUCE_SCATTER, group_of, 
 from fxzero.graph import TrainGraph
 from fxzero.passes.context import PassContext
 from fxzero.passes.rematerialize import CLONE_OF
-from fxzero.passes.writer import Writer
+from fxzero.passes.writer import Writer, renew_views
+from fxzero.storages import storage_identity
 
 # In the meta of a parameter that is copied out of a bucket: the wait in whose place it stands.
 GATHERED = "gathered"
@@ -65,7 +66,7 @@ def _merge_gathers(graph: TrainGraph, limit: int, backward: bool, flat: bool) ->
     for members in _buckets((n for n in gathers if _is_early(n)), limit):
         for member in members[1:]:
             (source,) = member.all_input_nodes
-            if source.op != "placeholder" and graph.is_backward(source) == backward:
+            if members[0] < source:
                 members[0].prepend(source)
         if flat:
             _gather_flat(graph, members)
@@ -157,6 +158,7 @@ def _gather_flat(graph: TrainGraph, members: list[fx.Node]) -> None:
         part = end.call(_ATEN.view.default, (copy, list(gather.meta["val"].shape)))
         part.meta = {**_plain(wait.meta), "val": part.meta["val"]}
         wait.replace_all_uses_with(part)
+        renew_views(part, storage_identity(wait.meta["val"]))
     for replaced in (*waits, *members):
         graph.graph.erase_node(replaced)
 
@@ -173,8 +175,10 @@ def _reduce_flat(writer: Writer, members: list[fx.Node]) -> None:
     parts = writer.call(_ATEN.split_with_sizes.default, (writer.wait(reduced), sizes))
     waits = [wait for node in members for wait in node.users]
     for index, (wait, value) in enumerate(zip(waits, values, strict=True)):
-        part = writer.call(operator.getitem, (parts, index))
-        wait.replace_all_uses_with(writer.call(_ATEN.view.default, (part, list(value.shape))))
+        piece = writer.call(operator.getitem, (parts, index))
+        part = writer.call(_ATEN.view.default, (piece, list(value.shape)))
+        wait.replace_all_uses_with(part)
+        renew_views(part, storage_identity(wait.meta["val"]))
     for replaced in (*waits, *members):
         writer.graph.erase_node(replaced)
 

@@ -37,7 +37,7 @@ def overlap_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
     if count:
         for backward in (False, True):
             _start_early(graph, count, backward)
-        _wait_late(graph.graph, count)
+        _wait_late(graph, count)
         graph.graph.lint()
     return graph
 
@@ -58,7 +58,8 @@ def _start_early(graph: TrainGraph, count: int, backward: bool) -> None:
         if all(source.target in _PREPARE for source in sources):
             before.append(gather)
             for source in sorted(sources, key=position.__getitem__):
-                gather.prepend(source)
+                if gather < source:
+                    gather.prepend(source)
 
 
 def _preparation(gather: fx.Node, among: Collection[fx.Node]) -> set[fx.Node]:
@@ -72,11 +73,12 @@ def _preparation(gather: fx.Node, among: Collection[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _wait_late(graph: fx.Graph, count: int) -> None:
+def _wait_late(graph: TrainGraph, count: int) -> None:
     """Moves the waits for reductions, and what follows from them, to later places."""
-    (output,) = graph.find_nodes(op="output")
-    order = _Order(count)
-    for node in graph.nodes:
+    (output,) = graph.graph.find_nodes(op="output")
+    nodes = list(graph.graph.nodes)
+    order = _Order(count, {n for n in nodes if is_reduction(n) and graph.is_backward(n)})
+    for node in nodes:
         if node is not output:
             order.take(node)
     for node in order.finish():
@@ -86,8 +88,9 @@ def _wait_late(graph: fx.Graph, count: int) -> None:
 class _Order:
     """Nodes in a new order: what depends on a reduction stands where that is waited for."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, reductions: Collection[fx.Node]) -> None:
         self.count = count
+        self.reductions = reductions
         self.written: dict[fx.Node, None] = {}
         self.put_off: list[fx.Node] = []
         self.running: dict[str, deque[fx.Node]] = defaultdict(deque)
@@ -97,7 +100,7 @@ class _Order:
         if any(s not in self.written or self._runs(s) for s in node.all_input_nodes):
             self.put_off.append(node)
             return
-        if is_reduction(node):
+        if node in self.reductions:
             running = self.running[group_of(node)]
             if len(running) == self.count:
                 self._wait_for_first(running)
@@ -111,7 +114,7 @@ class _Order:
         return list(self.written)
 
     def _runs(self, node: fx.Node) -> bool:
-        return is_reduction(node) and node in self.running[group_of(node)]
+        return node in self.reductions and node in self.running[group_of(node)]
 
     def _wait_for_first(self, running: deque[fx.Node]) -> None:
         running.popleft()

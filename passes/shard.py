@@ -28,9 +28,9 @@ from fxzero.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
 from fxzero.graph import TrainGraph
 from fxzero.mesh import Sharding
 from fxzero.passes.context import PassContext
-from fxzero.passes.writer import Writer, derived
+from fxzero.passes.writer import Writer, renew_views
 from fxzero.sharding import may_shard, padded_rows
-from fxzero.storages import storage_identity, tensor_leaves
+from fxzero.storages import storage_identity
 
 # In the meta of a sharded placeholder: the parameter as it is when gathered.
 WHOLE = "whole"
@@ -113,7 +113,7 @@ class _Rewrite:
         stale = storage_identity(users_value)
         for user in users:
             user.replace_input_with(source, result)
-        _renew_views(result, stale)
+        renew_views(result, stale)
 
     def reduce(self, gradient: fx.Node, parameter: fx.Node, whole: torch.Tensor) -> fx.Node:
         """The gradient's average over the ranks, cut as the parameter is."""
@@ -138,15 +138,6 @@ class _Rewrite:
             value = writer.contiguous(value)
             value = writer.wait(writer.call(ALL_REDUCE, (value, "avg", axis.name)))
         return writer.cast(value, part.dtype)
-
-
-def _renew_views(node: fx.Node, stale: int) -> None:
-    """Lets the values of all views of ``node`` be views of its value, and not of what it was."""
-    for user in list(node.users):
-        leaves = tensor_leaves(user.meta.get("val"))
-        if user.op == "call_function" and any(storage_identity(t) == stale for t in leaves):
-            user.meta = {**user.meta, "val": derived(user)}
-            _renew_views(user, stale)
 
 
 def _narrowing_cast(users: list[fx.Node]) -> fx.Node | None:

@@ -16,6 +16,7 @@ from torch import fx
 from fxzero import _torch
 from fxzero.collectives import WAIT
 from fxzero.graph import TrainGraph
+from fxzero.storages import storage_identity, tensor_leaves
 
 _ATEN = torch.ops.aten
 _ORIGIN = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack")
@@ -73,3 +74,12 @@ def derived(node: fx.Node) -> Any:
     assert callable(node.target)
     with mode, torch.no_grad():
         return node.target(*args, **kwargs)
+
+
+def renew_views(node: fx.Node, stale: int) -> None:
+    """Lets the values of all views of ``node`` be views of its value, and not of what it was."""
+    for user in list(node.users):
+        leaves = tensor_leaves(user.meta.get("val"))
+        if user.op == "call_function" and any(storage_identity(t) == stale for t in leaves):
+            user.meta = {**user.meta, "val": derived(user)}
+            renew_views(user, stale)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import zoo
+from test_overlap import carried_out
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -18,6 +20,11 @@ from torch.profiler import ProfilerActivity, profile
 import fxzero
 from fxzero import _torch, collectives, training_step
 from fxzero import capture as capturing
+from fxzero.collectives import is_wait, starts_transfer
+from fxzero.inner import compile_graph
+from fxzero.mesh import Mesh
+from fxzero.options import Options
+from fxzero.planner import Planner
 
 STEPS = 5
 
@@ -258,6 +265,24 @@ def gathers_side_by_side():
         for whole, part in running:
             _check_gathered(whole, part, ranks)
     return "done"
+
+
+def collectives_in_generated_code():
+    """For both graphs of a step the names of its collectives and waits, in graph and code."""
+    captured = capturing.capture(Small(), (inputs(),), inner="inductor").graph
+    sharding = Mesh({"dp": dist.get_world_size()}).sharding(3)
+    made = Planner(captured, Options(sharding=sharding, inner="inductor"), "small")
+    split = carried_out(made, bucket_bytes=0, in_flight=2)
+    answers = []
+    for module, backward in ((split.forward, False), (split.backward, True)):
+        collectives.bind(module, {"dp": dist.group.WORLD.group_name})
+        moves = (n for n in module.graph.nodes if is_wait(n) or starts_transfer(n.target))
+        names = [str(node.target) for node in moves]
+        code = compile_graph(module, "inductor", backward=backward).__generated__.source_code
+        calls = r"torch\.ops\.((?:fxzero|_c10d_functional)\.\w+\.default)\("
+        written = [name.replace("_.default", ".default") for name in re.findall(calls, code)]
+        answers.append((names, written))
+    return answers
 
 
 def _check_gathered(whole, part, ranks):

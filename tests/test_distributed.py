@@ -92,6 +92,13 @@ def test_gathers_run_side_by_side(pools):
         assert answer == "done"
 
 
+def test_generated_code_keeps_the_order_of_collectives(pools):
+    """Inductor would wait for each where it starts, which takes the least memory."""
+    for planned, written in pools(2).run("rank_cases:collectives_in_generated_code")[0]:
+        assert written == planned
+        assert planned[:2].count("_c10d_functional.wait_tensor.default") == 0
+
+
 def test_gloo_allocates_what_plans_count(pools):
     for answer in pools(2).run("rank_cases:workspaces"):
         for operator, (allocated, counted) in answer.items():

@@ -167,6 +167,15 @@ def test_a_wait_costs_what_operators_have_not_hidden():
     assert (time.step, time.communication, time.exposed) == (10.0, 7.0, 2.0)
 
 
+def test_a_wait_for_a_collective_of_the_models_own_costs_nothing():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    sent = graph.call_function(torch.ops._c10d_functional.broadcast.default, (x, 0, "dp"))
+    graph.output((graph.call_function(WAIT, (sent,)),))
+    time = elapsed([graph], lambda node: NodeCost(3.0 if node is sent else 0.0, 0))
+    assert (time.step, time.communication, time.exposed) == (3.0, 0.0, 0.0)
+
+
 @pytest.mark.parametrize(("rows", "low", "high"), [(8, 1.0, 1.0), (1 << 17, 0.02, 0.02)])
 def test_a_gather_costs_what_the_backward_does_not_hide(rows, low, high):
     with torch.device("meta"):

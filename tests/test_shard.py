@@ -13,6 +13,9 @@ from fxzero.options import Options
 from fxzero.passes.shard import WHOLE
 from fxzero.planner import Planner
 from fxzero.report.html import render
+from fxzero.storages import storage_identity
+
+_ATEN = torch.ops.aten
 
 
 class Chain(nn.Module):
@@ -233,3 +236,27 @@ def test_casts_of_parts_are_where_their_buckets_need_them(zero):
         split = Planner(graph, options, "model").decide().emitted.split
         assert parts(split.forward, is_gather) == 8
         assert parts(split.backward, is_reduction) == 8
+
+
+@pytest.mark.parametrize("bucket", [0, 1 << 20])
+def test_values_of_views_are_views(bucket):
+    variant = planner(Chain(), (torch.randn(8, 64),)).variants[0]
+    schedule = variant.solver.smallest
+    split = variant._carry_out(variant._decisions(schedule, bucket, 2)).split
+    for graph in (split.forward.graph, split.backward.graph):
+        views = [n for n in graph.nodes if n.target in (_ATEN.t.default, _ATEN.view.default)]
+        assert views
+        for node in views:
+            (source,) = node.all_input_nodes
+            assert storage_identity(node.meta["val"]) == storage_identity(source.meta["val"])
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3, "auto"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_smallest_budget_is_what_its_graphs_need(zero, recompute):
+    """The solver's peak of a schedule is the timeline's, what collectives need included."""
+    model, inputs = Chain(width=61), (torch.randn(64, 61),)
+    variant = planner(model, inputs, zero=zero, recompute=recompute).variants[0]
+    schedule = variant._smallest_schedule()
+    emitted = variant._carry_out(variant._decisions(schedule))
+    assert emitted.timeline.peak_bytes == schedule.peak
