@@ -150,6 +150,23 @@ def backward_keeps_graph() -> bool:
     return keeps
 
 
+def parameter_to_add_to(node: Any) -> torch.Tensor | None:
+    """Inside a backward: the leaf to whose ``.grad`` autograd will add, if it does only that.
+
+    None if the backward does not run the node (``torch.autograd.grad``), if it is no leaf's, and if
+    hooks of the leaf ask for its gradient.  Hooks on the node itself are not seen.
+    """
+    if type(node).__name__ != "AccumulateGrad":
+        return None
+    try:
+        runs = torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # under torch.autograd.grad leaves cannot be asked about
+        return None
+    leaf: torch.Tensor = node.variable
+    hooks = leaf._backward_hooks, getattr(leaf, "_post_accumulate_grad_hooks", None)
+    return leaf if runs and not any(hooks) else None
+
+
 def saved_tensor_hook_in_force() -> Any:
     """The innermost saved-tensor pack hook, or None.  ``torch.utils.checkpoint`` installs one."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)

@@ -267,7 +267,8 @@ class _State:
         self.plan = plan
         self.loss_fn = loss_fn
         self.recompile_limit = _DEFAULT_RECOMPILE_LIMIT
-        self.steps: OrderedDict[Hashable, TrainingStep] = OrderedDict()
+        # By what is traced, and by whether gradients exist.
+        self.steps: OrderedDict[tuple[Hashable, bool], TrainingStep] = OrderedDict()
         self.latest: TrainingStep | None = None
 
     def fresh(self) -> _State:
@@ -295,10 +296,16 @@ class _State:
         structure: Structure,
     ) -> Any:
         """The model's return value from planned graphs, attached to autograd."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        accumulates = any(p.grad is not None for p in trained)
+        reduces = True
+        if self.ranks is not None:
+            reduces = self.ranks.syncing and not self.ranks.any_pending(trained)
+        step = self.step_for(
+            model, args, kwargs, leaves, structure, reduces=reduces, accumulates=accumulates
+        )
         if self.ranks is None:
-            return self.step_for(model, args, kwargs, leaves, structure).run(leaves)
-        reduces = self.ranks.syncing and not self.ranks.any_pending(model.parameters())
-        step = self.step_for(model, args, kwargs, leaves, structure, reduces=reduces)
+            return step.run(leaves)
         return step.run(leaves, self.ranks.step(reduces=reduces))
 
     def run_eagerly(
@@ -332,49 +339,63 @@ class _State:
         structure: Structure | None = None,
         *,
         reduces: bool = True,
+        accumulates: bool = False,
     ) -> TrainingStep:
         if leaves is None or structure is None:
             leaves, structure = flatten((args, kwargs))
-        key = (_key(model, leaves, structure), reduces)
-        step = self.steps.get(key)
+        traced = (_key(model, leaves, structure), reduces)
+        step = self.steps.get((traced, accumulates))
         if self.ranks is not None:
-            described = _describe_step(model, leaves, reduces)
+            described = _describe_step(model, leaves, reduces, accumulates)
             when = f"step {self.ranks.steps + 1}"
             if not self.ranks.agreement.on_step(described, step is not None, when):
                 step = None
         if step is None:
-            check_devices(model, leaves, structure)
-            self._announce(leaves)
-            view = eager_view(model)
-            step = self.steps[key] = TrainingStep(
-                model, view, args, kwargs, self.options, self.plan, self.ranks, reduces
+            sibling = self.steps.get((traced, not accumulates))
+            if sibling is None:
+                check_devices(model, leaves, structure)
+                self._announce(leaves)
+            step = self.steps[traced, accumulates] = TrainingStep(
+                model,
+                eager_view(model),
+                args,
+                kwargs,
+                self.options,
+                self.plan,
+                self.ranks,
+                reduces=reduces,
+                accumulates=accumulates,
+                sibling=sibling,
             )
         self.latest = step
         return step
 
     def _announce(self, leaves: Sequence[torch.Tensor]) -> None:
-        if len(self.steps) >= self.recompile_limit:
-            shapes = "; ".join(step.shapes for step in self.steps.values())
+        shapes_of = {traced: step.shapes for (traced, _), step in self.steps.items()}
+        if len(shapes_of) >= self.recompile_limit:
+            shapes = "; ".join(shapes_of.values())
             raise RecompileLimitError(
-                f"graph number {len(self.steps) + 1} for inputs {describe_all(leaves)}, but "
+                f"graph number {len(shapes_of) + 1} for inputs {describe_all(leaves)}, but "
                 f"recompile_limit is {self.recompile_limit}\n  compiled so far for: {shapes}\n"
                 "  pad inputs to a few fixed shapes, or raise model.recompile_limit"
             )
-        if self.steps:
+        if shapes_of:
             log.warning(
                 "compiling graph %d of at most %d: new input shapes or modes %s",
-                len(self.steps) + 1,
+                len(shapes_of) + 1,
                 self.recompile_limit,
                 describe_all(leaves),
             )
 
 
-def _describe_step(model: nn.Module, leaves: Sequence[torch.Tensor], reduces: bool) -> str:
+def _describe_step(
+    model: nn.Module, leaves: Sequence[torch.Tensor], reduces: bool, accumulates: bool
+) -> str:
     """What all ranks have to have in common, in words."""
     mode = "training" if model.training else "evaluation"
     frozen = sum(not p.requires_grad for p in model.parameters())
-    accumulating = "" if reduces else ", accumulating"
-    return f"inputs {describe_all(leaves)}, {mode}, {frozen} frozen parameters{accumulating}"
+    modes = ("" if reduces else ", unreduced") + (", accumulating" if accumulates else "")
+    return f"inputs {describe_all(leaves)}, {mode}, {frozen} frozen parameters{modes}"
 
 
 def _key(model: nn.Module, leaves: Sequence[torch.Tensor], structure: Structure) -> Hashable:

@@ -2,7 +2,7 @@
 
 A TrainGraph is an ``fx.GraphModule`` over flat tensors, in execution order, forward nodes first:
 
-    placeholders   parameters, buffers, inputs, tangents
+    placeholders   parameters, buffers, inputs, tangents, existing gradients
     forward nodes  ...
     backward nodes ...
     output         [model outputs, buffer updates, gradients]
@@ -28,8 +28,9 @@ class InputRole:
     """What a placeholder is.
 
     Attributes:
-        kind: "parameter", "buffer", "input" or "tangent".
-        name: qualified name of a parameter or buffer; "" otherwise.
+        kind: "parameter", "buffer", "input", "tangent", or "gradient": that of a parameter, as it
+            is before the step.
+        name: qualified name of a parameter (also of a gradient's) or buffer; "" otherwise.
         index: position among the model's flat inputs (input) or flat outputs (tangent); else -1.
     """
 

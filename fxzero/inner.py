@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from fxzero import _torch, randomness
+from fxzero.accumulation import Accumulated, Layout
 from fxzero.collectives import bind, starts_transfer
 from fxzero.execution import BoxedFunction, compile_to_python
 from fxzero.rehearsal import Peaks
@@ -65,6 +66,10 @@ def compile_split(
         differentiable=split.tangents,
         attached=attached,
         saved_inputs=tuple(names.index(n) if n in names else None for n in split.saved),
+        accumulated=tuple(
+            Accumulated(position, Layout.of(node.meta["val"]))
+            for position, node in zip(split.accumulated, split.backward_inputs()[1], strict=True)
+        ),
         gradients=split.gradients,
         reached=_reached(split),
         owner=owner,
@@ -130,7 +135,7 @@ def _inductor_target(target: Any) -> Any:
 def _reached(split: Split) -> dict[int, frozenset[int]]:
     """For each output with a tangent, which gradients depend on it."""
     graph = split.backward.graph
-    tangents = list(graph.find_nodes(op="placeholder"))[len(split.saved) :]
+    *_, tangents = split.backward_inputs()
     depends: dict[fx.Node, frozenset[int]] = {
         node: frozenset([index]) for node, index in zip(tangents, split.tangents, strict=True)
     }

@@ -98,6 +98,7 @@ def plan(
     mesh: Any = None,
     devices: int | None = None,
     precision: Any = None,
+    accumulate: bool = False,
     sweep: int = 0,
     name: str | None = None,
 ) -> Plan:
@@ -116,6 +117,8 @@ def plan(
             to run.
         devices: number of ranks, all along "dp" if there is no ``mesh``.
         precision: a ``fxzero.Precision``.
+        accumulate: whether the step finds gradients that it adds to, as the second of several
+            micro-batches does.
         sweep: for how many budgets besides to find the step time, for ``Plan.pareto``.
 
     Returns:
@@ -140,7 +143,13 @@ def plan(
         precision=precision,
     )
     captured = capture(model, args, keywords, inner=options.inner, precision=options.precision)
-    planner = Planner(captured.graph, options, name or type(model).__name__, sweep=sweep)
+    planner = Planner(
+        captured.graph,
+        options,
+        name or type(model).__name__,
+        accumulates=accumulate,
+        sweep=sweep,
+    )
     try:
         return planner.decide().plan
     except BudgetError:
@@ -215,7 +224,7 @@ class Planner:
     def _variant(self, plan: Plan) -> GraphPlanner:
         """Whose graph the plan belongs to."""
         for variant in self.variants:
-            if plan.graph_digest == variant.digest:
+            if plan.graph_digest in (variant.digest, variant.plain_digest):
                 return variant
         raise PlanError(
             f"the plan belongs to graph {plan.graph_digest}, this model traces to "
@@ -239,12 +248,14 @@ class Planner:
         required = plan.minimum_budget
         alternatives = [(f'memory_budget="{_round_up(required)}"', required)]
         saved = planner.optimizer.state_bytes
+        fixed = dict(timeline.fixed)
+        gradients = fixed.pop("gradient", 0) + timeline.gradient_bytes
         if saved and required - saved <= budget:
             alternatives.append(('optimizer="sgd"', required - saved))
         return BudgetError(
             budget_bytes=budget,
             required_bytes=required,
-            fixed={**timeline.fixed, "gradients": timeline.gradient_bytes},
+            fixed={**fixed, "gradients": gradients},
             alternatives=alternatives,
         )
 
@@ -258,6 +269,7 @@ class GraphPlanner:
         outputs_held: whether the caller keeps the model's outputs during the backward.
         writes_buffers: whether the graph updates buffers itself, or returns their new values.
         reduces: whether it averages gradients over the ranks.
+        accumulates: whether it adds them to gradients that exist.
         unapplied: what the caller could not apply; more is found here, and all of it is an error
             under ``strict`` and a note in the Plan otherwise.
         sweep: number of points between the ends of the Plan's curve.
@@ -274,6 +286,7 @@ class GraphPlanner:
         outputs_held: bool = True,
         writes_buffers: bool = True,
         reduces: bool = True,
+        accumulates: bool = False,
         unapplied: tuple[str, ...] = (),
         sweep: int = 0,
     ) -> None:
@@ -283,11 +296,15 @@ class GraphPlanner:
             writes_buffers=writes_buffers,
             sharding=options.sharding,
             reduces=reduces,
+            accumulates=accumulates,
         )
         chosen = select(skipped_passes(), preparation)
-        self.graph, reports = run_passes(graph.copy(), self.context, chosen)
+        plain = tuple(item for item in chosen if item.name != "accumulate")
+        prepared, reports = run_passes(graph.copy(), self.context, plain)
+        self.plain_digest = prepared.digest()
+        self.graph, last = run_passes(prepared, self.context, chosen[len(plain) :])
         arguments = [(role, node.meta["val"]) for role, node in self.graph.pairs()]
-        self.prepared = tuple(report.name for report in reports)
+        self.prepared = tuple(report.name for report in (*reports, *last))
         self.options = options
         self.name = name
         self.outputs_held = outputs_held
@@ -406,8 +423,9 @@ class GraphPlanner:
         return self.recompute == "none" and not self.offload and not chooses
 
     def replay(self, plan: Plan) -> Decided:
-        """Carries out the decisions of a Plan for this graph."""
-        return Decided(plan, self._carry_out(plan.decisions))
+        """Carries out the decisions of a Plan for this graph, or for it without accumulation."""
+        decided = Decided(plan, self._carry_out(plan.decisions))
+        return decided if plan.graph_digest == self.digest else self.restate(decided)
 
     def minimum_budget(self, decided: Decided) -> int:
         """The smallest budget of this graph, given any plan for the optimizer step's part."""

@@ -13,7 +13,7 @@ a whole parameter is a plain tensor, as in DistributedDataParallel.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,7 @@ from fxzero.agreement import Agreement
 from fxzero.errors import UsageError
 from fxzero.mesh import Mesh, Sharding
 from fxzero.sharding import Shards, agree_on_values, is_spread, shard_parameters
+from fxzero.storages import storage_identity
 
 
 @dataclass
@@ -107,22 +108,44 @@ class StepParameters:
         self.tensors = tuple(t if isinstance(t, nn.Parameter) else None for t in tensors)
         return [self.ranks.shards.part(t) for t in tensors]
 
-    def returned(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    def existing(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """This rank's padded part of a reduced gradient, or all of an unreduced one."""
+        gradient, pending = parameter.grad, self.ranks.pending(parameter)
+        if not self.reduces:
+            return pending if is_spread(parameter) else gradient
+        return None if gradient is None or pending is not None else self._part(gradient, parameter)
+
+    def _part(self, gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor | None:
+        if not isinstance(parameter, DTensor):
+            return gradient
+        if not isinstance(gradient, DTensor) or gradient.placements != parameter.placements:
+            return None
+        part, local = self.ranks.shards.part(gradient), _torch.local_tensor(gradient)
+        return part if storage_identity(part) == storage_identity(local) else None
+
+    def returned(
+        self, gradients: list[torch.Tensor | None], in_place: Collection[int]
+    ) -> list[torch.Tensor | None]:
         """Gradients as autograd adds them to those of the parameters."""
         pairs = zip(gradients, self.tensors, strict=True)
-        return [g if p is None else self._returned(g, p) for g, p in pairs]
+        return [
+            gradient if parameter is None else self._returned(gradient, parameter, i in in_place)
+            for i, (gradient, parameter) in enumerate(pairs)
+        ]
 
     def explained(self, error: RuntimeError) -> RuntimeError:
         """The error of a failed collective names the step and who did not answer."""
         return self.ranks.agreement.explained(error, f"step {self.number}")
 
     def _returned(
-        self, gradient: torch.Tensor | None, parameter: torch.Tensor
+        self, gradient: torch.Tensor | None, parameter: torch.Tensor, is_added: bool
     ) -> torch.Tensor | None:
         ranks = self.ranks
         if not self.sync:
-            return None if gradient is None else self._kept(gradient, parameter)
-        pending = ranks.pending(parameter)
+            return None if gradient is None else self._kept(gradient, parameter, is_added)
+        if is_added and self.reduces:
+            return None
+        pending = gradient if is_added else ranks.pending(parameter)
         ranks.local.discard(id(parameter))
         if pending is not None:
             parameter.grad = None
@@ -133,12 +156,16 @@ class StepParameters:
             reduced = ranks.shards.reduce(pending, parameter)
             return reduced if found is None else reduced.add_(found)
         whole = pending if gradient is None else gradient
-        if pending is not None and gradient is not None:
+        if pending is not None and gradient is not None and not is_added:
             whole = pending.add_(gradient)
         return None if whole is None else ranks.shards.reduce(whole, parameter)
 
-    def _kept(self, gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-        if is_spread(parameter):
-            return self.ranks.shards.unreduced(gradient, parameter)
-        self.ranks.local.add(id(parameter))
-        return gradient
+    def _kept(
+        self, gradient: torch.Tensor, parameter: torch.Tensor, is_added: bool
+    ) -> torch.Tensor | None:
+        spread = is_spread(parameter)
+        if not spread:
+            self.ranks.local.add(id(parameter))
+        if is_added:
+            return None
+        return self.ranks.shards.unreduced(gradient, parameter) if spread else gradient

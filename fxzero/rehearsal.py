@@ -68,25 +68,26 @@ def rehearse(
     forward, backward = _torch.without_kernels(forward), _torch.without_kernels(backward)
     with _torch.FakeTensorMode(allow_non_fake_inputs=True), _Counter(around.granularity) as counter:
         inputs = [_like(node) for node in split.forward.graph.find_nodes(op="placeholder")]
+        _, existing_nodes, tangent_nodes = split.backward_inputs()
+        existing = [_like(node) for node in existing_nodes]
         counter.restart(fixed_bytes)
         results = forward(list(inputs))
         outputs = results[: split.output_count]
         saved = results[split.output_count :]
         forward_peak = counter.peak
-        placeholders = list(split.backward.graph.find_nodes(op="placeholder"))
-        tangents = [_like(node) for node in placeholders[len(saved) :]]
+        tangents = [_like(node) for node in tangent_nodes]
         if not around.outputs_held:
             (returned,) = split.forward.graph.find_nodes(op="output")
             nodes = returned.args[0][: split.output_count]
             outputs = [v for v, n in zip(outputs, nodes, strict=True) if is_scalar(n)]
         results.clear()
-        arguments = [*saved, *tangents]
+        arguments = [*saved, *existing, *tangents]
         saved.clear()
         counter.restart(counter.current)
         gradients = backward(arguments)
         backward_peak = counter.peak
         # The caller holds these to the end.
-        del inputs, outputs, tangents, gradients
+        del inputs, outputs, existing, tangents, gradients
     return Peaks(forward_peak, backward_peak)
 
 

@@ -3,19 +3,21 @@
 The forward graph runs inside ``torch.autograd.Function.forward`` and hands the saved values to
 the node; the backward graph consumes them, each freed at its last use, and returns the gradients
 to autograd, which accumulates them as it does for any model: optimizers, hooks and
-``torch.autograd.grad`` work.
+``torch.autograd.grad`` work.  A graph that accumulates adds to what exists itself, where autograd
+would do no more (``accumulation.py``).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from fxzero import _torch
+from fxzero.accumulation import Accumulated, sums_of
 from fxzero.errors import RuntimeStateError
 from fxzero.execution import BoxedFunction
 from fxzero.randomness import RandomState
@@ -39,8 +41,17 @@ class Parameters(Protocol):
     def taken(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What the forward takes for the step's inputs."""
 
-    def returned(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """What autograd gets for the backward's gradients of those inputs."""
+    def existing(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """The gradient of a parameter as the backward would return it, in the same memory."""
+
+    def returned(
+        self, gradients: list[torch.Tensor | None], in_place: Collection[int]
+    ) -> list[torch.Tensor | None]:
+        """What autograd gets for the backward's gradients of those inputs.
+
+        Args:
+            in_place: positions of those that were added to what ``existing`` gave.
+        """
 
     def explained(self, error: RuntimeError) -> RuntimeError:
         """What is raised for an error in a graph."""
@@ -52,8 +63,13 @@ class _InPlace:
     def taken(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return list(tensors)
 
-    def returned(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        return gradients
+    def existing(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        return parameter.grad
+
+    def returned(
+        self, gradients: list[torch.Tensor | None], in_place: Collection[int]
+    ) -> list[torch.Tensor | None]:
+        return [None if i in in_place else gradient for i, gradient in enumerate(gradients)]
 
     def explained(self, error: RuntimeError) -> RuntimeError:
         return error
@@ -68,11 +84,12 @@ class Executable:
 
     Attributes:
         forward: takes parameters, buffers and inputs; returns outputs, then saved values.
-        backward: takes saved values, then tangents; returns gradients.
+        backward: takes saved values, gradients to add to, then tangents; returns gradients.
         output_count: how many of the forward's results are model outputs.
         differentiable: positions of outputs that have a tangent.
         attached: positions of outputs that autograd must know, ``differentiable`` among them.
         saved_inputs: for each saved value, its position among the inputs, or None if computed.
+        accumulated: the gradients that the backward adds up itself.
         gradients: for each input, its position among the gradients, or None.
         reached: for each output with a tangent, the positions of the gradients that depend on it.
         owner: told what each backward shows.
@@ -86,6 +103,7 @@ class Executable:
     differentiable: tuple[int, ...]
     attached: tuple[int, ...]
     saved_inputs: tuple[int | None, ...]
+    accumulated: tuple[Accumulated, ...]
     gradients: tuple[int | None, ...]
     reached: dict[int, frozenset[int]]
     owner: Owner
@@ -186,11 +204,15 @@ class _Step(torch.autograd.Function):
             inputs, state = ctx.start
             return None, None, *executable.owner.rerun(inputs, state, received)
         executable.owner.observe(held, tuple(received))
+        parameters: Parameters = ctx.parameters
+        takers = [node for node, _ in ctx.next_functions]
+        sums = sums_of(takers, executable.accumulated, parameters.existing)
+        saved += sums.tensors
         try:
             found = _run_backward(executable, saved, received, ctx.shapes)
-            return None, None, *ctx.parameters.returned(found)
+            return None, None, *parameters.returned(found, sums.in_place)
         except RuntimeError as error:
-            raise ctx.parameters.explained(error) from error
+            raise parameters.explained(error) from error
 
 
 def _run_backward(
@@ -199,7 +221,11 @@ def _run_backward(
     received: dict[int, torch.Tensor],
     shapes: list[Any],
 ) -> list[torch.Tensor | None]:
-    """Gradients of all inputs; those that no received gradient reaches are None, as in eager."""
+    """Gradients of all inputs; those that no received gradient reaches are None, as in eager.
+
+    Args:
+        saved: all that the backward takes but the tangents.
+    """
     missing = [i for i in executable.differentiable if i not in received]
     for index in executable.differentiable:
         shape, stride, dtype, device = shapes[index]

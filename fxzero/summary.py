@@ -365,9 +365,13 @@ def _notes(facts: Facts) -> tuple[str, ...]:
             f"the model returns no loss; one outside of it is taken to need "
             f"{format_bytes(facts.loss_bytes)}, three times the outputs"
         )
-    if facts.timeline.gradient_bytes:
+    if "gradient" in facts.timeline.fixed:
+        notes.append("gradients exist before the step, and new ones are added where they are made")
+    elif facts.timeline.gradient_bytes:
         size = format_bytes(facts.timeline.gradient_bytes)
-        notes.append(f"a step that finds gradients adds to them, and needs {size} more for that")
+        notes.append(
+            f"a step that finds gradients adds to them and has a plan of its own; up to {size} more"
+        )
     if facts.timeline.offloaded and facts.device == "cpu":
         notes.append("this device is the CPU: what is offloaded stays in the same memory")
     notes.append("memory inside operators (convolution and attention workspaces) is not counted")

@@ -9,7 +9,8 @@ What the books hold besides activations:
     model outputs                                   to the end, if the caller holds them
     tangents                                        from the loss to the end of the backward
     offloaded values                                in books of their own, for host memory
-    gradients                                       from the node that makes them to the end
+    gradients                                       from the node that makes them to the end, or
+                                                    always, where a step adds to those that exist
     what collectives read, and their workspace      until they are waited for
 """
 
@@ -166,6 +167,13 @@ class _Books:
                 if key not in self.alive:
                     self._birth(key, self.forward, storage, role.kind, role.name or node.name)
                     self.fixed[role.kind] = self.fixed.get(role.kind, 0) + self.alive[key].bytes
+        parameters = [self.split.inputs[position].name for position in self.split.accumulated]
+        _, existing, _ = self.split.backward_inputs()
+        for name, node in zip(parameters, existing, strict=True):
+            (storage,) = self.backward.of[node]
+            self._birth(("b", storage), self.backward, storage, "gradient", name)
+            size = self.alive["b", storage].bytes
+            self.fixed["gradient"] = self.fixed.get("gradient", 0) + size
         for phase, storages in (("f", self.forward), ("b", self.backward)):
             for node, numbers in storages.of.items():
                 if node.op == "get_attr":
@@ -198,9 +206,9 @@ class _Books:
 
     def _run_backward(self, outputs: list[fx.Node], saved: list[fx.Node]) -> int:
         held = {("f", s) for node in outputs for s in self.forward.of[node]}
-        placeholders = list(self.split.backward.graph.find_nodes(op="placeholder"))
+        taken, _, tangents = self.split.backward_inputs()
         carried: set[object] = set()
-        for node, placeholder in zip(saved, placeholders, strict=False):
+        for node, placeholder in zip(saved, taken, strict=True):
             for mine, theirs in zip(
                 self.forward.of[node], self.backward.of[placeholder], strict=True
             ):
@@ -212,7 +220,6 @@ class _Books:
                 self._death(key)
             held -= dropped
         self._record_loss()
-        tangents = placeholders[len(saved) :]
         for node in tangents:
             for storage in self.backward.of[node]:
                 self._birth(("b", storage), self.backward, storage, "tangent", node.name)

@@ -50,6 +50,9 @@ class TrainingStep:
         view: the same model as it was before it was compiled, which is traced.
         ranks: those that train together.
         reduces: whether the graphs average gradients over them.
+        accumulates: whether they add gradients to those that exist.
+        sibling: the step that differs in that alone, if there is one: it shares its trace, and its
+            plan where that fits.
 
     Attributes:
         shapes: the input shapes, for messages.
@@ -65,11 +68,14 @@ class TrainingStep:
         given: Plan | None,
         ranks: Ranks | None = None,
         reduces: bool = True,
+        accumulates: bool = False,
+        sibling: TrainingStep | None = None,
     ) -> None:
         self.options = options
         self.given = given
         self.ranks = ranks
         self.reduces = reduces
+        self.accumulates = accumulates
         self.shapes = describe_all(flatten((args, kwargs))[0])
         self._model = view
         self._origin = weakref.ref(model)
@@ -77,8 +83,17 @@ class TrainingStep:
         self._outputs_seen = False
         self._gradients_settled = False
         self._stale = False
+        self._wanted: tuple[int, ...] | None = None
+        self._captured: Capture
+        self._planner: Planner
         self._decided: Decided
-        self._recapture(args, kwargs, None)
+        if sibling is None:
+            self._recapture(args, kwargs, None)
+        else:
+            self._outputs_held = sibling._outputs_held
+            self._outputs_seen = sibling._outputs_seen
+            self._gradients_settled = sibling._gradients_settled
+            self._follow(sibling)
 
     @property
     def plan(self) -> Plan:
@@ -100,8 +115,8 @@ class TrainingStep:
     def _recapture(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], differentiable: Sequence[int] | None
     ) -> None:
-        def trace() -> tuple[Capture, Planner]:
-            captured = capture(
+        def trace() -> Capture:
+            return capture(
                 self._model,
                 args,
                 kwargs,
@@ -109,23 +124,42 @@ class TrainingStep:
                 inner=self.options.inner,
                 precision=self.options.precision,
             )
+
+        self._prepare(trace)
+        given = self.given if differentiable is None else None
+        self._adopt(self._decide() if given is None else self._planner.replay(given))
+
+    def _follow(self, sibling: TrainingStep) -> None:
+        """Does what another step does, but for what becomes of gradients."""
+        self._prepare(lambda: sibling._captured)
+        self._wanted = sibling._wanted
+        plan = self.given if sibling.accumulates else sibling.plan
+        decided = None if plan is None else self._planner.replay(plan)
+        if decided is None or not (decided.plan.fits or self.given):
+            decided = self._decide()
+        self._adopt(decided)
+
+    def _prepare(self, trace: Callable[[], Capture]) -> None:
+        """Traces, and prepares to plan."""
+
+        def prepare() -> tuple[Capture, Planner]:
+            captured = trace()
             planner = Planner(
                 captured.graph,
                 self.options,
                 type(self._model).__name__,
                 outputs_held=self._outputs_held,
                 reduces=self.reduces,
+                accumulates=self.accumulates,
             )
             return captured, planner
 
-        self._wanted: tuple[int, ...] | None = None
+        self._wanted = None
         if self.ranks is None:
-            self._captured, self._planner = trace()
+            self._captured, self._planner = prepare()
         else:
-            made = self.ranks.agreement.on_result(trace, lambda made: made[1].digest)
+            made = self.ranks.agreement.on_result(prepare, lambda made: made[1].digest)
             self._captured, self._planner = made
-        given = self.given if differentiable is None else None
-        self._adopt(self._decide() if given is None else self._planner.replay(given))
 
     def _decide(self) -> Decided:
         """The plan of this process, or of the first rank."""

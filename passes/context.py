@@ -18,6 +18,7 @@ class PassContext:
         writes_buffers: whether the graph updates buffers itself, or returns their new values.
         sharding: how parameters and gradients are spread over ranks.
         reduces: whether gradients are averaged over the ranks, or left for a later step to.
+        accumulates: whether gradients are added to those that exist.
     """
 
     decisions: Decisions = field(default_factory=Decisions)
@@ -25,3 +26,4 @@ class PassContext:
     writes_buffers: bool = True
     sharding: Sharding = field(default_factory=Sharding)
     reduces: bool = True
+    accumulates: bool = False

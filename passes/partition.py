@@ -4,7 +4,7 @@ Whatever the backward reads from the forward becomes an extra output of the forw
 the backward.  The order of nodes is kept: the executed order is the planned one.
 
 Invariant: the forward returns [model outputs, saved values]; the backward takes [saved values,
-tangents] and returns one gradient per input that has one.
+existing gradients, tangents] and returns one gradient per input that has one.
 
     joint:     x, w, dy -> h = mm(x, w); y = relu(h); dh = ge(h, dy); dw = mm(t(x), dh) -> y, dw
     forward:   x, w -> h = mm(x, w); y = relu(h) -> y, h
@@ -29,11 +29,12 @@ class Split:
 
     Attributes:
         forward: takes parameters, buffers and inputs; returns model outputs, then saved values.
-        backward: takes saved values, then tangents; returns gradients.
+        backward: takes saved values, existing gradients, then tangents; returns gradients.
         inputs: roles of the forward's placeholders.
         output_count: how many of the forward's results are model outputs (and new values of
             buffers that somebody else will write).
         saved: names of the forward nodes (or placeholders) behind the backward's first inputs.
+        accumulated: for each existing gradient, its parameter's position among the inputs.
         tangents: model output positions behind the backward's last inputs.
         gradients: for each placeholder of the forward, its position among the backward's results,
             or None.
@@ -45,16 +46,25 @@ class Split:
     inputs: tuple[InputRole, ...]
     output_count: int
     saved: tuple[str, ...]
+    accumulated: tuple[int, ...]
     tangents: tuple[int, ...]
     gradients: tuple[int | None, ...]
     mutated: tuple[str, ...]
+
+    def backward_inputs(self) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
+        """The backward's placeholders: saved values, existing gradients, tangents."""
+        nodes = list(self.backward.graph.find_nodes(op="placeholder"))
+        saved, rest = len(self.saved), len(self.saved) + len(self.accumulated)
+        return nodes[:saved], nodes[saved:rest], nodes[rest:]
 
 
 def partition(graph: TrainGraph) -> Split:
     """Splits a graph on which every pass has run."""
     placeholders = list(graph.pairs())
     tangents = [(role, node) for role, node in placeholders if role.kind == "tangent"]
-    arguments = [(role, node) for role, node in placeholders if role.kind != "tangent"]
+    existing = [(role, node) for role, node in placeholders if role.kind == "gradient"]
+    kinds = ("tangent", "gradient")
+    arguments = [(role, node) for role, node in placeholders if role.kind not in kinds]
     body = [n for n in graph.graph.nodes if n.op in ("call_function", "get_attr")]
     backward_body = [n for n in body if _runs_in_backward(graph, n)]
     forward_body = [n for n in body if not _runs_in_backward(graph, n)]
@@ -64,15 +74,17 @@ def partition(graph: TrainGraph) -> Split:
         for role, value in graph.result_pairs()
         if role.kind == "gradient" and value is not None
     }
-    tangent_nodes = [node for _, node in tangents]
-    saved = _read_from_outside(backward_body, list(gradients.values()), tangent_nodes)
+    given = [node for _, node in (*existing, *tangents)]
+    saved = _read_from_outside(backward_body, list(gradients.values()), given)
     positions = {role: index for index, role in enumerate(gradients)}
+    parameters = {r.name: i for i, (r, _) in enumerate(arguments) if r.kind == "parameter"}
     return Split(
         forward=_extract(graph, [n for _, n in arguments], forward_body, [*outputs, *saved]),
-        backward=_extract(graph, [*saved, *tangent_nodes], backward_body, list(gradients.values())),
+        backward=_extract(graph, [*saved, *given], backward_body, list(gradients.values())),
         inputs=tuple(role for role, _ in arguments),
         output_count=len(outputs),
         saved=tuple(node.name for node in saved),
+        accumulated=tuple(parameters[role.name] for role, _ in existing),
         tangents=tuple(role.index for role, _ in tangents),
         gradients=tuple(positions.get(role) for role, _ in arguments),
         mutated=tuple(role.name for role, node in arguments if any(map(is_write, node.users))),

@@ -2,8 +2,9 @@
 
     FXZERO_SKIP=name,name    run without these passes; the Plan notes it
 
-shard and deduplicate run before the plan is made, the others carry it out.  Of these offload runs
-first: rematerialize lets the backward read what was fetched.  It also rebuilds views in the
+shard, deduplicate and accumulate run before the plan is made: what shard reduces is added to the
+gradients that exist.  The others carry the plan out.  Of these offload runs first: rematerialize
+lets the backward read what was fetched.  It also rebuilds views in the
 backward, so that write_back sees which buffers the backward still reads.  replay_randomness needs
 the clones that rematerialize makes, bucket the places where gathers are done again, and overlap
 the buckets.
@@ -19,6 +20,7 @@ from typing import Literal
 
 from fxzero.errors import UsageError, unknown_option
 from fxzero.graph import TrainGraph
+from fxzero.passes.accumulate import accumulate_pass
 from fxzero.passes.bucket import bucket_pass
 from fxzero.passes.context import PassContext
 from fxzero.passes.deduplicate import deduplicate_pass
@@ -66,6 +68,7 @@ def make_pass(
 PREPARATION: tuple[Pass, ...] = (
     make_pass("shard", shard_pass, completes="capture"),
     make_pass("deduplicate", deduplicate_pass),
+    make_pass("accumulate", accumulate_pass),
 )
 
 # After it: what carries it out.

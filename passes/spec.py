@@ -347,7 +347,7 @@ def check_split(split: Split) -> None:
     """
     made: Any = split.forward.graph.output_node().args[0]
     made = made[split.output_count :]
-    taken = split.backward.graph.find_nodes(op="placeholder")[: len(split.saved)]
+    taken, _, _ = split.backward_inputs()
     findings: list[Finding] = []
     if not len(made) == len(taken) == len(split.saved):
         findings.append((None, f"{len(made)} values saved, {len(taken)} of {split.saved} taken"))

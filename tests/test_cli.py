@@ -88,6 +88,7 @@ def test_the_set_of_commands_and_options_is_this() -> None:
     planning = {
         "model", "batch", "seq", "dtype", "memory_budget", "optimizer", "recompute", "objective",
         "offload",
+        "accumulate",
         "devices",
         "mesh",
         "zero",
@@ -144,6 +145,7 @@ def test_plan_prints_the_report_and_returns_0_where_it_fits(
         "recompute": "auto",
         "objective": "time",
         "offload": False,
+        "accumulate": False,
         "devices": None,
         "mesh": None,
         "zero": "auto",
@@ -281,9 +283,10 @@ def test_diff_prints_what_changed(run: Callable[..., Ran], tmp_path: Path) -> No
 
 def test_passes_lists_name_numerics_and_summary(run: Callable[..., Ran]) -> None:
     lines = run("passes").out.splitlines()
-    assert [line.split()[:2] for line in lines[:5]] == [
+    assert [line.split()[:2] for line in lines[:6]] == [
         ["shard", "exact"],
         ["deduplicate", "exact"],
+        ["accumulate", "exact"],
         ["offload", "exact"],
         ["rematerialize", "exact"],
         ["write_back", "exact"],

@@ -166,6 +166,14 @@ def test_measured_bytes_are_the_planned_ones(pools, zero):
         assert measured >= 0.95 * planned
 
 
+@pytest.mark.parametrize("syncs", [True, False])
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_adding_to_gradients_needs_what_is_planned(pools, zero, syncs):
+    for peaks in pools(4).run("rank_cases:accumulated_peaks", zero=zero, syncs=syncs):
+        for measured, planned in peaks:
+            assert 0.95 * planned <= measured <= planned
+
+
 def test_generated_code_computes_the_same_within_its_plan(pools):
     given = {"zero": 3, "timeout": 240}
     generated = pools(2).run("rank_cases:measured_peak", inner="inductor", **given)

@@ -18,6 +18,7 @@ from torch.testing import FileCheck
 import fxzero
 from fxzero.errors import UsageError
 from fxzero.graph import TrainGraph
+from fxzero.passes.accumulate import accumulate_pass
 from fxzero.passes.context import PassContext
 from fxzero.passes.listing import format_graph
 from fxzero.passes.pipeline import PASSES, describe, select
@@ -43,6 +44,22 @@ def test_rematerialize_clones_a_value_right_before_the_node_that_the_plan_names(
     ).check_next("clone_recomputed  aten.clone.default(primals_7)  float32[8]  B").check_next(
         "mul_4  aten.mul.Tensor(native_dropout_backward, clone_recomputed)"
     ).run(format_graph(graph))
+
+
+def test_accumulate_adds_a_gradient_where_it_is_made() -> None:
+    graph = accumulate_pass(graphs.tiny(), PassContext(accumulates=True))
+    added = {
+        role.of.name: node
+        for role, node in graph.result_pairs()
+        if role.kind == "gradient" and role.of is not None
+    }
+    assert [role.name for role in graph.inputs if role.kind == "gradient"] == list(added)
+    for role, node in graph.pairs():
+        if role.kind == "gradient":
+            (user,) = node.users
+            assert user is added[role.name]
+            assert user.target is torch.ops.aten.add_.Tensor
+            assert user.prev in user.all_input_nodes
 
 
 def test_rematerialize_rebuilds_views_of_inputs_without_being_asked() -> None:
@@ -142,6 +159,7 @@ def test_the_list_of_passes_prints() -> None:
     assert [line.split()[:2] for line in lines] == [
         ["shard", "exact"],
         ["deduplicate", "exact"],
+        ["accumulate", "exact"],
         ["offload", "exact"],
         ["rematerialize", "exact"],
         ["write_back", "exact"],
@@ -149,7 +167,7 @@ def test_the_list_of_passes_prints() -> None:
         ["bucket", "exact"],
         ["overlap", "exact"],
     ]
-    assert lines[4].endswith("Buffer updates become writes at the end of the forward.")
+    assert lines[5].endswith("Buffer updates become writes at the end of the forward.")
     assert all(item.summary for item in PASSES)
     assert "write_back" in repr(PASSES)
 
@@ -173,7 +191,7 @@ def test_the_environment_switches_passes_off(monkeypatch: pytest.MonkeyPatch) ->
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)), torch.randn(4, 8)
     monkeypatch.setenv("FXZERO_SKIP", "rematerialize,replay_randomness")
     plan = fxzero.plan(model, (x,), recompute="full")
-    kept = ("shard", "deduplicate", "offload", "write_back", "bucket", "overlap")
+    kept = ("shard", "deduplicate", "accumulate", "offload", "write_back", "bucket", "overlap")
     assert plan.passes == kept
     assert plan.decisions.recompute == ()
     assert "pass rematerialize is switched off by FXZERO_SKIP" in plan.notes

@@ -174,6 +174,39 @@ def test_a_backward_knows_whether_its_graph_is_kept(keep: bool) -> None:
     assert seen == [keep]
 
 
+def test_a_backward_knows_the_leaves_that_autograd_only_adds_to() -> None:
+    leaves = [X.clone().requires_grad_() for _ in range(4)]
+    plain, hooked, watched, other = leaves
+    hooked.register_hook(lambda gradient: None)
+    watched.register_post_accumulate_grad_hook(lambda leaf: None)
+    seen: list[list[Tensor | None]] = []
+
+    class Ask(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, number: int, *tensors: Tensor) -> Tensor:
+            return tensors[0] * number
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Any:  # type: ignore[override]
+            seen.append([_torch.parameter_to_add_to(node) for node, _ in ctx.next_functions])
+            return None, *gradients * 6
+
+    def result() -> Tensor:
+        return Ask.apply(2, *leaves, X, plain * 1).sum()
+
+    result().backward()
+    result().backward(inputs=[other])
+    torch.autograd.grad(result(), leaves)
+    everything, some, nothing = seen
+    assert everything[0] is plain
+    assert everything[1:3] == [None, None]
+    assert everything[3] is other
+    assert everything[4:] == [None, None]
+    assert some[:3] == [None, None, None]
+    assert some[3] is other
+    assert nothing == [None] * 6
+
+
 def test_the_hook_in_force_inside_a_checkpoint_is_checkpoints() -> None:
     seen = []
 
