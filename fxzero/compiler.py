@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -23,11 +24,13 @@ import torch
 from torch import nn
 
 from fxzero import _torch
-from fxzero.capture import check_devices
+from fxzero.capture import capture, check_devices
 from fxzero.errors import RecompileLimitError, UsageError, unknown_option
 from fxzero.graph import describe_all
 from fxzero.mesh import resolve_mesh
+from fxzero.microbatches import Batch, Call, choose_count
 from fxzero.options import Options, call_arguments, check_options, model_device
+from fxzero.planner import Planner
 from fxzero.plans import Plan
 from fxzero.ranks import Ranks, connect
 from fxzero.sharding import is_spread
@@ -39,7 +42,7 @@ log = logging.getLogger(__name__)
 _DEFAULT_RECOMPILE_LIMIT = 16
 _OPTIONS = (
     "memory_budget", "optimizer", "recompute", "objective", "inner", "strict", "offload", "mesh",
-    "zero", "pipeline", "precision", "example_inputs", "loss_fn", "plan",
+    "zero", "pipeline", "precision", "example_inputs", "loss_fn", "plan", "microbatches",
 )  # fmt: skip
 
 
@@ -57,6 +60,7 @@ def compile(
     offload: bool = False,
     precision: Any = None,
     loss_fn: Any = None,
+    microbatches: int | str = 1,
     inner: str | None = None,
     plan: Plan | str | Path | None = None,
     strict: bool = False,
@@ -80,6 +84,8 @@ def compile(
             "recompute" or None.
         objective: what recompute costs: "time" or "flops".
         offload: whether saved values may wait for the backward in host memory.
+        microbatches: into how many parts ``model.step`` cuts a batch, or "auto": so many that the
+            step fits the budget and takes the least time.
         inner: "inductor" or "eager"; None: inductor where a compiler is present.
         plan: a Plan or a path to one, replayed without a solver for the graph it was made for.
         strict: what cannot be applied (a pass that is switched off, a value that was to be
@@ -113,6 +119,7 @@ def compile(
         precision=precision,
         zero=zero,
         mesh=ranks,
+        microbatches=microbatches,
     )
     if isinstance(plan, (str, Path)):
         plan = Plan.load(plan)
@@ -159,15 +166,26 @@ class CompiledModule(nn.Module):
         return self._fxzero.run(self, args, kwargs, leaves, structure)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward and backward of one batch; returns the detached loss.
+        """Forward and backward of one batch, in micro-batches; returns the detached loss.
 
         The model must return a scalar loss, an output with a ``loss``, or ``loss_fn`` must have
-        been given to ``compile``.
+        been given to ``compile``.  In stages 0 and 1 gradients are averaged over the ranks with the
+        last micro-batch, in 2 and 3, which keep no whole gradients, with each.
+
+        Raises:
+            UsageError: no scalar loss, or a batch that has no such micro-batches.
         """
-        output = self(*args, **kwargs)
-        loss = _loss_of(output, self._fxzero.loss_fn)
-        loss.backward()
-        return loss.detach()
+        state = self._fxzero
+        if state.options.microbatches == 1:
+            return _train(self, args, kwargs, state.loss_fn, 1)
+        batch = Batch.of(args, kwargs)
+        count = state.microbatches_for(self, batch)
+        late = state.options.sharding.zero in (0, 1)
+        losses = []
+        for index, (part, keywords) in enumerate(batch.cut(count)):
+            with self.no_sync() if late and index < count - 1 else contextlib.nullcontext():
+                losses.append(_train(self, part, keywords, state.loss_fn, count))
+        return torch.stack(losses).sum()
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -242,6 +260,17 @@ def _compiled_class(original: type[nn.Module]) -> type[CompiledModule]:
     return type(original.__name__, (CompiledModule, original), namespace)
 
 
+def _train(
+    model: CompiledModule, args: tuple[Any, ...], kwargs: dict[str, Any], loss_fn: Any, count: int
+) -> torch.Tensor:
+    """Adds one of ``count`` micro-batches' share to the gradients; returns that of the loss."""
+    loss = _loss_of(model(*args, **kwargs), loss_fn)
+    if count > 1:
+        loss = loss / count
+    loss.backward()
+    return loss.detach()
+
+
 def _loss_of(output: Any, loss_fn: Any) -> torch.Tensor:
     loss = loss_fn(output) if loss_fn is not None else output
     if not isinstance(loss, torch.Tensor):
@@ -270,6 +299,7 @@ class _State:
         # By what is traced, and by whether gradients exist.
         self.steps: OrderedDict[tuple[Hashable, bool], TrainingStep] = OrderedDict()
         self.latest: TrainingStep | None = None
+        self.counts: dict[Hashable, int] = {}  # of micro-batches, by what is cut
 
     def fresh(self) -> _State:
         """The same settings without any graph."""
@@ -307,6 +337,28 @@ class _State:
         if self.ranks is None:
             return step.run(leaves)
         return step.run(leaves, self.ranks.step(reduces=reduces))
+
+    def microbatches_for(self, model: CompiledModule, batch: Batch) -> int:
+        """Into how many micro-batches a batch is cut."""
+        if isinstance(self.options.microbatches, int):
+            return self.options.microbatches
+        key = _key(model, batch.leaves, batch.structure)
+        if key not in self.counts:
+
+            def choose() -> str:
+                return str(choose_count(batch, functools.partial(self._plan_of, model)))
+
+            text = choose() if self.ranks is None else self.ranks.agreement.of_first(choose)
+            self.counts[key] = int(text)
+        return self.counts[key]
+
+    def _plan_of(self, model: CompiledModule, call: Call, accumulates: bool) -> Plan:
+        """The plan of a step that is not run."""
+        args, kwargs = call
+        options, view = self.options, eager_view(model)
+        captured = capture(view, args, kwargs, inner=options.inner, precision=options.precision)
+        name = type(view).__name__
+        return Planner(captured.graph, options, name, accumulates=accumulates).decide().plan
 
     def run_eagerly(
         self, model: CompiledModule, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -36,6 +36,7 @@ class Options:
         offload: whether saved values may wait for the backward in host memory.
         precision: what is computed, reduced and kept in which dtype.
         sharding: how parameters and gradients are spread over ranks.
+        microbatches: into how many parts ``step`` cuts a batch, or "auto".
     """
 
     memory_budget: int | None = None
@@ -47,6 +48,7 @@ class Options:
     offload: bool = False
     precision: Precision = field(default_factory=Precision)
     sharding: Sharding = field(default_factory=Sharding)
+    microbatches: int | str = 1
 
 
 def check_options(
@@ -62,6 +64,7 @@ def check_options(
     precision: object = None,
     zero: object = "auto",
     mesh: Mesh | None = None,
+    microbatches: object = 1,
 ) -> Options:
     """Options from user input; raises UsageError for the first that cannot be right."""
     check_recompute_option(recompute)
@@ -81,7 +84,17 @@ def check_options(
         offload=offload,
         precision=dtypes,
         sharding=(mesh or Mesh({})).sharding(stage, dtypes.reduce),
+        microbatches=check_microbatches(microbatches),
     )
+
+
+def check_microbatches(count: object) -> int | str:
+    """The number of micro-batches, or "auto"."""
+    if isinstance(count, int) and not isinstance(count, bool) and count > 0:
+        return count
+    if count != "auto":
+        raise UsageError(f'microbatches={count!r} must be a positive number or "auto"')
+    return "auto"
 
 
 def choose_inner(inner: str | None, device: str) -> str:

@@ -267,6 +267,41 @@ def gathers_side_by_side():
     return "done"
 
 
+def stepped(zero):
+    """Losses and gradients of two steps of four micro-batches; ``zero`` None: by DDP in a loop."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    model = MeanSquare(plain)
+    if zero is None:
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        model = fxzero.compile(model, zero=zero, inner="eager", microbatches=4)
+    losses = []
+    for _ in range(2):
+        batch = inputs(8)
+        model.zero_grad()
+        if zero is not None:
+            losses.append(model.step(batch).item())
+            continue
+        found = []
+        for index, part in enumerate(batch.chunk(4)):
+            with model.no_sync() if index < 3 else contextlib.nullcontext():
+                loss = model(part) / 4
+                loss.backward()
+            found.append(loss.detach())
+        losses.append(torch.stack(found).sum().item())
+    return losses, [whole(p.grad) for p in model.parameters()]
+
+
+class MeanSquare(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).square().mean()
+
+
 def accumulated_peaks(zero, syncs):
     """(measured, planned) peaks of the second and third of four micro-batches.
 

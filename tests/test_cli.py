@@ -291,7 +291,7 @@ def test_passes_lists_name_numerics_and_summary(run: Callable[..., Ran]) -> None
         ["rematerialize", "exact"],
         ["write_back", "exact"],
     ]
-    assert lines[4].endswith("exact    Buffer updates become writes at the end of the forward.")
+    assert lines[5].endswith("exact    Buffer updates become writes at the end of the forward.")
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,15 @@ def test_generated_code_differs_by_rounding(pools, name):
         assert parameters <= 1e-3
 
 
+@pytest.mark.parametrize(("zero", "exact"), [(0, True), (1, True), (2, False), (3, False)])
+def test_a_step_over_micro_batches_equals_ddps_loop(pools, zero, exact):
+    """Stages 2 and 3 average each micro-batch, which rounds otherwise."""
+    theirs = pools(2).run("rank_cases:stepped", zero=None)
+    losses, gradients = differences(pools(2).run("rank_cases:stepped", zero=zero), theirs)
+    assert losses == 0.0
+    assert gradients == 0.0 if exact else gradients <= 1e-7
+
+
 def test_all_stages_agree_in_mixed_precision(pools):
     pool, answers = pools(2), []
     for zero in (0, 1, 2, 3):
