@@ -46,11 +46,13 @@ class Batch:
         leaves, structure = flatten((args, kwargs))
         sizes = [leaf.shape[0] for leaf in leaves if leaf.ndim > 0]
         if not sizes:
-            raise UsageError("step() has nothing to cut: no tensor among its arguments has dimensions")
+            raise UsageError("step() has nothing to cut: no argument is a tensor with dimensions")
         for leaf, path in zip(leaves, structure.paths, strict=True):
             if leaf.ndim > 0 and leaf.shape[0] not in (sizes[0], 1):
+                argument = path[len("[0]") :]  # positional and keyword arguments are a pair
                 raise UsageError(
-                    f"step() cannot cut a batch of {sizes[0]}: {path} is {describe(leaf)}\n"
+                    f"step() cannot cut a batch of {sizes[0]}: argument {argument} is "
+                    f"{describe(leaf)}\n"
                     "  give every tensor the batch's size, or 1, as its first dimension"
                 )
         return cls(tuple(leaves), structure, sizes[0])
