@@ -192,7 +192,7 @@ class Planner:
         for variant in sorted(self.variants, key=lambda v: v.outlook):
             if (decided := variant.decide()) is not None:
                 return self._complete(decided)
-        raise self._budget_error()
+        raise self.refusal()
 
     def smallest(self) -> Decided:
         """The Plan with the smallest peak, for reports on budgets that nothing fits."""
@@ -239,13 +239,18 @@ class Planner:
         plan = replace(decided.plan, minimum_budget=min(decided.plan.minimum_budget, *others))
         return replace(decided, plan=plan)
 
-    def _budget_error(self) -> BudgetError:
+    def refusal(self, required: int | None = None) -> BudgetError:
+        """The error of a budget that nothing fits.
+
+        Args:
+            required: the smallest budget that would do; None: that of operators run one by one.
+        """
         planner = self.variants[0]
         budget = planner.options.memory_budget
         assert budget is not None
         smallest = self.smallest()
         plan, timeline = smallest.plan, smallest.emitted.timeline
-        required = plan.minimum_budget
+        required = plan.minimum_budget if required is None else required
         alternatives = [(f'memory_budget="{_round_up(required)}"', required)]
         saved = planner.optimizer.state_bytes
         fixed = dict(timeline.fixed)

@@ -24,7 +24,7 @@ from fxzero import _torch
 from fxzero.collectives import WAIT, starts_transfer, workspace_bytes
 from fxzero.execution import BoxedFunction
 from fxzero.passes.partition import Split
-from fxzero.plans import Plan, Value
+from fxzero.plans import Peak, Plan, Value
 from fxzero.storages import is_scalar, storage_identity
 from fxzero.timeline import Surroundings
 from fxzero.transfers import TO_HOST
@@ -47,6 +47,9 @@ class Peaks:
     def largest(self) -> int:
         return max(self.forward, self.backward)
 
+
+# Roles of what lives throughout a step.
+_ALWAYS_THERE = ("parameter", "buffer", "optimizer", "input")
 
 UNKNOWN = Peaks(1 << 62, 1 << 62, known=False)
 
@@ -92,33 +95,49 @@ def rehearse(
 
 
 def as_it_runs(plan: Plan, peaks: Peaks) -> Plan:
-    """The plan with what its generated code needs, if that is more than was planned."""
+    """The plan with the peaks of its generated code in the place of those of single operators."""
     if not peaks.known:
         return replace(plan, notes=(*plan.notes, "the generated code could not be rehearsed"))
     note = f"by rehearsal, the peak of the generated code is {format_bytes(peaks.largest)}"
-    plan = replace(plan, notes=(*plan.notes, note))
-    excess = peaks.largest - plan.peak_bytes
-    if excess <= 0:
-        return plan
-    value = Value("generated code", excess, "", "", "", "temporary", "held by fused operators")
-    phase = "forward" if peaks.forward > peaks.backward else "backward"
-    alive = tuple(sorted((*plan.peak.alive, value), key=lambda item: -item.bytes))
-    peak = replace(plan.peak, bytes=peaks.largest, phase=phase, alive=alive)
-    breakdown = dict(plan.ranks[0].breakdown)
-    breakdown["temporary"] = breakdown.get("temporary", 0) + excess
-    needed = {"forward": peaks.forward, "backward": peaks.backward}
+    rehearsed = {"forward": peaks.forward, "backward": peaks.backward}
+    phases = tuple(
+        replace(item, peak_bytes=rehearsed.get(item.name, item.peak_bytes)) for item in plan.phases
+    )
+    largest = max(phases, key=lambda item: item.peak_bytes)
+    peak = _alive_in_code(plan.peak, largest.peak_bytes, largest.name)
+    breakdown: dict[str, int] = {}
+    for value in peak.alive:
+        breakdown[value.role] = breakdown.get(value.role, 0) + value.bytes
     return replace(
         plan,
-        peak_bytes=peaks.largest,
+        notes=(*plan.notes, note),
+        peak_bytes=peak.bytes,
         peak=peak,
+        minimum_budget=min(plan.minimum_budget, peak.bytes),
         ranks=tuple(
-            replace(rank, peak_bytes=peaks.largest, breakdown=breakdown) for rank in plan.ranks
+            replace(rank, peak_bytes=peak.bytes, breakdown=breakdown) for rank in plan.ranks
         ),
-        phases=tuple(
-            replace(item, peak_bytes=max(item.peak_bytes, needed.get(item.name, 0)))
-            for item in plan.phases
-        ),
+        phases=phases,
     )
+
+
+def _alive_in_code(peak: Peak, size: int, phase: str) -> Peak:
+    """What is alive at a peak of ``size`` bytes.
+
+    More than was planned is what fused kernels hold.  Of less it is not known which values they do
+    not write: all but what always lives is one entry.
+    """
+    alive = peak.alive
+    if size < peak.bytes:
+        alive = tuple(value for value in alive if value.role in _ALWAYS_THERE)
+        peak = replace(peak, node="", source="")
+    rest = size - sum(value.bytes for value in alive)
+    if rest:
+        value = Value("generated code", rest, "", "", "", "temporary", "held by fused operators")
+        if phase == "optimizer step":
+            value = Value("gradients and their update", rest, "", "", "", "gradient")
+        alive = tuple(sorted((*alive, value), key=lambda item: -item.bytes))
+    return replace(peak, bytes=size, phase=phase, alive=alive)
 
 
 def _like(node: fx.Node) -> torch.Tensor:

@@ -31,7 +31,7 @@ from fxzero.plans import Plan
 from fxzero.randomness import RandomState
 from fxzero.ranks import Ranks
 from fxzero.rehearsal import as_it_runs
-from fxzero.runtime import IN_PLACE, Parameters
+from fxzero.runtime import IN_PLACE, Executable, Parameters
 from fxzero.structure import flatten
 
 log = logging.getLogger(__name__)
@@ -164,15 +164,36 @@ class TrainingStep:
     def _decide(self) -> Decided:
         """The plan of this process, or of the first rank."""
         if self.ranks is None:
-            return self._planner.decide()
+            return self._within_budget()
         decided: list[Decided] = []
 
         def plan() -> str:
-            decided.append(self._planner.decide())
+            decided.append(self._within_budget())
             return decided[0].plan.to_json()
 
         text = self.ranks.agreement.of_first(plan)
         return decided[0] if decided else self._planner.replay(Plan.from_json(text))
+
+    def _within_budget(self) -> Decided:
+        """The plan for the options' budget, which generated code may meet where operators do not.
+
+        Raises:
+            BudgetError: nothing found fits; it names what generated code needs if that is less.
+        """
+        try:
+            return self._planner.decide()
+        except BudgetError:
+            if self.options.inner == "eager":
+                raise
+            smallest = self._planner.smallest()
+            run = self._compiled(smallest, smallest.plan.peak_bytes)
+            peaks = self._planner.rehearse(smallest, run.forward, run.backward)
+            plan = as_it_runs(replace(smallest.plan, status="feasible"), peaks)
+            if not peaks.known or plan.peak_bytes >= smallest.plan.peak_bytes:
+                raise
+            if plan.fits:
+                return replace(smallest, plan=plan)
+            raise self._planner.refusal(plan.peak_bytes) from None
 
     def _follow_outputs(self) -> None:
         """Counts the outputs as the last backward has shown them: held by the caller or not."""
@@ -199,19 +220,22 @@ class TrainingStep:
         return plan.recompute_flops if flops else plan.recompute_seconds
 
     def _adopt(self, decided: Decided) -> None:
-        split = decided.emitted.split
-        self._executable = compile_split(
-            split,
+        limit = self.options.memory_budget if decided.plan.fits else None
+        self._executable = self._compiled(decided, limit)
+        self._decided = self._as_it_runs(decided)
+        self._sources = [self._source(role) for role in decided.emitted.split.inputs]
+        log.info("planned %s: peak %d bytes", self.shapes, self._decided.plan.peak_bytes)
+
+    def _compiled(self, decided: Decided, limit: int | None) -> Executable:
+        return compile_split(
+            decided.emitted.split,
             self.options.inner,
             attached=self._captured.attached,
             owner=self,
-            limit=self.options.memory_budget if decided.plan.fits else None,
+            limit=limit,
             rehearse=functools.partial(self._planner.rehearse, decided),
             groups=self.ranks.mesh.groups if self.ranks else None,
         )
-        self._decided = self._as_it_runs(decided)
-        self._sources = [self._source(role) for role in split.inputs]
-        log.info("planned %s: peak %d bytes", self.shapes, self._decided.plan.peak_bytes)
 
     def _as_it_runs(self, decided: Decided) -> Decided:
         """The same with a plan that says what generated code needs."""
