@@ -156,15 +156,22 @@ def parameter_to_add_to(node: Any) -> torch.Tensor | None:
     None if the backward does not run the node (``torch.autograd.grad``), if it is no leaf's, and if
     hooks of the leaf ask for its gradient.  Hooks on the node itself are not seen.
     """
-    if type(node).__name__ != "AccumulateGrad":
-        return None
-    try:
-        runs = torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # under torch.autograd.grad leaves cannot be asked about
+    if not adds_to_leaf(node):
         return None
     leaf: torch.Tensor = node.variable
     hooks = leaf._backward_hooks, getattr(leaf, "_post_accumulate_grad_hooks", None)
-    return leaf if runs and not any(hooks) else None
+    return None if any(hooks) else leaf
+
+
+def adds_to_leaf(node: Any) -> bool:
+    """Inside a backward: whether it will run the node, and that adds to a leaf's ``.grad``."""
+    if type(node).__name__ != "AccumulateGrad":
+        return False
+    try:
+        runs: bool = torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # under torch.autograd.grad leaves cannot be asked about
+        return False
+    return runs
 
 
 def saved_tensor_hook_in_force() -> Any:

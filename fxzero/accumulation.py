@@ -8,7 +8,8 @@ A graph that accumulates takes a tensor for each parameter and adds the gradient
     negative zeros     otherwise: without a gradient, with hooks that want to see the new one, under
                        ``torch.autograd.grad``; autograd gets the result
 
-Negative zeros, because x + -0.0 is x to the bit, and 0.0 + -0.0 is not -0.0.
+Negative zeros, because x + -0.0 is x to the bit, and 0.0 + -0.0 is not -0.0.  A parameter that the
+backward does not reach is never added to: its new gradient may be nan, and is dropped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fxzero import _torch
 
 @dataclass(frozen=True)
 class Layout:
-    """What a graph was made for."""
+    """What a graph was made for; where a dimension has one element, its stride is 0."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -33,12 +34,15 @@ class Layout:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Layout:
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+        pairs = zip(tensor.shape, tensor.stride(), strict=True)
+        stride = tuple(step if size > 1 else 0 for size, step in pairs)
+        return cls(tuple(tensor.shape), stride, tensor.dtype, tensor.device)
 
     def identity(self) -> torch.Tensor:
         """A tensor to which a gradient is added without a change."""
+        zero = complex(-0.0, -0.0) if self.dtype.is_complex else -0.0
         given = (self.shape, self.stride)
-        return torch.empty_strided(*given, dtype=self.dtype, device=self.device).fill_(-0.0)
+        return torch.empty_strided(*given, dtype=self.dtype, device=self.device).fill_(zero)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ def sums_of(
     """What the backward that is running adds to.
 
     Args:
-        takers: for each of the step's inputs, the autograd node that takes its gradient.
+        takers: for each of the step's inputs, the autograd node that takes its gradient; None
+            where there is none to take.
         existing: a parameter's gradient in the form in which the graph returns it, if it has one.
     """
     tensors, in_place = [], []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -49,8 +49,8 @@ class Agreement:
         """Whether this rank is the one that plans."""
         return bool(self.rank == self.first)
 
-    def on_step(self, description: str, known: bool, when: str) -> bool:
-        """Whether every rank knows the graph of a step that all describe alike.
+    def on_step(self, description: str, facts: Sequence[bool], when: str) -> list[list[int]]:
+        """For each of some facts what all ranks say to it, of a step that they describe alike.
 
         Args:
             when: which step it is, for errors.
@@ -59,16 +59,16 @@ class Agreement:
             DivergenceError: descriptions differ; on every rank.
             PeerError: a rank does not answer.
         """
-        mine = torch.tensor([_number(description), int(known)])
+        mine = torch.tensor([_number(description), *map(int, facts)])
         every = [torch.empty_like(mine) for _ in self.ranks]
         try:
             dist.all_gather(every, mine, group=self.group)
         except RuntimeError as error:
             raise self.explained(error, when) from error
-        numbers, knows = torch.stack(every).T.tolist()
+        numbers, *answers = torch.stack(every).T.tolist()
         if len(set(numbers)) > 1:
             self._refuse("ranks were given different steps", self._collect(description))
-        return all(knows)
+        return answers
 
     def explained(self, error: RuntimeError, when: str) -> RuntimeError:
         """A PeerError for an error of a collective, other errors as they are.

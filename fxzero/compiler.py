@@ -130,6 +130,9 @@ def compile(
     model.__class__ = _compiled_class(original)
     if example_inputs is not None:
         args, kwargs = call_arguments(example_inputs)
+        if options.microbatches != 1:
+            batch = Batch.of(args, kwargs)
+            args, kwargs = next(batch.cut(state.microbatches_for(model, batch)))
         state.step_for(model, args, kwargs)
     return model
 
@@ -181,6 +184,9 @@ class CompiledModule(nn.Module):
         batch = Batch.of(args, kwargs)
         count = state.microbatches_for(self, batch)
         late = state.options.sharding.zero in (0, 1)
+        if count > 1:  # a budget that the second micro-batch exceeds is refused before the first
+            first, keywords = next(batch.cut(count))
+            state.step_for(self, first, keywords, reduces=not late, accumulates=True)
         losses = []
         for index, (part, keywords) in enumerate(batch.cut(count)):
             with self.no_sync() if late and index < count - 1 else contextlib.nullcontext():
@@ -338,23 +344,34 @@ class _State:
             return step.run(leaves)
         return step.run(leaves, self.ranks.step(reduces=reduces))
 
-    def microbatches_for(self, model: CompiledModule, batch: Batch) -> int:
+    def microbatches_for(self, model: nn.Module, batch: Batch) -> int:
         """Into how many micro-batches a batch is cut."""
         if isinstance(self.options.microbatches, int):
             return self.options.microbatches
         key = _key(model, batch.leaves, batch.structure)
-        if key not in self.counts:
+        known = key in self.counts
 
-            def choose() -> str:
-                return str(choose_count(batch, functools.partial(self._plan_of, model)))
+        def choose() -> str:
+            return str(choose_count(batch, functools.partial(self._plan_of, model)))
 
-            text = choose() if self.ranks is None else self.ranks.agreement.of_first(choose)
-            self.counts[key] = int(text)
+        if self.ranks is not None:
+            described = f"a batch of {describe_all(batch.leaves)}"
+            when = f"step {self.ranks.steps + 1}"
+            (knows,) = self.ranks.agreement.on_step(described, [known], when)
+            if not all(knows):
+                self.counts[key] = int(self.ranks.agreement.of_first(choose))
+        elif not known:
+            self.counts[key] = int(choose())
         return self.counts[key]
 
-    def _plan_of(self, model: CompiledModule, call: Call, accumulates: bool) -> Plan:
+    def _plan_of(self, model: nn.Module, call: Call, accumulates: bool) -> Plan:
         """The plan of a step that is not run."""
         args, kwargs = call
+        if self.plan is not None:
+            raise UsageError(
+                'microbatches="auto" makes plans, but one was given\n'
+                "  give the number of micro-batches that it was made for"
+            )
         options, view = self.options, eager_view(model)
         captured = capture(view, args, kwargs, inner=options.inner, precision=options.precision)
         name = type(view).__name__
@@ -396,14 +413,16 @@ class _State:
         if leaves is None or structure is None:
             leaves, structure = flatten((args, kwargs))
         traced = (_key(model, leaves, structure), reduces)
-        step = self.steps.get((traced, accumulates))
+        known = [self.steps.get((traced, key)) for key in (False, True)]
         if self.ranks is not None:
-            described = _describe_step(model, leaves, reduces, accumulates)
+            described = _describe_step(model, leaves, reduces)
+            facts = [accumulates, *(step is not None for step in known)]
             when = f"step {self.ranks.steps + 1}"
-            if not self.ranks.agreement.on_step(described, step is not None, when):
-                step = None
+            wanted, *knows = self.ranks.agreement.on_step(described, facts, when)
+            accumulates = any(wanted)
+            known = [s if all(each) else None for s, each in zip(known, knows, strict=True)]
+        step, sibling = known[accumulates], known[not accumulates]
         if step is None:
-            sibling = self.steps.get((traced, not accumulates))
             if sibling is None:
                 check_devices(model, leaves, structure)
                 self._announce(leaves)
@@ -440,14 +459,12 @@ class _State:
             )
 
 
-def _describe_step(
-    model: nn.Module, leaves: Sequence[torch.Tensor], reduces: bool, accumulates: bool
-) -> str:
+def _describe_step(model: nn.Module, leaves: Sequence[torch.Tensor], reduces: bool) -> str:
     """What all ranks have to have in common, in words."""
     mode = "training" if model.training else "evaluation"
     frozen = sum(not p.requires_grad for p in model.parameters())
-    modes = ("" if reduces else ", unreduced") + (", accumulating" if accumulates else "")
-    return f"inputs {describe_all(leaves)}, {mode}, {frozen} frozen parameters{modes}"
+    accumulating = "" if reduces else ", accumulating"
+    return f"inputs {describe_all(leaves)}, {mode}, {frozen} frozen parameters{accumulating}"
 
 
 def _key(model: nn.Module, leaves: Sequence[torch.Tensor], structure: Structure) -> Hashable:

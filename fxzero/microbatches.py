@@ -29,7 +29,7 @@ class Batch:
     Attributes:
         leaves: their tensors.  Those whose first dimension is the batch's are cut; scalars, and
             tensors whose first dimension is 1, go to each micro-batch.
-        size: how many examples there are: the first dimension of the first tensor that has one.
+        size: how many examples there are: the largest first dimension.
     """
 
     leaves: tuple[torch.Tensor, ...]
@@ -45,17 +45,24 @@ class Batch:
         """
         leaves, structure = flatten((args, kwargs))
         sizes = [leaf.shape[0] for leaf in leaves if leaf.ndim > 0]
-        if not sizes:
-            raise UsageError("step() has nothing to cut: no argument is a tensor with dimensions")
+        size = max(sizes, default=0)
+        if size == 0:
+            raise UsageError("step() has nothing to cut: no argument is a tensor with examples")
         for leaf, path in zip(leaves, structure.paths, strict=True):
-            if leaf.ndim > 0 and leaf.shape[0] not in (sizes[0], 1):
+            if leaf.ndim > 0 and leaf.shape[0] not in (size, 1):
                 argument = path[len("[0]") :]  # positional and keyword arguments are a pair
                 raise UsageError(
-                    f"step() cannot cut a batch of {sizes[0]}: argument {argument} is "
+                    f"step() cannot cut a batch of {size}: argument {argument} is "
                     f"{describe(leaf)}\n"
                     "  give every tensor the batch's size, or 1, as its first dimension"
                 )
-        return cls(tuple(leaves), structure, sizes[0])
+        for name, value in (*enumerate(args), *kwargs.items()):
+            if isinstance(value, list) and len(value) == size > 1 and not flatten(value)[0]:
+                raise UsageError(
+                    f"step() cannot cut a list: argument [{name!r}] has {size} items\n"
+                    "  give a tensor, or a tuple if it belongs to every micro-batch"
+                )
+        return cls(tuple(leaves), structure, size)
 
     def cut(self, count: int) -> Iterator[Call]:
         """The arguments of each micro-batch.

@@ -224,7 +224,7 @@ class Planner:
     def _variant(self, plan: Plan) -> GraphPlanner:
         """Whose graph the plan belongs to."""
         for variant in self.variants:
-            if plan.graph_digest in (variant.digest, variant.plain_digest):
+            if plan.graph_digest == variant.digest:
                 return variant
         raise PlanError(
             f"the plan belongs to graph {plan.graph_digest}, this model traces to "
@@ -306,7 +306,7 @@ class GraphPlanner:
         chosen = select(skipped_passes(), preparation)
         plain = tuple(item for item in chosen if item.name != "accumulate")
         prepared, reports = run_passes(graph.copy(), self.context, plain)
-        self.plain_digest = prepared.digest()
+        self.digest = prepared.digest()
         self.graph, last = run_passes(prepared, self.context, chosen[len(plain) :])
         arguments = [(role, node.meta["val"]) for role, node in self.graph.pairs()]
         self.prepared = tuple(report.name for report in (*reports, *last))
@@ -316,7 +316,6 @@ class GraphPlanner:
         self.sweep = sweep
         trainable = [value for role, value in arguments if role in graph.trainable]
         self.optimizer = profile_optimizer(options.optimizer, trainable, self.device)
-        self.digest = self.graph.digest()
         self.granularity = CUDA_GRANULARITY if self.device == "cuda" else 1
         held = [value for role, value in arguments if role.kind != "tangent"]
         held += [node.meta["val"] for node in self.graph.graph.find_nodes(op="get_attr")]
@@ -428,9 +427,10 @@ class GraphPlanner:
         return self.recompute == "none" and not self.offload and not chooses
 
     def replay(self, plan: Plan) -> Decided:
-        """Carries out the decisions of a Plan for this graph, or for it without accumulation."""
+        """Carries out a Plan for this graph, made for steps that add to gradients or for others."""
         decided = Decided(plan, self._carry_out(plan.decisions))
-        return decided if plan.graph_digest == self.digest else self.restate(decided)
+        accumulates = any(role.kind == "gradient" for role in self.graph.inputs)
+        return decided if plan.request.accumulate == accumulates else self.restate(decided)
 
     def minimum_budget(self, decided: Decided) -> int:
         """The smallest budget of this graph, given any plan for the optimizer step's part."""

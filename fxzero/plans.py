@@ -20,7 +20,7 @@ from typing import Any
 
 from fxzero.errors import PlanError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 _MAX_FILE_BYTES = 256 * 2**20
 # Larger than any count of bytes or operations; such numbers would overflow later.
 _LARGEST = 10**30
@@ -47,6 +47,7 @@ class Request:
     Attributes:
         mesh: ranks by dimension; empty on one device.
         zero: "0" to "3" or "auto".
+        accumulate: whether the step finds gradients and adds to them.
     """
 
     memory_budget: int | None
@@ -59,6 +60,7 @@ class Request:
     device: str
     mesh: dict[str, int]
     zero: str
+    accumulate: bool = False
 
 
 @dataclass(frozen=True)

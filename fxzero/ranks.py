@@ -124,14 +124,28 @@ class StepParameters:
         return part if storage_identity(part) == storage_identity(local) else None
 
     def returned(
-        self, gradients: list[torch.Tensor | None], in_place: Collection[int]
+        self,
+        gradients: list[torch.Tensor | None],
+        in_place: Collection[int],
+        kept: Collection[int],
     ) -> list[torch.Tensor | None]:
-        """Gradients as autograd adds them to those of the parameters."""
-        pairs = zip(gradients, self.tensors, strict=True)
-        return [
-            gradient if parameter is None else self._returned(gradient, parameter, i in in_place)
-            for i, (gradient, parameter) in enumerate(pairs)
-        ]
+        """Gradients as autograd adds them to those of the parameters, or hands them out."""
+        found = list(gradients)
+        for i, (gradient, parameter) in enumerate(zip(gradients, self.tensors, strict=True)):
+            if parameter is not None and i in kept:
+                found[i] = self._returned(gradient, parameter, i in in_place)
+            elif parameter is not None and gradient is not None:
+                found[i] = self._handed_out(gradient, parameter)
+        return found
+
+    def _handed_out(self, gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        """What ``torch.autograd.grad`` returns; what earlier steps have added up stays as it is."""
+        shards = self.ranks.shards
+        if self.reduces:
+            return shards.gradient(gradient, parameter)
+        if self.sync:
+            return shards.reduce(gradient, parameter)
+        return shards.unreduced(gradient, parameter) if is_spread(parameter) else gradient
 
     def explained(self, error: RuntimeError) -> RuntimeError:
         """The error of a failed collective names the step and who did not answer."""

@@ -45,12 +45,16 @@ class Parameters(Protocol):
         """The gradient of a parameter as the backward would return it, in the same memory."""
 
     def returned(
-        self, gradients: list[torch.Tensor | None], in_place: Collection[int]
+        self,
+        gradients: list[torch.Tensor | None],
+        in_place: Collection[int],
+        kept: Collection[int],
     ) -> list[torch.Tensor | None]:
         """What autograd gets for the backward's gradients of those inputs.
 
         Args:
             in_place: positions of those that were added to what ``existing`` gave.
+            kept: positions of those that autograd adds to the ``.grad`` of their input.
         """
 
     def explained(self, error: RuntimeError) -> RuntimeError:
@@ -67,7 +71,10 @@ class _InPlace:
         return parameter.grad
 
     def returned(
-        self, gradients: list[torch.Tensor | None], in_place: Collection[int]
+        self,
+        gradients: list[torch.Tensor | None],
+        in_place: Collection[int],
+        kept: Collection[int],
     ) -> list[torch.Tensor | None]:
         return [None if i in in_place else gradient for i, gradient in enumerate(gradients)]
 
@@ -119,6 +126,10 @@ class Executable:
         """
         outputs = _Step.apply(self, parameters, *inputs)  # type: ignore[no-untyped-call]
         return list(outputs)
+
+    def reached_by(self, outputs: Collection[int]) -> Collection[int]:
+        """Positions of the gradients that depend on those outputs."""
+        return frozenset[int]().union(*(self.reached[i] for i in outputs))
 
     @property
     def may_rerun(self) -> bool:
@@ -206,11 +217,15 @@ class _Step(torch.autograd.Function):
         executable.owner.observe(held, tuple(received))
         parameters: Parameters = ctx.parameters
         takers = [node for node, _ in ctx.next_functions]
-        sums = sums_of(takers, executable.accumulated, parameters.existing)
+        reached = executable.reached_by(received)
+        pairs = zip(takers, executable.gradients, strict=True)
+        taking = [node if at in reached else None for node, at in pairs]
+        sums = sums_of(taking, executable.accumulated, parameters.existing)
         saved += sums.tensors
+        kept = [i for i, node in enumerate(takers) if _torch.adds_to_leaf(node)]
         try:
             found = _run_backward(executable, saved, received, ctx.shapes)
-            return None, None, *parameters.returned(found, sums.in_place)
+            return None, None, *parameters.returned(found, sums.in_place, kept)
         except RuntimeError as error:
             raise parameters.explained(error) from error
 
@@ -238,7 +253,7 @@ def _run_backward(
     tangent = None
     results = executable.backward(saved)
     if missing:
-        reached = frozenset[int]().union(*(executable.reached[i] for i in received))
+        reached = executable.reached_by(received)
         results = [r if i in reached else None for i, r in enumerate(results)]
     return [None if at is None else results[at] for at in executable.gradients]
 

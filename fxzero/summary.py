@@ -171,6 +171,7 @@ def _request(facts: Facts) -> Request:
         device=facts.device,
         mesh={axis.name: axis.size for axis in options.sharding.axes},
         zero="auto" if options.sharding.zero is None else str(options.sharding.zero),
+        accumulate=any(role.kind == "gradient" for role in facts.graph.inputs),
     )
 
 
@@ -189,7 +190,12 @@ def _peak(facts: Facts) -> Peak:
 
 def _optimizer_peak(facts: Facts, step_bytes: int) -> Peak:
     timeline = facts.timeline
-    fixed = [entry for entry in timeline.alive if entry.role in timeline.fixed]
+    fixed = [
+        entry
+        for entry in timeline.alive
+        if entry.role in timeline.fixed
+        if entry.node is None or entry.node.op != "call_function"  # no gradient made in this step
+    ]
     values = [_value(entry, facts) for entry in fixed if entry.bytes]
     gradients = Value("gradients", timeline.gradient_bytes, "", "", "", "gradient")
     update = Value("update", facts.optimizer.transient_bytes, "", "", "", "temporary")
@@ -369,9 +375,7 @@ def _notes(facts: Facts) -> tuple[str, ...]:
         notes.append("gradients exist before the step, and new ones are added where they are made")
     elif facts.timeline.gradient_bytes:
         size = format_bytes(facts.timeline.gradient_bytes)
-        notes.append(
-            f"a step that finds gradients adds to them and has a plan of its own; up to {size} more"
-        )
+        notes.append(f"a step that finds gradients adds to them, and needs up to {size} more")
     if facts.timeline.offloaded and facts.device == "cpu":
         notes.append("this device is the CPU: what is offloaded stays in the same memory")
     notes.append("memory inside operators (convolution and attention workspaces) is not counted")

@@ -126,18 +126,23 @@ class TrainingStep:
             )
 
         self._prepare(trace)
-        given = self.given if differentiable is None else None
-        self._adopt(self._decide() if given is None else self._planner.replay(given))
+        if differentiable is not None:
+            self.given = None  # it was made for another graph
+        self._adopt(self._decide() if self.given is None else self._planner.replay(self.given))
 
     def _follow(self, sibling: TrainingStep) -> None:
         """Does what another step does, but for what becomes of gradients."""
         self._prepare(lambda: sibling._captured)
         self._wanted = sibling._wanted
-        plan = self.given if sibling.accumulates else sibling.plan
-        decided = None if plan is None else self._planner.replay(plan)
-        if decided is None or not (decided.plan.fits or self.given):
-            decided = self._decide()
-        self._adopt(decided)
+        self.given = sibling.given
+        plan = self.given or (sibling.plan if self.accumulates else None)
+
+        def follow() -> Decided:
+            decided = None if plan is None else self._planner.replay(plan)
+            fits = decided is not None and (decided.plan.fits or plan is self.given)
+            return decided if decided is not None and fits else self._within_budget()
+
+        self._adopt(self._decide(follow))
 
     def _prepare(self, trace: Callable[[], Capture]) -> None:
         """Traces, and prepares to plan."""
@@ -161,14 +166,15 @@ class TrainingStep:
             made = self.ranks.agreement.on_result(prepare, lambda made: made[1].digest)
             self._captured, self._planner = made
 
-    def _decide(self) -> Decided:
-        """The plan of this process, or of the first rank."""
+    def _decide(self, make: Callable[[], Decided] | None = None) -> Decided:
+        """What this process plans, or the first rank does."""
+        make = make or self._within_budget
         if self.ranks is None:
-            return self._within_budget()
+            return make()
         decided: list[Decided] = []
 
         def plan() -> str:
-            decided.append(self._within_budget())
+            decided.append(make())
             return decided[0].plan.to_json()
 
         text = self.ranks.agreement.of_first(plan)

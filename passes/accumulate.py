@@ -50,6 +50,16 @@ def accumulate_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
     return replace(graph, inputs=tuple(inputs))
 
 
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements fill its memory, each with a place of its own."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def _add_placeholder(graph: TrainGraph, parameter: fx.Node, gradient: fx.Node) -> fx.Node:
     """A placeholder behind the others, with the layout that autograd gives a gradient."""
     made, like = gradient.meta["val"], parameter.meta["val"]
@@ -58,8 +68,9 @@ def _add_placeholder(graph: TrainGraph, parameter: fx.Node, gradient: fx.Node) -
     mode = _torch.fake_mode_of([made])
     assert mode is not None
     with mode:
-        stride, device = like.stride(), made.device
-        value = torch.empty_strided(made.shape, stride, dtype=made.dtype, device=device)
+        value = torch.empty(made.shape, dtype=made.dtype, device=made.device)
+        if _is_dense(like):
+            value = value.as_strided(like.shape, like.stride())
     with graph.graph.inserting_after(graph.placeholders[-1]):
         node = graph.graph.placeholder(f"{parameter.name}_grad")
     node.meta = {"val": value}

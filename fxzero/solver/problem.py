@@ -184,7 +184,7 @@ def build_problem(
     """The problem of a captured joint graph.
 
     Args:
-        fixed_bytes: parameters, buffers, inputs and optimizer state.
+        fixed_bytes: parameters, buffers, inputs, optimizer state and gradients to add to.
         recompute: whether operators other than gathers may run again.
         offload: whether values may lie in host memory between forward and backward.
         policy: "save" or "recompute" by node name, for values that a user or a tag has settled.
