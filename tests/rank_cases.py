@@ -213,6 +213,54 @@ def around_a_step():
     return "done"
 
 
+def ranks_that_accumulate_differently(zero):
+    """Gradients, layouts and micro-batches that not all ranks have; what is pending stays."""
+    torch.manual_seed(0)
+    rank, x = dist.get_rank(), inputs()
+    model = fxzero.compile(MeanSquare(nn.Linear(6, 3)), zero=zero, inner="eager")
+    model(x).backward()
+    once = [whole(p.grad) for p in model.parameters()]
+
+    # Only the first has gradients.
+    if rank:
+        model.zero_grad()
+    model(x).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.zero_grad()
+
+    # Strides that only the last has not seen yet.
+    model(x).backward()
+    model(x.t().contiguous().t() if rank else x).backward()
+    for gradient, parameter in zip(once, model.parameters(), strict=True):
+        torch.testing.assert_close(2 * gradient, whole(parameter.grad))
+    model.zero_grad()
+
+    # autograd.grad hands out what is reduced, and leaves what is not.
+    with model.no_sync():
+        model(x).backward()
+    leaf = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(model(leaf), [leaf])
+    assert found.shape == x.shape
+    model(x).backward()
+    for gradient, parameter in zip(once, model.parameters(), strict=True):
+        torch.testing.assert_close(2 * gradient, whole(parameter.grad))
+    model.zero_grad()
+    found = torch.autograd.grad(model(x), list(model.parameters()))
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(a, whole(b)) for a, b in zip(once, found, strict=True))
+
+    # A last batch that is smaller on one rank.
+    model = fxzero.compile(
+        MeanSquare(nn.Linear(6, 3)), zero=zero, inner="eager", microbatches="auto"
+    )
+    model.step(x)
+    try:
+        model.step(x[:6] if rank else x)
+    except fxzero.FxzeroError as error:
+        return str(error)
+    return "no error"
+
+
 def different_lengths():
     model = fxzero.compile(Small(), zero=3, inner="eager")
     try:

@@ -154,6 +154,17 @@ def test_everything_around_a_step(pools):
         assert answer == "done"
 
 
+@pytest.mark.parametrize("zero", [0, 3])
+def test_ranks_may_accumulate_differently(pools, zero):
+    texts = pools(2).run("rank_cases:ranks_that_accumulate_differently", zero=zero)
+    assert texts[0] == texts[1]
+    assert texts[0].splitlines()[:3] == [
+        "[FXZ601] ranks were given different steps; no collective was started",
+        "  rank 0: a batch of float32[8, 6]",
+        "  rank 1: a batch of float32[6, 6]",
+    ]
+
+
 def test_ranks_that_differ_raise_the_same_error(pools):
     texts = pools(2).run("rank_cases:different_lengths")
     assert texts[0] == texts[1]
