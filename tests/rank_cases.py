@@ -294,7 +294,8 @@ def measured_peak(zero, inner="eager"):
         optimizer.zero_grad()
         losses.append(loss.item())
 
-    step()
+    with shared_traces("gpt2", model, inner):
+        step()
     # Threads of gloo may let go of what a collective read a moment after it has ended.
     peaks = [fxzero.measure(step).tensor_bytes for _ in range(3)]
     return min(peaks), model.plan.peak_bytes, losses
@@ -357,14 +358,16 @@ def accumulated_peaks(zero, syncs):
         syncs: whether each of them averages its gradients.
     """
     torch.manual_seed(0)
-    model = fxzero.compile(Step("gpt2"), zero=zero, inner="eager", optimizer="none")
-    ((args, kwargs),) = batches("gpt2", 1)
+    layers = (nn.Sequential(nn.Linear(200, 200), nn.Tanh()) for _ in range(6))
+    model = MeanSquare(nn.Sequential(*layers))
+    model = fxzero.compile(model, zero=zero, inner="eager", optimizer="none")
+    batch = torch.randn(100, 200)
     peaks = []
     for _ in range(3):
         for index in range(4):
             context = contextlib.nullcontext() if syncs or index == 3 else model.no_sync()
             with context:
-                measured = fxzero.measure(lambda: model(*args, **kwargs).backward())
+                measured = fxzero.measure(lambda: model(batch).backward())
             peaks.append((measured.tensor_bytes, model.plan.peak_bytes))
         model.zero_grad()
     # Threads of gloo may let go of what a collective read a moment after it has ended.
@@ -564,7 +567,8 @@ def in_mixed_precision(zero):
     torch.manual_seed(0)
     precision = fxzero.Precision(param=torch.bfloat16, reduce=torch.float32)
     model = fxzero.compile(Step("gpt2"), zero=zero, precision=precision, inner="eager")
-    result = _train("gpt2", model, None, 1, None)
+    with shared_traces("gpt2 in bfloat16", model, "eager"):
+        result = _train("gpt2", model, None, 1, None)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     ((args, kwargs),) = batches("gpt2", 1)
     with torch.no_grad():

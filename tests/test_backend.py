@@ -114,7 +114,10 @@ class Shares:
     tiers(
         zoo.CASES,
         quick=("buffers",),
-        exhaustive=("mixtral", "t5", "vit", "frozen", "llama_bf16", "resnet", "tied"),
+        exhaustive=(
+            *("mixtral", "t5", "vit", "frozen", "llama_bf16", "resnet", "tied"),
+            *("unused_parameter", "logging", "module_twice", "kwargs_only"),
+        ),
     ),
 )
 def test_a_zoo_model_equals_eager_bitwise_within_its_plan(name: str, tmp_path: Path) -> None:

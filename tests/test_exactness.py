@@ -42,7 +42,7 @@ def budget_of(subject: Subject, share: str) -> int:
 
 every_model = pytest.mark.parametrize(
     "subject",
-    tiers(zoo.CASES, quick=("resnet", "rand_ops", "buffers")),
+    tiers(zoo.CASES, quick=("resnet", "rand_ops", "buffers"), exhaustive=("mixtral",)),
     indirect=True,
 )
 

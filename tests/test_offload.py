@@ -254,7 +254,7 @@ def test_offload_is_true_or_false() -> None:
         fxzero.compile(torch.nn.Linear(1, 1), offload="yes")
 
 
-@pytest.mark.parametrize("name", tiers(("rand_ops", "gpt2"), quick=("rand_ops",)))
+@pytest.mark.parametrize("name", tiers(("rand_ops", "unet"), quick=("rand_ops",)))
 def test_the_backend_offloads_too(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

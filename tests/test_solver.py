@@ -259,7 +259,7 @@ def without_cache(name: str) -> tuple[Any, ...]:
     return model, args, kwargs, loss
 
 
-@pytest.mark.parametrize("name", tiers(_FAMILIES, quick=("unet",)))
+@pytest.mark.parametrize("name", tiers(_FAMILIES, ("unet",), ("mixtral", "t5", "llama_bf16")))
 def test_the_peak_of_checkpointing_every_block_is_met_and_undercut(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
