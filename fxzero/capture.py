@@ -133,6 +133,7 @@ def _capture(
         if name in names and not _belongs_to(model, name)
     }
     graph = TrainGraph.from_joint(joint, rename=lambda name: name.removeprefix(_PREFIX))
+    _refuse_sparse_gradients(graph, type(model).__name__)
     assert traced.record.outputs is not None
     return Capture(
         graph,
@@ -337,6 +338,18 @@ def _refuse_dynamic_values(graph: fx.Graph, model: str) -> None:
                 f"cannot trace {model}: the value of a tensor becomes a Python number or a shape "
                 f"({node.target})\n  at {user_line(node) or 'an unknown line'}\n  {_ADVICE}"
             )
+
+
+def _refuse_sparse_gradients(graph: TrainGraph, model: str) -> None:
+    """Raises CaptureError for a gradient whose memory depends on the inputs' content."""
+    for role, node in graph.result_pairs():
+        if role.kind == "gradient" and isinstance(node, fx.Node) and role.of is not None:
+            layout = node.meta["val"].layout
+            if layout is not torch.strided:
+                raise CaptureError(
+                    f"cannot plan {model}: the gradient of {role.of.name} is {layout}\n"
+                    "  make it dense, for an embedding with sparse=False"
+                )
 
 
 def _is_dynamic(value: Any) -> bool:

@@ -110,7 +110,7 @@ def as_it_runs(plan: Plan, peaks: Peaks) -> Plan:
         breakdown[value.role] = breakdown.get(value.role, 0) + value.bytes
     return replace(
         plan,
-        notes=(*plan.notes, note),
+        notes=tuple(dict.fromkeys((*plan.notes, note))),
         peak_bytes=peak.bytes,
         peak=peak,
         minimum_budget=min(plan.minimum_budget, peak.bytes),

@@ -74,6 +74,16 @@ def line_of(kind: type[nn.Module], marker: str) -> str:
 # Budgets that nothing fits.
 
 
+def test_a_sparse_gradient_is_refused_by_its_parameters_name() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 2))
+    with pytest.raises(CaptureError) as caught:
+        fxzero.compile(model, torch.tensor([1, 2]), inner="eager")
+    assert str(caught.value) == (
+        "[FXZ201] cannot plan Sequential: the gradient of 0.weight is torch.sparse_coo\n"
+        "  make it dense, for an embedding with sparse=False"
+    )
+
+
 def test_an_impossible_budget_is_refused_with_both_numbers_and_what_cannot_be_freed() -> None:
     with pytest.raises(BudgetError) as caught:
         fxzero.compile(Net(), X, memory_budget="1KiB", optimizer="adamw", inner="eager")
