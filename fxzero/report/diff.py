@@ -47,6 +47,7 @@ _SETTINGS: tuple[tuple[str, Callable[[Plan], str]], ...] = (
     ("recompute policy", lambda plan: plan.request.recompute),
     ("objective", lambda plan: plan.request.objective),
     ("inner", lambda plan: plan.request.inner),
+    ("gradients", lambda plan: "added to" if plan.request.accumulate else "made anew"),
     ("device", lambda plan: plan.request.device),
     ("mesh", lambda plan: wording.mesh_text(plan) or "one device"),
     ("torch", lambda plan: plan.torch_version),
