@@ -70,6 +70,8 @@ def problems(draw: Any, operators_at_most: int = 10, steps_at_most: int = 8) -> 
     base = [fixed + draw(st.integers(0, 100)) for _ in steps]
     left = [draw(st.integers(fixed, min(pair))) for pair in pairwise([*base, base[-1]])]
     before = draw(st.integers(fixed, base[0]))
+    # A tag settles all that an operator makes.
+    tagged = draw(st.just(frozenset()) | st.frozensets(storages, max_size=1))
     return Problem(
         bytes=tuple(sizes),
         operators=tuple(operators),
@@ -85,7 +87,7 @@ def problems(draw: Any, operators_at_most: int = 10, steps_at_most: int = 8) -> 
         fixed=fixed,
         outputs=outputs,
         held=frozenset(draw(st.sets(st.sampled_from(sorted(outputs))))) if outputs else outputs,
-        must_save=draw(st.just(frozenset()) | st.frozensets(storages, max_size=1)),
+        must_save=frozenset(s for storage in tagged for s in makes[maker[storage]]),
         must_recompute=draw(st.just(frozenset()) | st.frozensets(storages, max_size=2)),
         seconds=sum(operator.seconds for operator in operators) + draw(price),
         flops=sum(operator.flops for operator in operators) + draw(st.integers(1, 100)),

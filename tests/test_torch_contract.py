@@ -180,6 +180,7 @@ def test_a_backward_knows_the_leaves_that_autograd_only_adds_to() -> None:
     hooked.register_hook(lambda gradient: None)
     watched.register_post_accumulate_grad_hook(lambda leaf: None)
     seen: list[list[Tensor | None]] = []
+    runs: list[list[bool]] = []
 
     class Ask(torch.autograd.Function):
         @staticmethod
@@ -188,7 +189,9 @@ def test_a_backward_knows_the_leaves_that_autograd_only_adds_to() -> None:
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:  # type: ignore[override]
-            seen.append([_torch.parameter_to_add_to(node) for node, _ in ctx.next_functions])
+            nodes = [node for node, _ in ctx.next_functions]
+            runs.append([_torch.adds_to_leaf(node) for node in nodes])
+            seen.append([_torch.parameter_to_add_to(node) for node in nodes])
             return None, *gradients * 6
 
     def result() -> Tensor:
@@ -205,6 +208,7 @@ def test_a_backward_knows_the_leaves_that_autograd_only_adds_to() -> None:
     assert some[:3] == [None, None, None]
     assert some[3] is other
     assert nothing == [None] * 6
+    assert runs == [[True] * 4 + [False] * 2, [False] * 3 + [True] + [False] * 2, [False] * 6]
 
 
 def test_the_hook_in_force_inside_a_checkpoint_is_checkpoints() -> None:
