@@ -183,10 +183,11 @@ class CompiledModule(nn.Module):
             return _train(self, args, kwargs, state.loss_fn, 1)
         batch = Batch.of(args, kwargs)
         count = state.microbatches_for(self, batch)
-        late = state.options.sharding.zero in (0, 1)
+        late = state.ranks is not None and state.options.sharding.zero in (0, 1)
         if count > 1:  # a budget that the second micro-batch exceeds is refused before the first
             first, keywords = next(batch.cut(count))
-            state.step_for(self, first, keywords, reduces=not late, accumulates=True)
+            reduces = state.ranks is None or (state.ranks.syncing and not late)
+            state.step_for(self, first, keywords, reduces=reduces, accumulates=True)
         losses = []
         for index, (part, keywords) in enumerate(batch.cut(count)):
             with self.no_sync() if late and index < count - 1 else contextlib.nullcontext():
