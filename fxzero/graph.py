@@ -111,6 +111,11 @@ class TrainGraph:
             if role.of is not None and role.of.kind == "parameter"
         )
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients are added to those that exist."""
+        return any(role.kind == "gradient" for role in self.inputs)
+
     def with_module(self, module: fx.GraphModule) -> TrainGraph:
         return replace(self, module=module)
 

@@ -429,8 +429,8 @@ class GraphPlanner:
     def replay(self, plan: Plan) -> Decided:
         """Carries out a Plan for this graph, made for steps that add to gradients or for others."""
         decided = Decided(plan, self._carry_out(plan.decisions))
-        accumulates = any(role.kind == "gradient" for role in self.graph.inputs)
-        return decided if plan.request.accumulate == accumulates else self.restate(decided)
+        alike = plan.request.accumulate == self.graph.accumulates
+        return decided if alike else self.restate(decided)
 
     def minimum_budget(self, decided: Decided) -> int:
         """The smallest budget of this graph, given any plan for the optimizer step's part."""

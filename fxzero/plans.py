@@ -142,6 +142,14 @@ class Peak:
     source: str
     alive: tuple[Value, ...]
 
+    @property
+    def breakdown(self) -> dict[str, int]:
+        """Bytes by role, largest first."""
+        sizes: dict[str, int] = {}
+        for value in self.alive:
+            sizes[value.role] = sizes.get(value.role, 0) + value.bytes
+        return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
 
 @dataclass(frozen=True)
 class Rank:

@@ -145,7 +145,7 @@ class StepParameters:
             return shards.gradient(gradient, parameter)
         if self.sync:
             return shards.reduce(gradient, parameter)
-        return shards.unreduced(gradient, parameter) if is_spread(parameter) else gradient
+        return shards.unreduced(gradient, parameter)
 
     def explained(self, error: RuntimeError) -> RuntimeError:
         """The error of a failed collective names the step and who did not answer."""
@@ -177,9 +177,6 @@ class StepParameters:
     def _kept(
         self, gradient: torch.Tensor, parameter: torch.Tensor, is_added: bool
     ) -> torch.Tensor | None:
-        spread = is_spread(parameter)
-        if not spread:
+        if not is_spread(parameter):
             self.ranks.local.add(id(parameter))
-        if is_added:
-            return None
-        return self.ranks.shards.unreduced(gradient, parameter) if spread else gradient
+        return None if is_added else self.ranks.shards.unreduced(gradient, parameter)

@@ -105,9 +105,6 @@ def as_it_runs(plan: Plan, peaks: Peaks) -> Plan:
     )
     largest = max(phases, key=lambda item: item.peak_bytes)
     peak = _alive_in_code(plan.peak, largest.peak_bytes, largest.name)
-    breakdown: dict[str, int] = {}
-    for value in peak.alive:
-        breakdown[value.role] = breakdown.get(value.role, 0) + value.bytes
     return replace(
         plan,
         notes=tuple(dict.fromkeys((*plan.notes, note))),
@@ -115,7 +112,7 @@ def as_it_runs(plan: Plan, peaks: Peaks) -> Plan:
         peak=peak,
         minimum_budget=min(plan.minimum_budget, peak.bytes),
         ranks=tuple(
-            replace(rank, peak_bytes=peak.bytes, breakdown=breakdown) for rank in plan.ranks
+            replace(rank, peak_bytes=peak.bytes, breakdown=peak.breakdown) for rank in plan.ranks
         ),
         phases=phases,
     )

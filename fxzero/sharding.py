@@ -95,8 +95,10 @@ class Shards:
         """What all ranks have alike, as a DTensor."""
         return self._wrap(tensor, tensor, [Replicate()] * self.mesh.devices.ndim)
 
-    def unreduced(self, gradient: torch.Tensor, like: torch.Tensor) -> DTensor:
+    def unreduced(self, gradient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """A rank's gradient, which is still to be averaged with those of the others."""
+        if not is_spread(like):
+            return gradient
         return self._wrap(gradient, like, [Partial("avg")] * self.mesh.devices.ndim)
 
     def _wrap(self, local: torch.Tensor, like: torch.Tensor, placements: list[Any]) -> DTensor:

@@ -75,14 +75,19 @@ def tensor_leaves(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def fills_storage(tensor: torch.Tensor) -> bool:
-    """Whether the elements lie side by side, each once, and nothing else lies in the storage."""
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements lie side by side, each once."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:
             return False
         expected *= size
-    return expected * tensor.element_size() == tensor.untyped_storage().nbytes()
+    return True
+
+
+def fills_storage(tensor: torch.Tensor) -> bool:
+    """Whether the elements lie side by side, each once, and nothing else lies in the storage."""
+    return is_dense(tensor) and tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 def is_scalar(node: fx.Node) -> bool:

@@ -73,7 +73,7 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
     step_bytes = _optimizer_step_bytes(facts)
     peak = _optimizer_peak(facts, step_bytes) if step_bytes > timeline.peak_bytes else _peak(facts)
     recomputed = _recomputed(facts)
-    breakdown = _breakdown(peak.alive)
+    breakdown = peak.breakdown
     prices = {node: facts.costs.price(node) for node in _steps(facts.split)}
     graphs = (facts.split.forward.graph, facts.split.backward.graph)
     time = elapsed(graphs, prices.__getitem__)
@@ -171,7 +171,7 @@ def _request(facts: Facts) -> Request:
         device=facts.device,
         mesh={axis.name: axis.size for axis in options.sharding.axes},
         zero="auto" if options.sharding.zero is None else str(options.sharding.zero),
-        accumulate=any(role.kind == "gradient" for role in facts.graph.inputs),
+        accumulate=facts.graph.accumulates,
     )
 
 
@@ -311,13 +311,6 @@ def _own_bytes(node: fx.Node) -> list[int]:
     value = node.meta.get("val")
     items: Sequence[object] = value if isinstance(value, (tuple, list)) else [value]
     return [i.untyped_storage().nbytes() for i in items if isinstance(i, torch.Tensor)]
-
-
-def _breakdown(alive: Sequence[Value]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for value in alive:
-        sizes[value.role] = sizes.get(value.role, 0) + value.bytes
-    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
 def _alternatives(facts: Facts, step_bytes: int, base: float) -> tuple[Alternative, ...]:

@@ -24,6 +24,7 @@ from fxzero.graph import InputRole, TrainGraph
 from fxzero.passes.context import PassContext
 from fxzero.passes.shard import WHOLE
 from fxzero.passes.writer import Writer
+from fxzero.storages import is_dense
 
 _ADD = torch.ops.aten.add_.Tensor
 
@@ -50,16 +51,6 @@ def accumulate_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
     return replace(graph, inputs=tuple(inputs))
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether its elements fill its memory, each with a place of its own."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def _add_placeholder(graph: TrainGraph, parameter: fx.Node, gradient: fx.Node) -> fx.Node:
     """A placeholder behind the others, with the layout that autograd gives a gradient."""
     made, like = gradient.meta["val"], parameter.meta["val"]
@@ -69,7 +60,7 @@ def _add_placeholder(graph: TrainGraph, parameter: fx.Node, gradient: fx.Node) -
     assert mode is not None
     with mode:
         value = torch.empty(made.shape, dtype=made.dtype, device=made.device)
-        if _is_dense(like):
+        if is_dense(like):
             value = value.as_strided(like.shape, like.stride())
     with graph.graph.inserting_after(graph.placeholders[-1]):
         node = graph.graph.placeholder(f"{parameter.name}_grad")
