@@ -21,6 +21,7 @@ _HOME = {
     "Measurement": "fxzero.measurement",
     "Plan": "fxzero.plans",
     "clip_grad_norm_": "fxzero.clipping",
+    "Pipeline": "fxzero.pipelining.request",
     "Precision": "fxzero.precision",
     "BudgetError": "fxzero.errors",
     "CheckpointError": "fxzero.errors",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from fxzero.explanation import explain
     from fxzero.measurement import Measurement, measure
     from fxzero.naming import name
+    from fxzero.pipelining.request import Pipeline
     from fxzero.planner import plan
     from fxzero.plans import Plan
     from fxzero.precision import Precision
@@ -58,6 +60,7 @@ __all__ = [
     "FxzeroError",
     "Measurement",
     "PeerError",
+    "Pipeline",
     "Plan",
     "Precision",
     "UsageError",

@@ -19,7 +19,7 @@ import logging
 import re
 import sysconfig
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,9 +97,36 @@ def capture(
     """
     leaves, inputs = flatten((args, dict(kwargs or {})))
     check_devices(model, leaves, inputs)
-    with _whole(model) as mode:
+    with whole_parameters(model) as mode:
         leaves = leaves if mode is None else [mode.from_tensor(leaf) for leaf in leaves]
         return _capture(model, leaves, inputs, differentiable, inner, precision or Precision())
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model's forward as a graph over flat tensors, with one name for each weight.
+
+    Attributes:
+        model: what was traced, on fake tensors where it is on the meta device.
+        leaves: the flat inputs it was traced with.
+        names: of the parameters and buffers that the graph may read.
+        record: what the trace found out.
+    """
+
+    forward: fx.GraphModule
+    model: nn.Module
+    leaves: list[torch.Tensor]
+    names: set[str]
+    record: _Record
+
+    @property
+    def constants(self) -> dict[str, torch.Tensor]:
+        """Tensors that the model made while it was traced."""
+        return {
+            name.removeprefix(_PREFIX): tensor
+            for name, tensor in self.forward.named_buffers()
+            if name in self.names and not _belongs_to(self.model, name)
+        }
 
 
 def _capture(
@@ -110,9 +137,36 @@ def _capture(
     inner: str,
     precision: Precision,
 ) -> Capture:
+    exported = export(model, leaves, inputs, differentiable, precision)
+    graph = join(exported.forward, exported.leaves, inner, type(model).__name__)
+    record = exported.record
+    assert record.outputs is not None
+    return Capture(
+        graph,
+        inputs,
+        record.outputs,
+        exported.constants,
+        record.differentiable,
+        record.attached,
+    )
+
+
+def export(
+    model: nn.Module,
+    leaves: list[torch.Tensor],
+    inputs: Structure,
+    differentiable: Sequence[int] | None,
+    precision: Precision,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+) -> Exported:
+    """The forward of a model whose parameters are whole; see ``capture``.
+
+    Args:
+        loss: from what the model returns to what the graph does; None: the same.
+    """
     model, leaves = _on_fake_tensors(model, leaves)
-    traced = _Traced(model, inputs, differentiable, precision)
-    with _named_errors(model), torch.enable_grad(), _torch.keep_annotations():
+    traced = _Traced(model, inputs, differentiable, precision, loss)
+    with _named_errors(type(model).__name__), torch.enable_grad(), _torch.keep_annotations():
         exported = torch.export.export(traced, tuple(leaves), strict=False)
         forward = exported.module(check_guards=False)
         _refuse_dynamic_values(forward.graph, type(model).__name__)
@@ -124,25 +178,24 @@ def _capture(
                 f"{type(model).__name__} returns nothing that requires a gradient\n"
                 "  call it under torch.no_grad() for inference, or let a parameter require one"
             )
+    return Exported(forward, model, leaves, names, traced.record)
+
+
+def join(
+    forward: fx.GraphModule, leaves: Sequence[torch.Tensor], inner: str, name: str
+) -> TrainGraph:
+    """The joint graph of an exported forward, or of a stage of one, and of its backward.
+
+    Args:
+        name: of the model, for errors.
+    """
+    with _named_errors(name), torch.enable_grad(), _torch.keep_annotations():
         if inner == "eager":
             restore_eager_operators(forward)
         joint = _torch.export_joint(forward, leaves, decompositions_for(inner))
-    constants = {
-        name.removeprefix(_PREFIX): tensor
-        for name, tensor in forward.named_buffers()
-        if name in names and not _belongs_to(model, name)
-    }
     graph = TrainGraph.from_joint(joint, rename=lambda name: name.removeprefix(_PREFIX))
-    _refuse_sparse_gradients(graph, type(model).__name__)
-    assert traced.record.outputs is not None
-    return Capture(
-        graph,
-        inputs,
-        traced.record.outputs,
-        constants,
-        traced.record.differentiable,
-        traced.record.attached,
-    )
+    _refuse_sparse_gradients(graph, name)
+    return graph
 
 
 class _Record:
@@ -162,6 +215,7 @@ class _Traced(nn.Module):
         inputs: Structure,
         differentiable: Sequence[int] | None,
         precision: Precision,
+        loss: Callable[[Any], torch.Tensor] | None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -169,12 +223,15 @@ class _Traced(nn.Module):
         self.inputs = inputs
         self.wanted = differentiable
         self.precision = precision
+        self.loss = loss
         self.record = _Record()
 
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self.inputs.fill(tuple(map(self.precision.computed, leaves)))
         with _CheckpointMarks():
             result = self.precision.call(self.model, args, kwargs)
+            if self.loss is not None:
+                result = self.loss(result)
         outputs, self.record.outputs = flatten(result)
         self.record.attached = tuple(
             i for i, t in enumerate(outputs) if t.requires_grad and t.is_floating_point()
@@ -245,7 +302,7 @@ def _argument_name(path: str) -> str:
 
 
 @contextmanager
-def _whole(model: nn.Module) -> Iterator[_torch.FakeTensorMode | None]:
+def whole_parameters(model: nn.Module) -> Iterator[_torch.FakeTensorMode | None]:
     """Inside, parameters that are spread over ranks are whole and fake, of the mode that is given.
 
     None is given where there are no such parameters.
@@ -365,7 +422,7 @@ _ADVICE = (
 
 
 @contextmanager
-def _named_errors(model: nn.Module) -> Iterator[None]:
+def _named_errors(model: str) -> Iterator[None]:
     """Whatever tracing raises becomes a CaptureError that names the user's own line."""
     try:
         yield
@@ -385,9 +442,7 @@ def _named_errors(model: nn.Module) -> Iterator[None]:
             else "run the model eagerly with the same inputs to see whether it works there; if it "
             "does, move the line out of forward"
         )
-        raise CaptureError(
-            f"cannot trace {type(model).__name__}: {what}\n  at {where}\n  {advice}"
-        ) from error
+        raise CaptureError(f"cannot trace {model}: {what}\n  at {where}\n  {advice}") from error
 
 
 def _caused_by(error: BaseException | None, kinds: tuple[type[Exception], ...]) -> bool:

@@ -6,6 +6,8 @@ there are ranks, and computes their norms as torch does; that moves a fraction o
 reduction of the gradients has moved.
 
     gradients a b c d on 2 ranks     rank 0: |a| |c|     rank 1: |b| |d|     all: |a| |b| |c| |d|
+
+Stages of a pipeline tell each other the norms of theirs.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import nn
 
 from fxzero import _torch
 from fxzero.errors import RuntimeStateError
+from fxzero.pipelining.training import PipelinedModel
 from fxzero.ranks import Ranks
 from fxzero.sharding import Shards, is_cut, padded, padded_rows
 
@@ -44,15 +47,23 @@ def clip_grad_norm_(
     """
     state = vars(model).get("_fxzero")
     ranks: Ranks | None = state.ranks if state is not None else None
+    pipeline: PipelinedModel | None = state.pipeline if state is not None else None
     parameters = [p for p in model.parameters() if p.grad is not None]
-    if ranks is None or not parameters:
+    if pipeline is None and (ranks is None or not parameters):
         return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
-    if ranks.any_pending(parameters):
+    if ranks is not None and ranks.any_pending(parameters):
         raise RuntimeStateError(
             "gradients of no_sync steps are not reduced yet\n"
             "  run the last backward of an accumulation outside of no_sync, then clip"
         )
-    norms = _norms(parameters, ranks.shards, norm_type)
+    if ranks is None:
+        gradients = [_local_gradient(p) for p in parameters]
+        found = [torch.linalg.vector_norm(gradient, norm_type) for gradient in gradients]
+        norms = torch.stack(found) if found else torch.zeros(0)
+    else:
+        norms = _norms(parameters, ranks.shards, norm_type)
+    if pipeline is not None:
+        norms = pipeline.of_all_stages(model, norms)
     total: torch.Tensor = torch.linalg.vector_norm(norms, norm_type)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(f"the norm of the gradients is {total.item()}, so they were not clipped")
@@ -65,6 +76,8 @@ def clip_grad_norm_(
 def _norms(parameters: list[nn.Parameter], shards: Shards, norm_type: float) -> torch.Tensor:
     """The norm of each gradient, in order, on every rank."""
     gradients = [_local_gradient(p) for p in parameters]
+    if not parameters:
+        return torch.zeros(0)
     norms = torch.zeros(len(parameters), device=gradients[0].device)
     cut = [i for i, p in enumerate(parameters) if is_cut(p)]
     count = shards.sharding.shards

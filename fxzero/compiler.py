@@ -30,6 +30,8 @@ from fxzero.graph import describe_all
 from fxzero.mesh import resolve_mesh
 from fxzero.microbatches import Batch, Call, choose_count
 from fxzero.options import Options, call_arguments, check_options, model_device
+from fxzero.pipelining.request import check_pipeline
+from fxzero.pipelining.training import PipelinedModel
 from fxzero.planner import Planner
 from fxzero.plans import Plan
 from fxzero.ranks import Ranks, connect
@@ -76,6 +78,8 @@ def compile(
         optimizer: what will hold states: a name, a ``torch.optim`` class, or bytes per parameter.
         mesh: a DeviceMesh with a dimension "dp", or "dp_replicate" and "dp_shard"; None: all
             processes (those of torchrun are connected, if nobody has yet), or one device.
+        pipeline: into how many stages to cut the model, or a ``fxzero.Pipeline``; then only
+            ``model.step`` trains it, with the whole batch on every rank of a pipeline.
         zero: 0: parameters whole on every rank; 1: sharded, with whole gradients; 2: gradients
             sharded too; 3: parameters gathered again for the backward; "auto": 2 or 3 for each
             parameter, as the budget asks.
@@ -100,13 +104,9 @@ def compile(
         raise unknown_option(next(iter(unknown)), _OPTIONS, where="fxzero.compile")
     if not isinstance(model, nn.Module):
         raise UsageError(f"fxzero.compile needs an nn.Module, not {type(model).__name__}")
-    if pipeline not in (None, 1):
-        raise UsageError(
-            f"pipeline={pipeline!r} is not available: this version has no pipelines\n"
-            "  leave pipeline out, or give None or 1"
-        )
+    request = check_pipeline(pipeline)
     device = model_device(model)
-    ranks = resolve_mesh(mesh, device)
+    ranks = resolve_mesh(mesh, device, request.ranks if request else None)
     options = check_options(
         device=device,
         memory_budget=memory_budget,
@@ -125,11 +125,17 @@ def compile(
         plan = Plan.load(plan)
     options.precision.keep(model)
     state = _State(options, plan, loss_fn, connect(model, ranks, options.sharding))
+    if request is not None:
+        loss = functools.partial(_loss_of, loss_fn=loss_fn)
+        state.pipeline = PipelinedModel(request, options, ranks, state.ranks, loss)
     original = type(model)._fxzero_original if isinstance(model, CompiledModule) else type(model)
     vars(model)["_fxzero"] = state
     model.__class__ = _compiled_class(original)
     if example_inputs is not None:
         args, kwargs = call_arguments(example_inputs)
+        if state.pipeline is not None:
+            state.pipeline.prepare(model, eager_view(model), Batch.of(args, kwargs))
+            return model
         if options.microbatches != 1:
             batch = Batch.of(args, kwargs)
             args, kwargs = next(batch.cut(state.microbatches_for(model, batch)))
@@ -161,6 +167,10 @@ class CompiledModule(nn.Module):
         self._fxzero.recompile_limit = limit
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._fxzero.pipeline is not None:
+            raise UsageError(
+                "a pipeline runs forward and backward together\n  call model.step(*inputs)"
+            )
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._fxzero.run_eagerly(self, args, kwargs)
         leaves, structure = flatten((args, kwargs))
@@ -179,6 +189,8 @@ class CompiledModule(nn.Module):
             UsageError: no scalar loss, or a batch that has no such micro-batches.
         """
         state = self._fxzero
+        if state.pipeline is not None:
+            return state.pipeline.step(self, eager_view(self), Batch.of(args, kwargs))
         if state.options.microbatches == 1:
             return _train(self, args, kwargs, state.loss_fn, 1)
         batch = Batch.of(args, kwargs)
@@ -306,6 +318,7 @@ class _State:
         # By what is traced, and by whether gradients exist.
         self.steps: OrderedDict[tuple[Hashable, bool], TrainingStep] = OrderedDict()
         self.latest: TrainingStep | None = None
+        self.pipeline: PipelinedModel | None = None
         self.counts: dict[Hashable, int] = {}  # of micro-batches, by what is cut
 
     def fresh(self) -> _State:

@@ -21,8 +21,9 @@ from fxzero import _torch, randomness
 from fxzero.accumulation import Accumulated, Layout
 from fxzero.collectives import bind, starts_transfer
 from fxzero.execution import BoxedFunction, compile_to_python
+from fxzero.passes.split_backward import split_backward
 from fxzero.rehearsal import Peaks
-from fxzero.runtime import Executable, Owner
+from fxzero.runtime import Executable, Halves, Owner
 
 if TYPE_CHECKING:
     from fxzero.passes.partition import Split
@@ -41,6 +42,7 @@ def compile_split(
     limit: int | None,
     rehearse: Rehearse,
     groups: Mapping[str, str] | None = None,
+    in_halves: bool = False,
 ) -> Executable:
     """An Executable for the two graphs.
 
@@ -51,9 +53,15 @@ def compile_split(
         limit: bytes that generated code may reach; None: any.
         rehearse: the peaks of two functions.
         groups: the process group behind each dimension of the mesh.
+        in_halves: whether the backward may run in two parts; then no limit is kept to.
     """
     split = bound(split, groups or {})
-    if inner == "eager" or limit is None:
+    halves = _compile_halves(split, inner) if in_halves else None
+    forward: BoxedFunction
+    backward: BoxedFunction
+    if halves is not None:
+        forward, backward = compile_graph(split.forward, inner, backward=False), halves.whole
+    elif inner == "eager" or limit is None:
         forward = compile_graph(split.forward, inner, backward=False)
         backward = compile_graph(split.backward, inner, backward=True)
     else:
@@ -74,6 +82,22 @@ def compile_split(
         reached=_reached(split),
         owner=owner,
         strided=inner != "eager",
+        halves=halves,
+    )
+
+
+def _compile_halves(split: Split, inner: str) -> Halves:
+    inputs = [i for i, role in enumerate(split.inputs) if role.kind == "input"]
+    early = [at for i in inputs if (at := split.gradients[i]) is not None]
+    parts = split_backward(split.backward, early)
+    return Halves(
+        first=compile_graph(parts.input_part, inner, backward=True),
+        second=compile_graph(parts.weight_part, inner, backward=True),
+        first_takes=parts.input_takes,
+        second_takes=parts.weight_takes,
+        first_returns=parts.input_returns,
+        second_returns=parts.weight_returns,
+        inputs=tuple(inputs),
     )
 
 

@@ -1,6 +1,7 @@
 """The ranks that train together, and how parameters and gradients are spread over them.
 
     mesh dimension    what it does
+    "pp"              each rank has other stages of the model (a pipeline)
     "dp"              each rank has other data; parameters are sharded over it
     "dp_replicate"    each rank has other data and a copy of the same shards (hybrid sharding)
     "dp_shard"        "dp" where there is a "dp_replicate"
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -82,7 +83,7 @@ class Mesh:
 
     def sharding(self, zero: int | None, reduce_dtype: torch.dtype | None = None) -> Sharding:
         """What a ZeRO stage (None: "auto") comes to on this mesh."""
-        axes = {name: Axis(name, size) for name, size in self.sizes.items()}
+        axes = {name: Axis(name, size) for name, size in self.sizes.items() if name != "pp"}
         dtype = None if reduce_dtype is None else str(reduce_dtype).removeprefix("torch.")
         if zero == 0:
             return Sharding(zero, None, tuple(axes.values()), dtype)
@@ -94,6 +95,16 @@ class Mesh:
         """Number of ranks."""
         return math.prod(self.sizes.values())
 
+    @property
+    def data(self) -> Mesh:
+        """The ranks that have the same stages as this one, and other data."""
+        names = tuple(name for name in self.sizes if name != "pp")
+        if len(names) == len(self.sizes) or self.devices is None:
+            return Mesh({name: self.sizes[name] for name in names}, self.devices)
+        if not names:
+            return Mesh({})
+        return Mesh({name: self.sizes[name] for name in names}, self.devices[names])
+
     @cached_property
     def groups(self) -> dict[str, str]:
         """The name of each dimension's process group, for collectives that run."""
@@ -102,10 +113,11 @@ class Mesh:
         return {name: self.devices.get_group(name).group_name for name in self.sizes}
 
 
-def resolve_mesh(mesh: Any, device: str) -> Mesh:
+def resolve_mesh(mesh: Any, device: str, stages: Callable[[int], int] | None = None) -> Mesh:
     """The mesh that a user means.
 
     Args:
+        stages: over how many of some processes a pipeline goes; None: there is no pipeline.
         mesh: a DeviceMesh, sizes by dimension (for plans only), or None: all processes of the
             default group, or those that torchrun started, for which the group is made.
         device: "cpu" or "cuda".
@@ -118,7 +130,7 @@ def resolve_mesh(mesh: Any, device: str) -> Mesh:
     if isinstance(mesh, Mapping):
         return Mesh(_checked({str(name): size for name, size in mesh.items()}))
     if mesh is None:
-        mesh = _all_processes(device)
+        mesh = _all_processes(device, stages)
         if mesh is None:
             return Mesh({})
     names = getattr(mesh, "mesh_dim_names", None)
@@ -127,7 +139,13 @@ def resolve_mesh(mesh: Any, device: str) -> Mesh:
             f"mesh={mesh!r} must be a DeviceMesh whose dimensions have names\n"
             '  init_device_mesh("cuda", (8,), mesh_dim_names=("dp",))'
         )
-    return Mesh(_checked(dict(zip(names, mesh.shape, strict=True))), mesh)
+    sizes = _checked(dict(zip(names, mesh.shape, strict=True)))
+    if "pp" in sizes and stages is None:
+        raise UsageError(
+            f'mesh has "pp" of {sizes["pp"]} ranks, but there is no pipeline\n'
+            '  give pipeline=, or all ranks to "dp"'
+        )
+    return Mesh(sizes, mesh)
 
 
 def planned_mesh(mesh: Any, devices: int | None, device: str) -> Mesh:
@@ -144,6 +162,11 @@ def planned_mesh(mesh: Any, devices: int | None, device: str) -> Mesh:
     if mesh is None:
         mesh = {"dp": 1 if devices is None else devices}
     found = resolve_mesh(mesh, device)
+    if "pp" in found.sizes:
+        raise UsageError(
+            f'mesh has "pp" of {found.sizes["pp"]} ranks, but this version plans no pipelines\n'
+            '  give all ranks to "dp"'
+        )
     if devices is not None and found.size != devices:
         raise UsageError(f"mesh has {found.size} ranks, devices={devices}; leave one of them out")
     return found
@@ -174,11 +197,6 @@ def _checked(sizes: dict[str, int]) -> dict[str, int]:
             raise unknown_option(name, _DIMENSIONS, where="mesh")
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise UsageError(f"mesh: {name} must be a number of ranks, at least 1, not {size!r}")
-    if sizes.get("pp", 1) > 1:
-        raise UsageError(
-            f'mesh has "pp" of {sizes["pp"]} ranks, but this version has no pipelines\n'
-            '  give all ranks to "dp"'
-        )
     if "dp" in sizes and {"dp_replicate", "dp_shard"} & set(sizes):
         raise UsageError(
             'mesh has "dp" beside its parts; give "dp", or "dp_replicate" and "dp_shard"'
@@ -186,8 +204,8 @@ def _checked(sizes: dict[str, int]) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size > 1}
 
 
-def _all_processes(device: str) -> Any:
-    """A one-dimensional DeviceMesh over every process; None where there is only one."""
+def _all_processes(device: str, stages: Callable[[int], int] | None) -> Any:
+    """A DeviceMesh over every process; None where there is only one."""
     if not dist.is_available():
         return None
     if not dist.is_initialized():
@@ -198,7 +216,16 @@ def _all_processes(device: str) -> Any:
         _connect("nccl" if device == "cuda" else "gloo")
     if dist.get_world_size() == 1:
         return None
-    return init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("dp",))
+    world = dist.get_world_size()
+    if stages is None:
+        return init_device_mesh(device, (world,), mesh_dim_names=("dp",))
+    along = stages(world)
+    if world % along:
+        raise UsageError(
+            f"{world} processes cannot form pipelines of {along} ranks each\n"
+            f"  start a multiple of {along}, or ask for another number of stages"
+        )
+    return init_device_mesh(device, (along, world // along), mesh_dim_names=("pp", "dp"))
 
 
 def _connect(backend: str) -> None:

@@ -60,18 +60,23 @@ class Ranks:
         """Whether an accumulation is under way."""
         return any(self.pending(p) is not None for p in parameters if p.requires_grad)
 
-    def step(self, *, reduces: bool) -> StepParameters:
+    def step(self, *, reduces: bool, syncs: bool | None = None) -> StepParameters:
         """The parameters of one step.
 
         Args:
             reduces: whether the step's graph averages gradients.
+            syncs: whether gradients are averaged behind it; None: as ``no_sync`` says.
         """
         self.steps += 1
-        return StepParameters(self, reduces, self.syncing, self.steps)
+        syncs = self.syncing if syncs is None else syncs
+        return StepParameters(self, reduces, syncs, self.steps)
 
 
 def connect(model: nn.Module, mesh: Mesh, sharding: Sharding) -> Ranks | None:
-    """Spreads a model over the mesh: equal values on all ranks, then shards; None on one device.
+    """Spreads a model over the mesh: equal values on all ranks, then shards.
+
+    Returns:
+        Those that have the same stages and other data; None if there is one.
 
     Raises:
         UsageError: no processes run, or the model is already spread another way.
@@ -84,13 +89,16 @@ def connect(model: nn.Module, mesh: Mesh, sharding: Sharding) -> Ranks | None:
             f"mesh of {sizes} describes ranks that do not run\n"
             "  start them with torchrun and leave mesh out, or ask fxzero.plan"
         )
-    shards = Shards(mesh, sharding)
     if any(is_spread(p) for p in model.parameters()) and sharding.shard is None:
         raise UsageError("zero=0, but parameters are already sharded: compile the model anew")
     agree_on_values(model, mesh)
+    data = mesh.data
+    if data.size == 1:
+        return None
+    shards = Shards(data, sharding)
     if sharding.shard is not None:
         shard_parameters(model, shards)
-    return Ranks(mesh, shards, Agreement(mesh))
+    return Ranks(data, shards, Agreement(data))
 
 
 class StepParameters:

@@ -86,6 +86,41 @@ IN_PLACE = _InPlace()
 
 
 @dataclass(frozen=True)
+class Halves:
+    """A backward as two functions: gradients of inputs, then those of weights.
+
+    Attributes:
+        first: the backward's arguments at ``first_takes`` -> results at ``first_returns``, then
+            what it hands over.
+        second: what was handed over, then the backward's arguments at ``second_takes`` -> results
+            at ``second_returns``.
+        inputs: positions among the forward's arguments whose gradients the first returns.
+    """
+
+    first: BoxedFunction
+    second: BoxedFunction
+    first_takes: tuple[int, ...]
+    second_takes: tuple[int, ...]
+    first_returns: tuple[int, ...]
+    second_returns: tuple[int, ...]
+    inputs: tuple[int, ...]
+
+    def whole(self, arguments: list[Any]) -> list[Any]:
+        """Both, one after the other: the backward."""
+        taken = [arguments[i] for i in self.first_takes]
+        kept = [arguments[i] for i in self.second_takes]
+        arguments.clear()
+        found = self.first(taken)
+        count = len(self.first_returns)
+        results: dict[int, Any] = dict(zip(self.first_returns, found[:count], strict=True))
+        handed = [*found[count:], *kept]
+        found.clear()
+        kept.clear()
+        results.update(zip(self.second_returns, self.second(handed), strict=True))
+        return [results[i] for i in range(len(results))]
+
+
+@dataclass(frozen=True)
 class Executable:
     """A forward and a backward that can run, and how their lists of tensors line up.
 
@@ -102,6 +137,7 @@ class Executable:
         owner: told what each backward shows.
         strided: whether the backward needs tangents with the outputs' strides: generated code does,
             and autograd may hand over an expanded scalar.
+        halves: the backward once more, in two parts that may run apart; None: it never does.
     """
 
     forward: BoxedFunction
@@ -115,6 +151,7 @@ class Executable:
     reached: dict[int, frozenset[int]]
     owner: Owner
     strided: bool
+    halves: Halves | None = None
 
     def __call__(
         self, inputs: Sequence[torch.Tensor], parameters: Parameters = IN_PLACE
@@ -137,7 +174,7 @@ class Executable:
         return self.attached != self.differentiable
 
 
-class _Saved:
+class Saved:
     """Values between a forward and its backward.
 
     Plain references instead of ``save_for_backward``: the backward gives each one up at its last
@@ -146,6 +183,7 @@ class _Saved:
 
     def __init__(self, values: list[Any], inputs: list[torch.Tensor]) -> None:
         self.values: list[Any] | None = values
+        self.count = len(values)
         self.inputs = inputs
         self.versions = [tensor._version for tensor in inputs]
 
@@ -188,9 +226,9 @@ class _Step(torch.autograd.Function):
         outputs = results[: executable.output_count]
         saved = results[executable.output_count :]
         results.clear()
-        _detach_outputs(saved, outputs)
+        detach_outputs(saved, outputs)
         positions = [i for i in executable.saved_inputs if i is not None]
-        ctx.saved = _Saved(saved, [taken[i] for i in positions])
+        ctx.saved = Saved(saved, [taken[i] for i in positions])
         ctx.shapes = [(t.shape, t.stride(), t.dtype, t.device) for t in outputs]
         ctx.outputs = [weakref.ref(t) for t in outputs if t.ndim > 0]
         attached = {*executable.attached}
@@ -242,6 +280,23 @@ def _run_backward(
         saved: all that the backward takes but the tangents.
     """
     missing = [i for i in executable.differentiable if i not in received]
+    saved += tangents_of(executable, received, shapes)
+    results = executable.backward(saved)
+    if missing:
+        reached = executable.reached_by(received)
+        results = [r if i in reached else None for i, r in enumerate(results)]
+    return [None if at is None else results[at] for at in executable.gradients]
+
+
+def tangents_of(
+    executable: Executable, received: dict[int, torch.Tensor], shapes: list[Any]
+) -> list[torch.Tensor]:
+    """What the backward takes for the gradients of outputs; zeros for those that have none.
+
+    Args:
+        shapes: of each output the shape, strides, dtype and device.
+    """
+    tangents = []
     for index in executable.differentiable:
         shape, stride, dtype, device = shapes[index]
         tangent = received.get(index)
@@ -249,13 +304,8 @@ def _run_backward(
             tangent = torch.zeros(shape, dtype=dtype, device=device)
         if executable.strided and tangent.stride() != stride:
             tangent = _with_stride(tangent, stride)
-        saved.append(tangent)
-    tangent = None
-    results = executable.backward(saved)
-    if missing:
-        reached = executable.reached_by(received)
-        results = [r if i in reached else None for i, r in enumerate(results)]
-    return [None if at is None else results[at] for at in executable.gradients]
+        tangents.append(tangent)
+    return tangents
 
 
 def _with_stride(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
@@ -266,7 +316,7 @@ def _with_stride(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
     return copy.copy_(tensor)
 
 
-def _detach_outputs(saved: list[Any], outputs: list[torch.Tensor]) -> None:
+def detach_outputs(saved: list[Any], outputs: list[torch.Tensor]) -> None:
     """A saved value that is also an output must not keep its own autograd node alive."""
     identities = {id(output) for output in outputs}
     for index, value in enumerate(saved):

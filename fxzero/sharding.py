@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,7 +214,7 @@ def shard_parameters(model: nn.Module, shards: Shards) -> None:
     found = [p for p in model.parameters() if not is_spread(p)]
     old = [weakref.ref(p) for p in found]
     whole = {p: nn.Parameter(shards.whole(p.detach()), p.requires_grad) for p in found}
-    _replace(model, whole | _arenas([p for p in found if may_shard(p)], shards))
+    replace_tensors(model, whole | _arenas([p for p in found if may_shard(p)], shards))
     found.clear()
     whole.clear()
     held = sum(ref() is not None for ref in old)
@@ -226,11 +226,13 @@ def shard_parameters(model: nn.Module, shards: Shards) -> None:
         )
 
 
-def _replace(model: nn.Module, made: dict[nn.Parameter, nn.Parameter]) -> None:
+def replace_tensors(model: nn.Module, made: Mapping[Any, torch.Tensor]) -> None:
+    """Puts other parameters and buffers in the places of some."""
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter in made:
-                module._parameters[name] = made[parameter]
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor in made:
+                    table[name] = made[tensor]  # type: ignore[assignment]
 
 
 @torch.no_grad()

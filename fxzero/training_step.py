@@ -24,6 +24,7 @@ from torch import nn
 from fxzero.capture import Capture, capture
 from fxzero.errors import BudgetError, RuntimeStateError
 from fxzero.graph import InputRole, describe_all
+from fxzero.halves import run_in_halves
 from fxzero.inner import compile_split
 from fxzero.options import Options
 from fxzero.planner import Decided, Planner
@@ -39,7 +40,9 @@ log = logging.getLogger(__name__)
 # Share of the budget that must be gained for a plan to be made anew.
 _SLACK = 0.02
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 Source = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+Trace = Callable[[Sequence[int] | None], Capture]
 
 
 class TrainingStep:
@@ -51,6 +54,9 @@ class TrainingStep:
         ranks: those that train together.
         reduces: whether the graphs average gradients over them.
         accumulates: whether they add gradients to those that exist.
+        trace: makes what is trained, given the outputs that receive gradients (None: as ``capture``
+            assumes); None: all of ``view`` is trained.
+        in_halves: whether the backward may run in two parts, see ``run_in_halves``.
         sibling: the step that differs in that alone, if there is one: it shares its trace, and its
             plan where that fits.
 
@@ -70,6 +76,8 @@ class TrainingStep:
         reduces: bool = True,
         accumulates: bool = False,
         sibling: TrainingStep | None = None,
+        trace: Trace | None = None,
+        in_halves: bool = False,
     ) -> None:
         self.options = options
         self.given = given
@@ -78,6 +86,8 @@ class TrainingStep:
         self.accumulates = accumulates
         self.shapes = describe_all(flatten((args, kwargs))[0])
         self._model = view
+        self._trace = trace
+        self._in_halves = in_halves
         self._origin = weakref.ref(model)
         self._outputs_held = True
         self._outputs_seen = False
@@ -88,7 +98,7 @@ class TrainingStep:
         self._planner: Planner
         self._decided: Decided
         if sibling is None:
-            self._recapture(args, kwargs, None)
+            self._recapture((args, kwargs), None)
         else:
             self._outputs_held = sibling._outputs_held
             self._outputs_seen = sibling._outputs_seen
@@ -107,25 +117,33 @@ class TrainingStep:
             self._stale = False
             self._plan_again()
         if self._wanted is not None:
-            args, kwargs = self._captured.inputs.fill(leaves)
-            self._recapture(args, kwargs, self._wanted)
+            self._recapture(self._captured.inputs.fill(leaves), self._wanted)
         tensors = [source(leaves) for source in self._sources]
         return self._captured.outputs.fill(self._executable(tensors, parameters))
 
-    def _recapture(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], differentiable: Sequence[int] | None
-    ) -> None:
-        def trace() -> Capture:
-            return capture(
-                self._model,
-                args,
-                kwargs,
-                differentiable=differentiable,
-                inner=self.options.inner,
-                precision=self.options.precision,
-            )
+    def run_in_halves(
+        self, leaves: Sequence[torch.Tensor], parameters: Parameters = IN_PLACE
+    ) -> tuple[Any, torch.Tensor]:
+        """``run`` with the gradients of parameters apart, and the token that asks for them."""
+        tensors = [source(leaves) for source in self._sources]
+        outputs, token = run_in_halves(self._executable, tensors, parameters)
+        return self._captured.outputs.fill(outputs), token
 
-        self._prepare(trace)
+    def _traced(self, call: Call, differentiable: Sequence[int] | None) -> Capture:
+        if self._trace is not None:
+            return self._trace(differentiable)
+        args, kwargs = call
+        return capture(
+            self._model,
+            args,
+            kwargs,
+            differentiable=differentiable,
+            inner=self.options.inner,
+            precision=self.options.precision,
+        )
+
+    def _recapture(self, call: Call, differentiable: Sequence[int] | None) -> None:
+        self._prepare(lambda: self._traced(call, differentiable))
         if differentiable is not None:
             self.given = None  # it was made for another graph
         self._adopt(self._decide() if self.given is None else self._planner.replay(self.given))
@@ -241,6 +259,7 @@ class TrainingStep:
             limit=limit,
             rehearse=functools.partial(self._planner.rehearse, decided),
             groups=self.ranks.mesh.groups if self.ranks else None,
+            in_halves=self._in_halves,
         )
 
     def _as_it_runs(self, decided: Decided) -> Decided:

@@ -87,7 +87,7 @@ def whole(tensor):
     return whole.detach().clone()
 
 
-def by_fxzero(name, accumulate=1, clip=None, **options):
+def by_fxzero(name, accumulate=1, clip=None, optimizer="AdamW", **options):
     """(losses, parameters, norms, plan's peak) of fxzero."""
     torch.manual_seed(0)
     options = {"inner": "eager", "recompute": "none", **options}
@@ -97,24 +97,26 @@ def by_fxzero(name, accumulate=1, clip=None, **options):
         return fxzero.clip_grad_norm_(model, limit)
 
     with shared_traces(name, model, options["inner"]):
-        result = _train(name, model, norm, accumulate, clip)
+        result = _train(name, model, norm, accumulate, clip, optimizer)
     return *result, model.plan.peak_bytes
 
 
-def by_ddp(name, accumulate=1, clip=None):
-    """(losses, parameters, norms) of eager torch."""
+def by_ddp(name, accumulate=1, clip=None, optimizer="AdamW", generated=False):
+    """(losses, parameters, norms) of torch: eager, or with code by its own compiler."""
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(Step(name), find_unused_parameters=False)
+    if generated:
+        model = torch.compile(model, dynamic=False, options={"fallback_random": True})
 
     def norm(limit):
         return nn.utils.clip_grad_norm_(model.parameters(), limit)
 
-    return _train(name, model, norm, accumulate, clip)
+    return _train(name, model, norm, accumulate, clip, optimizer)
 
 
-def _train(name, model, norm, accumulate, clip):
+def _train(name, model, norm, accumulate, clip, optimizer):
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    optimizer = getattr(torch.optim, optimizer)(trained, lr=1e-3)
     torch.manual_seed(1 + dist.get_rank())
     losses, norms = [], []
     for index, (args, kwargs) in enumerate(batches(name, STEPS * accumulate)):

@@ -1,0 +1,162 @@
+"""Runs a compiled training step as two autograd nodes, for schedules that put weights off.
+
+The backward of the first node computes gradients of the step's inputs, that of the second those of
+parameters; in between lies what the second reads of the first (``passes/split_backward.py``).
+
+    outputs, token = run_in_halves(step, inputs)
+    torch.autograd.backward(outputs, gradients)     x.grad
+    torch.autograd.backward(token)                  w.grad, whenever there is time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fxzero import _torch
+from fxzero.accumulation import sums_of
+from fxzero.errors import RuntimeStateError
+from fxzero.runtime import Executable, Parameters, Saved, detach_outputs, tangents_of
+
+
+def run_in_halves(
+    executable: Executable, inputs: Sequence[torch.Tensor], parameters: Parameters
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Model outputs, attached to the inputs, and a token that is attached to all else.
+
+    The outputs' backward runs before the token's, with gradients of all that have a tangent.
+    """
+    assert executable.halves is not None
+    with torch.no_grad():
+        taken = parameters.taken(inputs)
+        try:
+            results = executable.forward(list(taken))
+        except RuntimeError as error:
+            raise parameters.explained(error) from error
+    outputs, saved = results[: executable.output_count], results[executable.output_count :]
+    results.clear()
+    detach_outputs(saved, outputs)
+    positions = [i for i in executable.saved_inputs if i is not None]
+    flight = _Flight(executable, parameters, Saved(saved, [taken[i] for i in positions]), outputs)
+    first = executable.halves.inputs
+    # Without an anchor nothing would run for a stage whose inputs need no gradient.
+    anchor = torch.empty(0, requires_grad=True)
+    attached = _First.apply(flight, outputs, anchor, *(inputs[i] for i in first))  # type: ignore[no-untyped-call]
+    others = (t for i, t in enumerate(inputs) if i not in first)
+    token: torch.Tensor = _Second.apply(flight, *others)  # type: ignore[no-untyped-call]
+    return list(attached), token
+
+
+class _Flight:
+    """A step between its forward and the end of its backward."""
+
+    def __init__(
+        self,
+        executable: Executable,
+        parameters: Parameters,
+        saved: Saved,
+        outputs: list[torch.Tensor],
+    ) -> None:
+        self.executable = executable
+        self.parameters = parameters
+        self.saved = saved
+        self.shapes = [(t.shape, t.stride(), t.dtype, t.device) for t in outputs]
+        self.waiting: list[Any] | None = None
+
+    def first(self, received: dict[int, torch.Tensor]) -> dict[int, Any]:
+        """The backward's results that the first half computes, by position."""
+        executable, halves = self.executable, self.executable.halves
+        assert halves is not None
+        arguments = self.saved.take(keep=False)
+        arguments += [None] * len(executable.accumulated)  # only the second half adds to them
+        arguments += tangents_of(executable, received, self.shapes)
+        taken = [arguments[i] for i in halves.first_takes]
+        kept = [arguments[i] for i in halves.second_takes]
+        arguments.clear()
+        found = self._run(halves.first, taken)
+        count = len(halves.first_returns)
+        self.waiting = [*found[count:], *kept]
+        return dict(zip(halves.first_returns, found[:count], strict=True))
+
+    def second(self, existing: Sequence[Any]) -> dict[int, Any]:
+        """The results that the second half computes, by position.
+
+        Args:
+            existing: the gradients that it adds to.
+        """
+        halves = self.executable.halves
+        assert halves is not None
+        if self.waiting is None:
+            raise RuntimeStateError("gradients of weights were asked for before those of inputs")
+        waiting, self.waiting = self.waiting, None
+        added = iter(existing)
+        start = self.saved.count
+        handed = len(waiting) - len(halves.second_takes)
+        for place, position in enumerate(halves.second_takes, handed):
+            if start <= position < start + len(existing):
+                waiting[place] = next(added)
+        return dict(zip(halves.second_returns, self._run(halves.second, waiting), strict=True))
+
+    def _run(self, half: Any, arguments: list[Any]) -> list[Any]:
+        try:
+            results: list[Any] = half(arguments)
+            return results
+        except RuntimeError as error:
+            raise self.parameters.explained(error) from error
+
+
+class _First(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        flight: _Flight,
+        outputs: list[torch.Tensor],
+        anchor: torch.Tensor,
+        *inputs: torch.Tensor,
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.flight = flight
+        with_tangent = flight.executable.differentiable
+        ctx.mark_non_differentiable(
+            *(t for i, t in enumerate(outputs) if i not in with_tangent and t.is_floating_point())
+        )
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        flight: _Flight = ctx.flight
+        executable = flight.executable
+        assert executable.halves is not None
+        found = flight.first({i: g for i, g in enumerate(gradients) if g is not None})
+        places = (executable.gradients[i] for i in executable.halves.inputs)
+        return None, None, None, *(None if at is None else found[at] for at in places)
+
+
+class _Second(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, flight: _Flight, *others: torch.Tensor) -> torch.Tensor:
+        ctx.flight = flight
+        return torch.empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> Any:
+        flight: _Flight = ctx.flight
+        executable, parameters = flight.executable, flight.parameters
+        assert executable.halves is not None
+        first = executable.halves.inputs
+        takers: list[Any] = [None] * len(executable.gradients)
+        others = [i for i in range(len(takers)) if i not in first]
+        for i, (node, _index) in zip(others, ctx.next_functions, strict=True):
+            takers[i] = node
+        taking = [
+            node if at is not None else None
+            for node, at in zip(takers, executable.gradients, strict=True)
+        ]
+        sums = sums_of(taking, executable.accumulated, parameters.existing)
+        kept = [i for i in others if takers[i] is not None and _torch.adds_to_leaf(takers[i])]
+        results = flight.second(sums.tensors)
+        found = [None if at is None else results.get(at) for at in executable.gradients]
+        returned = parameters.returned(found, sums.in_place, kept)
+        return None, *(returned[i] for i in others)

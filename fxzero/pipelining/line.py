@@ -1,0 +1,59 @@
+"""The ranks of one pipeline: those that differ along "pp" alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fxzero.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Line:
+    """One pipeline, as one of its ranks sees it.
+
+    Attributes:
+        members: the global rank of each place.
+        rank: this process's place.
+        group: their process group; None where there is one rank.
+        some: process groups of some of them, by their places.
+    """
+
+    members: tuple[int, ...] = (0,)
+    rank: int = 0
+    group: Any = None
+    some: dict[tuple[int, ...], Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, mesh: Mesh) -> Line:
+        """The pipeline that this process belongs to."""
+        if "pp" not in mesh.sizes:
+            return cls()
+        group = mesh.devices.get_group("pp")
+        members = tuple(dist.get_process_group_ranks(group))
+        return cls(members, members.index(dist.get_rank()), group)
+
+    @property
+    def size(self) -> int:
+        """How many ranks it has."""
+        return len(self.members)
+
+    def connect(self, places: tuple[int, ...]) -> None:
+        """Makes a process group of some ranks, all of which call this; others may."""
+        if places not in self.some and self.rank in places:
+            ranks = [self.members[place] for place in places]
+            self.some[places] = dist.new_group(ranks, use_local_synchronization=True)
+
+    def add_up(self, tensor: torch.Tensor, places: tuple[int, ...] | None = None) -> None:
+        """Sums a tensor over all ranks, or over some that have called ``connect``, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group if places is None else self.some[places])
+
+    def tell(self, tensor: torch.Tensor, place: int) -> torch.Tensor:
+        """The tensor of one rank, on all."""
+        if self.size > 1:
+            dist.broadcast(tensor, self.members[place], group=self.group)
+        return tensor

@@ -1,0 +1,158 @@
+"""Chooses where to cut a model into stages.
+
+Units of a row are runs of operators between the narrowest places; ``balance.py`` finds the cuts of
+the least modelled time among them, and of its best ones the simulator, which knows the schedule,
+chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import fx
+
+from fxzero.cost import CostModel
+from fxzero.errors import UsageError, unknown_option
+from fxzero.pipelining.balance import partition
+from fxzero.pipelining.profile import Profile, profile
+from fxzero.pipelining.schedules import Schedule, make_schedule
+from fxzero.pipelining.simulation import simulate
+from fxzero.pipelining.stages import Exports
+
+# More units than that make the choice slower and no better.
+_UNITS = 160
+# How many of the best cuts the simulator plays.
+_CANDIDATES = 8
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where a model is cut.
+
+    Attributes:
+        cuts: positions in the row of operators.
+        schedule: what each rank does.
+        seconds: the modelled time of a step.
+        bubble: the share of it in which ranks are idle.
+    """
+
+    cuts: tuple[int, ...]
+    schedule: Schedule
+    seconds: float
+    bubble: float
+
+
+def choose_cuts(
+    exports: Exports,
+    *,
+    name: str,
+    ranks: int,
+    stages: int,
+    microbatches: int,
+    inner: str,
+    costs: CostModel,
+) -> Choice:
+    """The cuts whose step takes the least time, by the model.
+
+    Args:
+        name: of the schedule.
+
+    Raises:
+        UsageError: the model has fewer places to cut than stages.
+    """
+    row, prices = exports.row, profile(exports, inner, costs)
+    if stages - 1 > len(row.cuts):
+        raise UsageError(
+            f"{exports.name} cannot be cut into {stages} stages: it has {len(row.cuts)} places to "
+            f"cut\n  ask for {len(row.cuts) + 1} stages or fewer"
+        )
+    bytes_across = {cut: row.bytes_across(cut) for cut in row.cuts}
+    narrow = _narrow(prices, bytes_across)
+    bounds = [0, *(narrow if len(narrow) >= stages - 1 else row.cuts), len(row.work)]
+    link = costs.hardware
+    transfer = {
+        cut: len(row.values_across(cut)) * link.latency + size / link.network
+        for cut, size in bytes_across.items()
+    }
+
+    def send(cut: int) -> float:
+        return transfer.get(cut, 0.0)
+
+    def seconds(start: int, stop: int, in_flight: int) -> float:
+        times = prices.times(bounds[start], bounds[stop])
+        work = times.forward + times.input_gradient + times.weight_gradient
+        return work + send(bounds[start]) + send(bounds[stop])
+
+    found = partition(len(bounds) - 1, stages, microbatches, seconds, keep=_CANDIDATES)
+    choices = []
+    for candidate in found:
+        cuts = tuple(bounds[unit] for unit in candidate.cuts)
+        choices.append(play(prices, cuts, name, ranks, microbatches, [send(cut) for cut in cuts]))
+    return min(choices, key=lambda choice: (choice.seconds, choice.cuts))
+
+
+def play(
+    prices: Profile,
+    cuts: Sequence[int],
+    name: str,
+    ranks: int,
+    microbatches: int,
+    transfers: Sequence[float],
+) -> Choice:
+    """What the simulator says of cuts."""
+    bounds = [0, *cuts, len(prices.forward) - 1]
+    times = [prices.times(start, stop) for start, stop in pairwise(bounds)]
+    schedule = make_schedule(name, ranks, microbatches, len(times), times)
+    played = simulate(schedule, times, transfers)
+    return Choice(tuple(cuts), schedule, played.step_seconds, played.bubble)
+
+
+def _narrow(prices: Profile, bytes_across: dict[int, int]) -> list[int]:
+    """Places to cut, in order: those that pass the least bytes, spread over the time of the row."""
+    if len(bytes_across) < _UNITS:
+        return sorted(bytes_across)
+    whole = prices.times(0, len(prices.forward) - 1)
+    total = whole.forward + whole.input_gradient + whole.weight_gradient
+    best: dict[int, int] = {}
+    for cut, size in sorted(bytes_across.items()):
+        before = prices.times(0, cut)
+        done = before.forward + before.input_gradient + before.weight_gradient
+        share = int(_UNITS * done / total)
+        if share not in best or size < bytes_across[best[share]]:
+            best[share] = cut
+    return sorted(best.values())
+
+
+def named_cuts(exports: Exports, names: Sequence[str]) -> tuple[int, ...]:
+    """The cuts before the first operators of some submodules.
+
+    Raises:
+        UsageError: a module that runs no operator, or before which the model cannot be cut.
+    """
+    row = exports.row
+    first: dict[str, int] = {}
+    for position, node in enumerate(row.work):
+        for module in modules_of(node):
+            first.setdefault(module, position)
+    cuts = []
+    for name in names:
+        if name not in first:
+            raise unknown_option(name, sorted(first), where="Pipeline.cuts")
+        if first[name] not in row.cuts:
+            raise UsageError(
+                f"Pipeline.cuts: {exports.name} cannot be cut before {name}, where it begins or "
+                "where memory is written to later on\n  name a module further down"
+            )
+        cuts.append(first[name])
+    if cuts != sorted(set(cuts)):
+        raise UsageError(f"Pipeline.cuts: {', '.join(names)} do not run in this order")
+    return tuple(cuts)
+
+
+def modules_of(node: fx.Node) -> list[str]:
+    """The modules that an operator runs in, by their names in the model, the outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(path) for path, _ in stack.values()]
+    return [path.removeprefix("model.") for path in paths if path.startswith("model.")]

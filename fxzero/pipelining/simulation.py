@@ -1,0 +1,152 @@
+"""When each action of a schedule runs, and what its ranks hold meanwhile.
+
+An action starts when its rank is free and its inputs have arrived.  What another rank computed
+takes its time to arrive; sending keeps nobody from computing.
+
+    rank 0   F0.0 F0.1  .    .   B0.0 ----  .   B0.1 ----       ".": a bubble
+    rank 1    .   F1.0 B1.0 ---- F1.1 B1.1 ----  .    .
+
+Exact against theory for equal stages: the bubbles of GPipe and 1F1B are (R - 1) / (M + R - 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fxzero.errors import UsageError
+from fxzero.pipelining.schedules import Action, Kind, Schedule, StageTimes, check_times
+
+
+@dataclass(frozen=True)
+class Span:
+    """One action on its rank, from ``start`` to ``end`` seconds after the step began."""
+
+    rank: int
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A step as it would run.
+
+    Attributes:
+        spans: all actions by their start.
+        step_seconds: from the first start to the last end.
+        busy: the seconds that each rank computes.
+    """
+
+    spans: tuple[Span, ...]
+    step_seconds: float
+    busy: tuple[float, ...]
+
+    @property
+    def bubble(self) -> float:
+        """The share of all ranks' time in which they wait, from 0 to 1."""
+        available = len(self.busy) * self.step_seconds
+        return 1.0 - sum(self.busy) / available if available else 0.0
+
+
+def simulate(
+    schedule: Schedule,
+    times: Sequence[StageTimes],
+    transfer_seconds: float | Sequence[float] = 0.0,
+) -> Simulation:
+    """Plays a schedule.
+
+    Args:
+        times: of each stage.
+        transfer_seconds: between stages on different ranks, either way: one number, or one for each
+            boundary between a stage and the next.
+
+    Raises:
+        UsageError: if a rank would wait for ever, or a number of stages or boundaries is wrong.
+    """
+    check_times(times, schedule.stages)
+    delays = _delays(schedule, transfer_seconds)
+    ends: dict[Action, float] = {}
+    spans: list[Span] = []
+    done = [0] * schedule.ranks
+    now = [0.0] * schedule.ranks
+    moved = True
+    while moved:
+        moved = False
+        for rank, order in enumerate(schedule.orders):
+            while done[rank] < len(order):
+                action = order[done[rank]]
+                needs = action.needs(schedule.stages)
+                if not all(need in ends for need in needs):
+                    break
+                arrivals = [ends[n] + delays.get((n.stage, action.stage), 0.0) for n in needs]
+                start = max([now[rank], *arrivals])
+                now[rank] = ends[action.result] = start + times[action.stage].of(action.kind)
+                spans.append(Span(rank, action, start, now[rank]))
+                done[rank] += 1
+                moved = True
+    if len(spans) < sum(map(len, schedule.orders)):
+        raise _deadlock(schedule, done, ends)
+    spans.sort(key=lambda span: (span.start, span.end, span.rank))
+    work = [[times[action.stage].of(action.kind) for action in order] for order in schedule.orders]
+    return Simulation(tuple(spans), max(now), tuple(map(sum, work)))
+
+
+def _delays(schedule: Schedule, seconds: float | Sequence[float]) -> dict[tuple[int, int], float]:
+    """Seconds from a stage to the next or back, where these are on different ranks."""
+    boundaries = schedule.stages - 1
+    if isinstance(seconds, (int, float)):
+        seconds = [seconds] * boundaries
+    if len(seconds) != boundaries:
+        raise UsageError(
+            f"transfer_seconds of {len(seconds)} boundaries: {schedule.stages} stages have "
+            f"{boundaries}\n  give one number for all, or one for each"
+        )
+    delays = {}
+    for stage, each in enumerate(seconds):
+        if schedule.placement[stage] != schedule.placement[stage + 1]:
+            delays[stage, stage + 1] = delays[stage + 1, stage] = each
+    return delays
+
+
+def _deadlock(schedule: Schedule, done: Sequence[int], ends: dict[Action, float]) -> UsageError:
+    lines = [
+        f"schedule {schedule.name!r} deadlocks after {sum(done)} of"
+        f" {sum(map(len, schedule.orders))} actions: an action must come after all that it needs"
+    ]
+    for rank, (order, count) in enumerate(zip(schedule.orders, done, strict=True)):
+        if count < len(order):
+            missing = next(n for n in order[count].needs(schedule.stages) if n not in ends)
+            lines.append(
+                f"  rank {rank} waits for ever with {order[count]}, which needs {missing}"
+                f" of rank {schedule.placement[missing.stage]}"
+            )
+    return UsageError("\n".join(lines))
+
+
+def peak_held(
+    schedule: Schedule, saved: Sequence[float], kept: Sequence[float]
+) -> tuple[float, ...]:
+    """The most that each rank holds at once for backwards to come, in the unit of the arguments.
+
+    Args:
+        saved: what a micro-batch of each stage holds from its forward to its input gradient's end.
+        kept: what of it its weight gradient needs, until that ends.
+    """
+    peaks = []
+    for order in schedule.orders:
+        now = peak = 0.0
+        for action in order:
+            stage = action.stage
+            match action.kind:
+                case Kind.FORWARD:
+                    now += saved[stage]
+                case Kind.INPUT_GRADIENT:
+                    now += kept[stage] - saved[stage]
+                case Kind.WEIGHT_GRADIENT:
+                    now -= kept[stage]
+                case Kind.BACKWARD:
+                    now -= saved[stage]
+            peak = max(peak, now)
+        peaks.append(peak)
+    return tuple(peaks)

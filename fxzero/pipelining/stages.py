@@ -1,0 +1,218 @@
+"""A model as stages that are traced each with its backward, and what passes between them.
+
+    model -> forward graph with the loss -> row of operators -> stages -> a joint graph for each
+
+A value that stages hand on is an output of the stage that makes it and an input of those that read
+it.  If a gradient flows through it, each reader sends one back, and the maker adds them up in the
+order in which autograd would: the last reader's first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxzero import _torch
+from fxzero.capture import Capture, Exported, check_devices, export, join, whole_parameters
+from fxzero.errors import UsageError
+from fxzero.pipelining.cutting import Ports, Row, Stage, memory_of
+from fxzero.precision import Precision
+from fxzero.structure import flatten
+
+_ATEN = torch.ops.aten
+_IN_ROWS = torch.contiguous_format
+Loss = Callable[[Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A value that one stage makes and others read.
+
+    Attributes:
+        stage: who makes it.
+        readers: who reads it, in order.
+        trains: whether gradients of it are sent back.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stage: int
+    readers: tuple[int, ...]
+    trains: bool
+
+    @property
+    def bytes(self) -> int:
+        """What one message of it takes."""
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+
+class Exports:
+    """A model's forward and loss over one micro-batch, ready to be cut.
+
+    Args:
+        loss: from what the model returns to the scalar that is trained.
+
+    Raises:
+        UsageError: the loss is no scalar, or an input requires a gradient.
+        CaptureError, DeviceError: see ``fxzero.capture.capture``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        loss: Loss,
+        precision: Precision,
+    ) -> None:
+        leaves, inputs = flatten((args, kwargs))
+        for leaf, path in zip(leaves, inputs.paths, strict=True):
+            if leaf.requires_grad:
+                raise UsageError(
+                    f"input {path} of a pipeline requires a gradient, which no stage returns\n"
+                    "  detach it, or compile without a pipeline"
+                )
+        check_devices(model, leaves, inputs)
+        self.name = type(model).__name__
+        with whole_parameters(model) as mode:
+            leaves = leaves if mode is None else [mode.from_tensor(leaf) for leaf in leaves]
+            self.exported: Exported = export(model, leaves, inputs, None, precision, loss)
+        graph = self.exported.forward.graph
+        graph.eliminate_dead_code()
+        self.row = Row(self.exported.forward)
+
+    def cut(self, cuts: Sequence[int]) -> Stages:
+        """The stages between cuts."""
+        return Stages(self, tuple(cuts), self.row.cut(cuts))
+
+    @cached_property
+    def trained(self) -> frozenset[str]:
+        """Names of the values that depend on a parameter that requires a gradient."""
+        parameters = dict(self.exported.forward.named_parameters(remove_duplicate=False))
+        found: set[fx.Node] = set()
+        for node in self.exported.forward.graph.nodes:
+            if node.op == "get_attr":
+                parameter = parameters.get(str(node.target))
+                attached = parameter is not None and parameter.requires_grad
+            else:
+                attached = node.op == "call_function" and _lets_gradients_through(node)
+                attached = attached and any(source in found for source in node.all_input_nodes)
+            if attached:
+                found.add(node)
+        return frozenset(node.name for node in found)
+
+
+@dataclass(frozen=True)
+class Routes:
+    """What each stage reads and passes on.
+
+    Attributes:
+        cuts: where stages begin in the row of operators, but for the first.
+        ports: of each stage.
+        passed: by name, what goes from one stage to others.
+        owners: for each parameter and buffer, by the model's names, the stages that read it.
+    """
+
+    cuts: tuple[int, ...]
+    ports: tuple[Ports, ...]
+    passed: Mapping[str, Passed]
+    owners: Mapping[str, tuple[int, ...]]
+
+
+class Stages:
+    """A model's stages, which hold all of its weights."""
+
+    def __init__(self, exports: Exports, cuts: tuple[int, ...], parts: tuple[Stage, ...]) -> None:
+        self.exports = exports
+        self.parts = parts
+        ports = tuple(part.ports for part in parts)
+        passed: dict[str, Passed] = {}
+        owners: dict[str, tuple[int, ...]] = {}
+        for index, part in enumerate(parts):
+            for node in part.results[: len(part.ports.sent)]:
+                value, name = node.meta["val"], node.name
+                readers = tuple(i for i, other in enumerate(ports) if name in other.received)
+                trains, shape = name in exports.trained, tuple(value.shape)
+                passed[name] = Passed(name, shape, value.dtype, index, readers, trains)
+            for node in part.module.graph.find_nodes(op="get_attr"):
+                name = str(node.target).removeprefix("model.")
+                owners[name] = (*owners.get(name, ()), index)
+        self.routes = Routes(cuts, ports, passed, owners)
+
+    def capture(self, index: int, inner: str) -> Capture:
+        """A stage with its backward, as a function of its leaves and of what it receives."""
+        part, exported = self.parts[index], self.exports.exported
+        module = _torch.copy_module(part.module)
+        trained = _finish(module, self.exports.trained)
+        received = [self._example(name) for name in part.ports.received]
+        leaves = [*(exported.leaves[i] for i in part.ports.leaves), *received]
+        graph = join(module, leaves, inner, f"stage {index} of {self.exports.name}")
+        results = [node.meta["val"] for node in part.results]
+        return Capture(
+            graph,
+            flatten((tuple(leaves), {}))[1],
+            flatten(tuple(torch.empty(0) for _ in results))[1],
+            exported.constants,
+            trained,
+            trained,
+        )
+
+    def _example(self, name: str) -> torch.Tensor:
+        """What stands for a received value in a trace."""
+        passed, leaves = self.routes.passed[name], self.exports.exported.leaves
+        device = leaves[0].device if leaves else torch.device("cpu")
+        with _torch.fake_mode_of(leaves) or contextlib.nullcontext():
+            example = torch.empty(passed.shape, dtype=passed.dtype, device=device)
+        return example.requires_grad_(passed.trains)
+
+
+def _lets_gradients_through(node: fx.Node) -> bool:
+    if node.target is _ATEN.detach.default:
+        return False
+    if node.target is operator.getitem:
+        return True
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() or value.is_complex()
+    return True
+
+
+def _finish(module: fx.GraphModule, trained: frozenset[str]) -> tuple[int, ...]:
+    """Gives results memory of their own, in rows; returns the positions of those with a gradient.
+
+    What is sent lies in rows, as what is received does.
+    """
+    (output,) = module.graph.find_nodes(op="output")
+    memory = memory_of(module.graph)
+    results: list[fx.Node] = []
+    taken: set[fx.Node] = set()
+    for node in output.args[0]:
+        base = memory[node]
+        own = base.op == "call_function" and base not in taken
+        taken.add(base)
+        with module.graph.inserting_before(output):
+            if not own or not node.meta["val"].is_contiguous():
+                results.append(_call(node, _ATEN.clone.default, memory_format=_IN_ROWS))
+            elif node.name not in trained:
+                results.append(_call(node, _ATEN.detach.default))
+            else:
+                results.append(node)
+    trains = tuple(i for i, node in enumerate(output.args[0]) if node.name in trained)
+    output.args = (tuple(results),)
+    module.recompile()
+    return trains
+
+
+def _call(node: fx.Node, target: Any, **options: Any) -> fx.Node:
+    made = node.graph.call_function(target, (node,), options)
+    made.meta = dict(node.meta)
+    return made

@@ -1,0 +1,355 @@
+"""A model that trains as a pipeline: its stages on this rank, and one step of all.
+
+The first batch decides where the model is cut.  From then on each rank keeps the weights that its
+stages read; those of others become meta tensors, which optimizers pass over.  A weight that stages
+of several ranks read has a copy on each, whose gradients are added up at the end of a step, so that
+copies stay equal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fxzero import _torch
+from fxzero.agreement import Agreement
+from fxzero.calibration import cost_model
+from fxzero.capture import Capture
+from fxzero.errors import UsageError
+from fxzero.graph import describe_all
+from fxzero.mesh import Mesh
+from fxzero.microbatches import Batch
+from fxzero.options import Options, model_device
+from fxzero.pipelining.line import Line
+from fxzero.pipelining.planning import choose_cuts, named_cuts
+from fxzero.pipelining.request import Pipeline
+from fxzero.pipelining.runner import Runner
+from fxzero.pipelining.schedules import Schedule, make_schedule
+from fxzero.pipelining.stages import Exports, Loss, Routes
+from fxzero.pipelining.transport import Transport
+from fxzero.ranks import Ranks
+from fxzero.runtime import IN_PLACE, Parameters
+from fxzero.sharding import is_spread, replace_tensors
+from fxzero.structure import flatten
+from fxzero.training_step import TrainingStep
+
+log = logging.getLogger(__name__)
+
+# Micro-batches for each stage, where nobody gives their number.
+_MICROBATCHES = 4
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What becomes of a micro-batch's gradients.
+
+    Attributes:
+        reduces: whether the stage's graph averages them over ranks.
+        accumulates: whether it adds them to those that exist.
+        syncs: whether they are averaged when its backward has run, with all that came before.
+    """
+
+    reduces: bool
+    accumulates: bool
+    syncs: bool
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What trains batches of some shapes.
+
+    Attributes:
+        captures: this rank's stages as they were traced.
+        shared: for weights that stages of several ranks read, by name, these ranks.
+        steps: each stage's graphs, by what becomes of gradients.
+    """
+
+    routes: Routes
+    schedule: Schedule
+    captures: dict[int, Capture]
+    shared: dict[str, tuple[int, ...]]
+    steps: dict[tuple[int, bool, bool], TrainingStep]
+
+
+class PipelinedModel:
+    """What a model on a pipeline remembers between steps.
+
+    Args:
+        mesh: of all ranks; the pipeline's are along "pp".
+        ranks: those that have the same stages and other data, if there are any.
+        loss: from what the model returns to the scalar that is trained.
+
+    Attributes:
+        in_flight: the most micro-batches that each stage of this rank had between its forward and
+            its backward in the last step.
+    """
+
+    def __init__(
+        self, request: Pipeline, options: Options, mesh: Mesh, ranks: Ranks | None, loss: Loss
+    ) -> None:
+        self.request = request
+        self.options = options
+        self.ranks = ranks
+        self.loss = loss
+        self.line = Line.of(mesh)
+        self.agreement = Agreement(mesh) if mesh.size > 1 else None
+        self.prepared: dict[Hashable, _Prepared] = {}
+        self.latest: TrainingStep | None = None
+        self.steps = 0
+        self.in_flight: dict[int, int] = {}
+
+    def step(self, model: nn.Module, view: nn.Module, batch: Batch) -> torch.Tensor:
+        """Forward and backward of one batch; returns the mean loss, the same on every rank.
+
+        Args:
+            view: the model as it was before it was compiled.
+        """
+        self.steps += 1
+        accumulates = any(p.grad is not None for p in model.parameters() if p.requires_grad)
+        if self.agreement is not None:
+            mode = "training" if model.training else "evaluation"
+            described = f"a batch of {describe_all(batch.leaves)}, {mode}"
+            (wanted,) = self.agreement.on_step(described, [accumulates], f"step {self.steps}")
+            accumulates = any(wanted)
+        prepared = self.prepare(model, view, batch)
+        try:
+            return self._run(prepared, model, view, batch, accumulates)
+        except RuntimeError as error:
+            if self.agreement is None:
+                raise
+            raise self.agreement.explained(error, f"step {self.steps}") from error
+
+    def prepare(self, model: nn.Module, view: nn.Module, batch: Batch) -> _Prepared:
+        """Cuts the model for such batches, unless that was done."""
+        key = _key(model, batch)
+        if key not in self.prepared:
+            self.prepared[key] = self._prepare(model, view, batch)
+        return self.prepared[key]
+
+    def of_all_stages(self, model: nn.Module, mine: torch.Tensor) -> torch.Tensor:
+        """What the ranks say of their gradients, in the order of the model's parameters.
+
+        Args:
+            mine: a number for each parameter that has a gradient here.
+        """
+        given = iter(mine)
+        every = mine.new_zeros(2, sum(1 for _ in model.parameters()))
+        (prepared, *_) = self.prepared.values()
+        for index, (name, parameter) in enumerate(model.named_parameters()):
+            if parameter.grad is not None:
+                value = next(given)
+                if prepared.shared.get(name, (self.line.rank,))[0] == self.line.rank:
+                    every[:, index] = torch.stack([value, torch.ones_like(value)])
+        self.line.add_up(every)
+        numbers, present = every
+        found: torch.Tensor = numbers[present > 0]
+        return found
+
+    def _prepare(self, model: nn.Module, view: nn.Module, batch: Batch) -> _Prepared:
+        count = self._microbatches(batch)
+        args, kwargs = next(batch.cut(count))
+        exports = Exports(view, args, kwargs, loss=self.loss, precision=self.options.precision)
+        cuts = self._cuts(exports, count)
+        schedule = make_schedule(self.request.schedule, self.line.size, count, len(cuts) + 1)
+        stages = exports.cut(cuts)
+        routes = stages.routes
+        self._check_weights(routes)
+        mine = schedule.stages_of(self.line.rank)
+        captures = {stage: stages.capture(stage, self.options.inner) for stage in mine}
+        del stages, exports  # they hold the weights of all stages
+        self._release(model, routes, mine)
+        shared = _shared(routes, schedule)
+        for owners in sorted({*shared.values()}):
+            self.line.connect(owners)
+        return _Prepared(routes, schedule, captures, shared, {})
+
+    def _cuts(self, exports: Exports, microbatches: int) -> tuple[int, ...]:
+        """Where the first rank cuts the model."""
+
+        def choose() -> str:
+            if self.request.cuts:
+                cuts = named_cuts(exports, self.request.cuts)
+            else:
+                device = model_device(exports.exported.model)
+                choice = choose_cuts(
+                    exports,
+                    name=self.request.schedule,
+                    ranks=self.line.size,
+                    stages=self._stages(),
+                    microbatches=microbatches,
+                    inner=self.options.inner,
+                    costs=cost_model(device, fused=self.options.inner == "inductor"),
+                )
+                log.info("%s", choice)
+                cuts = choice.cuts
+            return ",".join(map(str, cuts))
+
+        if self.prepared:
+            return next(iter(self.prepared.values())).routes.cuts
+        text = choose() if self.agreement is None else self.agreement.of_first(choose)
+        return tuple(map(int, text.split(","))) if text else ()
+
+    def _stages(self) -> int:
+        known = self.request.known_stages
+        return known or make_schedule(self.request.schedule, self.line.size, 1).stages
+
+    def _microbatches(self, batch: Batch) -> int:
+        """Into how many micro-batches the batch is cut."""
+        if self.request.microbatches is not None:
+            return self.request.microbatches
+        if isinstance(self.options.microbatches, int) and self.options.microbatches > 1:
+            return self.options.microbatches
+        wanted = _MICROBATCHES * self._stages()
+        return max(count for count in batch.counts() if count <= wanted)
+
+    def _check_weights(self, routes: Routes) -> None:
+        """Raises UsageError if other shapes ask for weights that this rank has given up."""
+        for known in self.prepared.values():
+            if known.routes.owners != routes.owners:
+                raise UsageError(
+                    "with these inputs the model's stages read other weights than with the first "
+                    "ones\n  pad inputs to one shape"
+                )
+
+    def _release(self, model: nn.Module, routes: Routes, mine: Collection[int]) -> None:
+        """Gives up the memory of weights that only other ranks' stages read."""
+        owners = routes.owners.items()
+        elsewhere = {name for name, stages in owners if not set(mine) & set(stages)}
+        made: dict[torch.Tensor, torch.Tensor] = {}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name in elsewhere and not is_spread(tensor) and not tensor.is_meta:
+                nothing = torch.empty_like(tensor, device="meta")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                made[tensor] = (
+                    nn.Parameter(nothing, tensor.requires_grad) if is_parameter else nothing
+                )
+        held = [weakref.ref(tensor) for tensor in made]
+        replace_tensors(model, made)
+        made.clear()
+        name, tensor = "", torch.empty(0)
+        if count := sum(ref() is not None for ref in held):
+            log.warning(
+                "%d tensors that other ranks train are still held, by an optimizer that was made "
+                "before the model was cut: give fxzero.compile example_inputs to cut it at once",
+                count,
+            )
+
+    def _run(
+        self,
+        prepared: _Prepared,
+        model: nn.Module,
+        view: nn.Module,
+        batch: Batch,
+        accumulates: bool,
+    ) -> torch.Tensor:
+        routes, schedule, line = prepared.routes, prepared.schedule, self.line
+        leaves = [flatten(call)[0] for call in batch.cut(schedule.microbatches)]
+        device = next((leaf.device for leaf in batch.leaves), torch.device("cpu"))
+        transport = Transport(schedule, routes, line.members, line.rank, line.group, device)
+        kinds = self._kinds(schedule.microbatches, accumulates, model)
+
+        def run(
+            stage: int, microbatch: int, given: list[torch.Tensor]
+        ) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
+            return self._run_stage(prepared, model, view, stage, kinds[microbatch], given)
+
+        runner = Runner(schedule, routes, transport, leaves, run)
+        with self._shared_added_up(prepared, model):
+            losses = runner.run()
+        self.in_flight = runner.most_in_flight
+        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
+        return line.tell(loss, schedule.placement[-1])
+
+    def _kinds(self, count: int, accumulates: bool, model: nn.Module) -> list[_Kind]:
+        """What becomes of each micro-batch's gradients, as in ``CompiledModule.step``."""
+        if self.ranks is None:
+            return [_Kind(True, accumulates or index > 0, True) for index in range(count)]
+        late = self.options.sharding.zero in (0, 1)
+        pending = self.ranks.any_pending(model.parameters())
+        kinds = []
+        for index in range(count):
+            syncs = self.ranks.syncing and (not late or index == count - 1)
+            kinds.append(_Kind(syncs and not pending, accumulates or index > 0, syncs))
+            pending = not syncs
+        return kinds
+
+    def _run_stage(
+        self,
+        prepared: _Prepared,
+        model: nn.Module,
+        view: nn.Module,
+        stage: int,
+        kind: _Kind,
+        given: list[torch.Tensor],
+    ) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
+        key = stage, kind.reduces, kind.accumulates
+        if key not in prepared.steps:
+            sibling = prepared.steps.get((stage, kind.reduces, not kind.accumulates))
+            prepared.steps[key] = TrainingStep(
+                model,
+                view,
+                tuple(given),
+                {},
+                self.options,
+                None,
+                self.ranks,
+                reduces=kind.reduces,
+                accumulates=kind.accumulates,
+                sibling=sibling,
+                trace=lambda _: prepared.captures[stage],
+                in_halves=prepared.schedule.splits_backward,
+            )
+        step = self.latest = prepared.steps[key]
+        parameters: Parameters = IN_PLACE
+        if self.ranks is not None:
+            parameters = self.ranks.step(reduces=kind.reduces, syncs=kind.syncs)
+        if prepared.schedule.splits_backward:
+            return step.run_in_halves(given, parameters)
+        return step.run(given, parameters), None
+
+    @contextlib.contextmanager
+    def _shared_added_up(self, prepared: _Prepared, model: nn.Module) -> Iterator[None]:
+        """Behind it, gradients of weights that several ranks have are those of all their stages."""
+        shared = [
+            (parameter, prepared.shared[name])
+            for name, parameter in model.named_parameters()
+            if name in prepared.shared and self.line.rank in prepared.shared[name]
+            if parameter.requires_grad
+        ]
+        before = [parameter.grad for parameter, _ in shared]
+        for parameter, _ in shared:
+            parameter.grad = None
+        yield
+        for (parameter, owners), earlier in zip(shared, before, strict=True):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self.line.add_up(_torch.local_tensor(parameter.grad), owners)
+            if earlier is not None:
+                parameter.grad = earlier.add_(parameter.grad)
+
+
+def _key(model: nn.Module, batch: Batch) -> Hashable:
+    """All that the stages' graphs depend on."""
+    return (
+        batch.structure.key,
+        tuple((t.shape, t.stride(), t.dtype, t.device) for t in batch.leaves),
+        tuple(module.training for module in model.modules()),
+        tuple(p.requires_grad for p in model.parameters()),
+        _torch.autocast_state(),
+    )
+
+
+def _shared(routes: Routes, schedule: Schedule) -> dict[str, tuple[int, ...]]:
+    """For weights that stages of several ranks read, by name, these ranks."""
+    found = {}
+    for name, owners in routes.owners.items():
+        ranks = tuple(sorted({schedule.placement[stage] for stage in owners}))
+        if len(ranks) > 1:
+            found[name] = ranks
+    return found

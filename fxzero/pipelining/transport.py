@@ -1,0 +1,122 @@
+"""Messages between the ranks of a pipeline: values forwards, their gradients backwards.
+
+Who sends what to whom follows from the schedule alone, so each rank knows in which order every
+other one sends to it.  Between two ranks messages arrive in the order in which they were sent; one
+that is asked for early is kept until it is read.  Sending waits for nobody.
+
+    rank 0:  F0.0 -> h0     F0.1 -> h0'                      B0.0 <- dh0
+    rank 1:              F1.0 <- h0   B1.0 -> dh0    F1.1 <- h0' ...
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fxzero.pipelining.schedules import Action, Kind, Schedule
+from fxzero.pipelining.stages import Passed, Routes
+
+# How many messages of each rank may be on their way before they are asked for.
+_AHEAD = 1
+
+
+@dataclass(frozen=True)
+class Message:
+    """A value, or the gradient of one, of one micro-batch, from stage to stage."""
+
+    value: str
+    is_gradient: bool
+    source: int
+    target: int
+    microbatch: int
+
+
+def sent_by(action: Action, routes: Routes) -> list[Message]:
+    """What a stage sends when the action is done."""
+    here, microbatch = action.stage, action.microbatch
+    ports, passed = routes.ports[here], routes.passed
+    if action.kind is Kind.FORWARD:
+        pairs = [(name, reader) for name in ports.sent for reader in passed[name].readers]
+        return [Message(name, False, here, reader, microbatch) for name, reader in pairs]
+    if action.kind is Kind.WEIGHT_GRADIENT:
+        return []
+    values = [passed[name] for name in ports.received if passed[name].trains]
+    return [Message(value.name, True, here, value.stage, microbatch) for value in values]
+
+
+class Transport:
+    """One rank's messages in one step.
+
+    Args:
+        ranks: the global rank of each rank of the pipeline.
+        rank: this one's place among them.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        routes: Routes,
+        ranks: Sequence[int],
+        rank: int,
+        group: Any,
+        device: torch.device,
+    ) -> None:
+        self.placement = schedule.placement
+        self.passed: Mapping[str, Passed] = routes.passed
+        self.ranks, self.rank, self.group, self.device = ranks, rank, group, device
+        self.here: dict[Message, torch.Tensor] = {}
+        self.leaving: deque[tuple[Any, torch.Tensor]] = deque()
+        self.expected: dict[int, deque[Message]] = {}
+        self.coming: dict[int, deque[tuple[Message, Any, torch.Tensor]]] = {}
+        for source, order in enumerate(schedule.orders):
+            messages = (m for action in order for m in sent_by(action, routes))
+            mine = deque(m for m in messages if self.placement[m.target] == rank)
+            if mine and source != rank:
+                self.expected[source], self.coming[source] = mine, deque()
+
+    def send(self, message: Message, tensor: torch.Tensor) -> None:
+        """Sends without waiting; the tensor must not be written to afterwards."""
+        target = self.placement[message.target]
+        if target == self.rank:
+            self.here[message] = tensor
+            return
+        while self.leaving and self.leaving[0][0].is_completed():
+            self.leaving.popleft()
+        tensor = tensor.contiguous()
+        work = dist.isend(tensor, self.ranks[target], group=self.group)
+        self.leaving.append((work, tensor))
+
+    def receive(self, message: Message) -> torch.Tensor:
+        """Waits for a message."""
+        source = self.placement[message.source]
+        while message not in self.here:
+            self._await_next(source)
+        if source != self.rank:
+            self._expect(source, _AHEAD)
+        return self.here.pop(message)
+
+    def finish(self) -> None:
+        """Waits until all that was sent has left."""
+        while self.leaving:
+            self.leaving.popleft()[0].wait()
+
+    def _await_next(self, source: int) -> None:
+        self._expect(source, 1)
+        message, work, tensor = self.coming[source].popleft()
+        work.wait()
+        self.here[message] = tensor
+
+    def _expect(self, source: int, count: int) -> None:
+        """Lets the next messages of a rank come in."""
+        expected, coming = self.expected[source], self.coming[source]
+        while expected and len(coming) < count:
+            message = expected.popleft()
+            value = self.passed[message.value]
+            tensor = torch.empty(value.shape, dtype=value.dtype, device=self.device)
+            work = dist.irecv(tensor, self.ranks[source], group=self.group)
+            coming.append((message, work, tensor))

@@ -1,0 +1,111 @@
+"""What tests of pipelines run, on ranks and for comparison on one device."""
+
+from __future__ import annotations
+
+import torch
+import zoo
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+import fxzero
+from fxzero.microbatches import Batch
+
+STEPS = 3
+
+
+class Mlp(nn.Module):
+    """Layers of one kind, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(24, 24), nn.LayerNorm(24), nn.GELU()) for _ in range(8)]
+        self.layers = nn.Sequential(*layers, nn.Linear(24, 10))
+
+    def forward(self, x, labels):
+        return nn.functional.cross_entropy(self.layers(x), labels)
+
+
+def build(name):
+    """(model without dropout, args, kwargs, loss): of the zoo, or the MLP."""
+    if name == "mlp":
+        generator = torch.Generator().manual_seed(3)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = Mlp()
+        inputs = (torch.randn(16, 24, generator=generator), torch.arange(16) % 10)
+        return model, inputs, {}, lambda output: output
+    model, args, kwargs, loss = zoo.build(name)
+    for module in model.modules():
+        for attribute in ("p", "dropout", "attention_dropout", "dropout_rate"):
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)
+    return model, args, kwargs, loss
+
+
+def by_accumulation(name, microbatches, clip=None, steps=STEPS):
+    """(losses, norms, parameters and buffers) of eager torch on one device."""
+    model, args, kwargs, loss = build(name)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses, norms = [], []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        parts = []
+        for part, keywords in Batch.of(args, kwargs).cut(microbatches):
+            share = loss(model(*part, **keywords)) / microbatches
+            share.backward()
+            parts.append(share.detach())
+        losses.append(torch.stack(parts).sum().item())
+        if clip is not None:
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip).item())
+        optimizer.step()
+    return losses, norms, {n: t.detach().clone() for n, t in model.state_dict().items()}
+
+
+def by_pipeline(name, clip=None, steps=STEPS, sizes=None, options=None, first=False, **pipeline):
+    """(losses, norms, what this rank keeps, in-flight counts: seen and scheduled) of fxzero.
+
+    Args:
+        sizes: of the mesh, by dimension.
+        first: whether the model is cut when it is compiled; inputs are all of one kind then.
+    """
+    model, args, kwargs, loss = build(name)
+    mesh = sizes and init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    given = {"inner": "eager", "recompute": "none", "mesh": mesh, **(options or {})}
+    if first:
+        given["example_inputs"] = args or kwargs
+    model = fxzero.compile(model, pipeline=fxzero.Pipeline(**pipeline), loss_fn=loss, **given)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses, norms = [], []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses.append(model.step(*args, **kwargs).item())
+        if clip is not None:
+            norms.append(fxzero.clip_grad_norm_(model, clip).item())
+        optimizer.step()
+    kept = {n: whole(t) for n, t in model.state_dict().items() if not t.is_meta}
+    trained = model._fxzero.pipeline
+    (prepared,) = trained.prepared.values()
+    scheduled = {stage: prepared.schedule.in_flight(stage) for stage in trained.in_flight}
+    return losses, norms, kept, trained.in_flight, scheduled
+
+
+def whole(tensor):
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().clone()
+
+
+def differences(answers, expected):
+    """Largest differences of losses, norms and kept tensors; all tensors must be kept somewhere."""
+    losses, norms, tensors = expected
+    largest = [0.0]
+    kept = set()
+    for ours, our_norms, mine, *_ in answers:
+        largest += [abs(a - b) for a, b in zip(ours, losses, strict=True)]
+        largest += [abs(a - b) for a, b in zip(our_norms, norms, strict=True)]
+        kept |= mine.keys()
+        for name, tensor in mine.items():
+            if tensor.numel():
+                largest.append(float((tensor.double() - tensors[name].double()).abs().max()))
+    assert kept == tensors.keys()
+    return max(largest)
