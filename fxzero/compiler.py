@@ -35,7 +35,7 @@ from fxzero.pipelining.training import PipelinedModel
 from fxzero.planner import Planner
 from fxzero.plans import Plan
 from fxzero.ranks import Ranks, connect
-from fxzero.sharding import is_spread
+from fxzero.sharding import agree_on_values, is_spread
 from fxzero.structure import Structure, flatten
 from fxzero.training_step import TrainingStep
 
@@ -123,19 +123,23 @@ def compile(
     )
     if isinstance(plan, (str, Path)):
         plan = Plan.load(plan)
+    if plan is not None and request is not None:
+        raise UsageError("a pipeline cannot follow a given plan: each of its stages has its own")
     options.precision.keep(model)
-    state = _State(options, plan, loss_fn, connect(model, ranks, options.sharding))
+    agree_on_values(model, ranks)
+    state = _State(options, plan, loss_fn)
     if request is not None:
         loss = functools.partial(_loss_of, loss_fn=loss_fn)
-        state.pipeline = PipelinedModel(request, options, ranks, state.ranks, loss)
+        state.pipeline = PipelinedModel(request, options, ranks, loss)
+        if example_inputs is not None:  # before what is left is sharded
+            args, kwargs = call_arguments(example_inputs)
+            state.pipeline.prepare(model, eager_view(model), Batch.of(args, kwargs))
+    state.ranks = connect(model, ranks.data, options.sharding)
     original = type(model)._fxzero_original if isinstance(model, CompiledModule) else type(model)
     vars(model)["_fxzero"] = state
     model.__class__ = _compiled_class(original)
-    if example_inputs is not None:
+    if example_inputs is not None and request is None:
         args, kwargs = call_arguments(example_inputs)
-        if state.pipeline is not None:
-            state.pipeline.prepare(model, eager_view(model), Batch.of(args, kwargs))
-            return model
         if options.microbatches != 1:
             batch = Batch.of(args, kwargs)
             args, kwargs = next(batch.cut(state.microbatches_for(model, batch)))
@@ -190,7 +194,8 @@ class CompiledModule(nn.Module):
         """
         state = self._fxzero
         if state.pipeline is not None:
-            return state.pipeline.step(self, eager_view(self), Batch.of(args, kwargs))
+            batch = Batch.of(args, kwargs)
+            return state.pipeline.step(self, eager_view(self), batch, state.ranks)
         if state.options.microbatches == 1:
             return _train(self, args, kwargs, state.loss_fn, 1)
         batch = Batch.of(args, kwargs)
@@ -254,7 +259,7 @@ class CompiledModule(nn.Module):
 
 
 def _rebuild(model: nn.Module, options: Options, plan: Plan | None, limit: int) -> nn.Module:
-    state = vars(model)["_fxzero"] = _State(options, plan, None, None)
+    state = vars(model)["_fxzero"] = _State(options, plan, None)
     state.recompile_limit = limit
     model.__class__ = _compiled_class(type(model))
     return model
@@ -308,7 +313,7 @@ class _State:
     """A compiled model's graphs, by what they depend on."""
 
     def __init__(
-        self, options: Options, plan: Plan | None, loss_fn: Any, ranks: Ranks | None
+        self, options: Options, plan: Plan | None, loss_fn: Any, ranks: Ranks | None = None
     ) -> None:
         self.options = options
         self.ranks = ranks

@@ -24,7 +24,7 @@ from fxzero import _torch
 from fxzero.agreement import Agreement
 from fxzero.errors import UsageError
 from fxzero.mesh import Mesh, Sharding
-from fxzero.sharding import Shards, agree_on_values, is_spread, shard_parameters
+from fxzero.sharding import Shards, is_spread, shard_parameters
 from fxzero.storages import storage_identity
 
 
@@ -73,32 +73,22 @@ class Ranks:
 
 
 def connect(model: nn.Module, mesh: Mesh, sharding: Sharding) -> Ranks | None:
-    """Spreads a model over the mesh: equal values on all ranks, then shards.
+    """Shards a model, whose values are equal on all ranks, over the mesh; None on one device.
 
-    Returns:
-        Those that have the same stages and other data; None if there is one.
+    Weights that stages of a pipeline on other ranks have taken, and that are on the meta device
+    while others are not, stay as they are.
 
     Raises:
-        UsageError: no processes run, or the model is already spread another way.
+        UsageError: the model is already spread another way.
     """
     if mesh.size == 1:
         return None
-    if mesh.devices is None:
-        sizes = ", ".join(f"{name}={size}" for name, size in mesh.sizes.items())
-        raise UsageError(
-            f"mesh of {sizes} describes ranks that do not run\n"
-            "  start them with torchrun and leave mesh out, or ask fxzero.plan"
-        )
+    shards = Shards(mesh, sharding)
     if any(is_spread(p) for p in model.parameters()) and sharding.shard is None:
         raise UsageError("zero=0, but parameters are already sharded: compile the model anew")
-    agree_on_values(model, mesh)
-    data = mesh.data
-    if data.size == 1:
-        return None
-    shards = Shards(data, sharding)
     if sharding.shard is not None:
         shard_parameters(model, shards)
-    return Ranks(data, shards, Agreement(data))
+    return Ranks(mesh, shards, Agreement(mesh))
 
 
 class StepParameters:

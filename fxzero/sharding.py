@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from fxzero import _torch
 from fxzero.collectives import all_gather, average, average_part
+from fxzero.errors import UsageError
 from fxzero.mesh import Axis, Mesh, Sharding
 
 log = logging.getLogger(__name__)
@@ -192,7 +193,17 @@ def replaced(model: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> 
 
 
 def agree_on_values(model: nn.Module, mesh: Mesh) -> None:
-    """Gives every rank the parameters and buffers of the first one."""
+    """Gives every rank the parameters and buffers of the first one.
+
+    Raises:
+        UsageError: no processes run.
+    """
+    if mesh.sizes and mesh.devices is None:
+        sizes = ", ".join(f"{name}={size}" for name, size in mesh.sizes.items())
+        raise UsageError(
+            f"mesh of {sizes} describes ranks that do not run\n"
+            "  start them with torchrun and leave mesh out, or ask fxzero.plan"
+        )
     for name in mesh.sizes:
         group = mesh.devices.get_group(name)
         for tensor in dict.fromkeys([*model.parameters(), *model.buffers()]):
@@ -211,7 +222,11 @@ def _broadcast(tensor: torch.Tensor, group: Any) -> None:
 
 def shard_parameters(model: nn.Module, shards: Shards) -> None:
     """Replaces the model's parameters by shards in arenas."""
-    found = [p for p in model.parameters() if not is_spread(p)]
+    parameters = list(model.parameters())
+    # Where some are on the meta device and others are not, other ranks' stages have taken them.
+    partly = any(p.is_meta for p in parameters) and not all(p.is_meta for p in parameters)
+    found = [p for p in parameters if not is_spread(p) and not (partly and p.is_meta)]
+    parameters.clear()
     old = [weakref.ref(p) for p in found]
     whole = {p: nn.Parameter(shards.whole(p.detach()), p.requires_grad) for p in found}
     replace_tensors(model, whole | _arenas([p for p in found if may_shard(p)], shards))

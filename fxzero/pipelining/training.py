@@ -9,6 +9,7 @@ copies stay equal.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import weakref
 from collections.abc import Collection, Hashable, Iterator, Sequence
@@ -35,7 +36,7 @@ from fxzero.pipelining.stages import Exports, Loss, Routes
 from fxzero.pipelining.transport import Transport
 from fxzero.ranks import Ranks
 from fxzero.runtime import IN_PLACE, Parameters
-from fxzero.sharding import is_spread, replace_tensors
+from fxzero.sharding import replace_tensors
 from fxzero.structure import flatten
 from fxzero.training_step import TrainingStep
 
@@ -82,7 +83,6 @@ class PipelinedModel:
 
     Args:
         mesh: of all ranks; the pipeline's are along "pp".
-        ranks: those that have the same stages and other data, if there are any.
         loss: from what the model returns to the scalar that is trained.
 
     Attributes:
@@ -90,12 +90,10 @@ class PipelinedModel:
             its backward in the last step.
     """
 
-    def __init__(
-        self, request: Pipeline, options: Options, mesh: Mesh, ranks: Ranks | None, loss: Loss
-    ) -> None:
+    def __init__(self, request: Pipeline, options: Options, mesh: Mesh, loss: Loss) -> None:
         self.request = request
         self.options = options
-        self.ranks = ranks
+        self.ranks: Ranks | None = None
         self.loss = loss
         self.line = Line.of(mesh)
         self.agreement = Agreement(mesh) if mesh.size > 1 else None
@@ -104,13 +102,17 @@ class PipelinedModel:
         self.steps = 0
         self.in_flight: dict[int, int] = {}
 
-    def step(self, model: nn.Module, view: nn.Module, batch: Batch) -> torch.Tensor:
+    def step(
+        self, model: nn.Module, view: nn.Module, batch: Batch, ranks: Ranks | None
+    ) -> torch.Tensor:
         """Forward and backward of one batch; returns the mean loss, the same on every rank.
 
         Args:
             view: the model as it was before it was compiled.
+            ranks: those that have the same stages and other data, if there are any.
         """
         self.steps += 1
+        self.ranks = ranks
         accumulates = any(p.grad is not None for p in model.parameters() if p.requires_grad)
         if self.agreement is not None:
             mode = "training" if model.training else "evaluation"
@@ -223,8 +225,8 @@ class PipelinedModel:
         elsewhere = {name for name, stages in owners if not set(mine) & set(stages)}
         made: dict[torch.Tensor, torch.Tensor] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name in elsewhere and not is_spread(tensor) and not tensor.is_meta:
-                nothing = torch.empty_like(tensor, device="meta")
+            if name in elsewhere and not tensor.is_meta:
+                nothing = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
                 is_parameter = isinstance(tensor, nn.Parameter)
                 made[tensor] = (
                     nn.Parameter(nothing, tensor.requires_grad) if is_parameter else nothing
@@ -232,7 +234,8 @@ class PipelinedModel:
         held = [weakref.ref(tensor) for tensor in made]
         replace_tensors(model, made)
         made.clear()
-        name, tensor = "", torch.empty(0)
+        del tensor
+        gc.collect()  # traces hold weights in cycles
         if count := sum(ref() is not None for ref in held):
             log.warning(
                 "%d tensors that other ranks train are still held, by an optimizer that was made "
