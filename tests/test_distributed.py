@@ -117,21 +117,25 @@ def test_a_budget_changes_nothing(pools):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("optimizer", "stages"), [("SGD", (0, 2)), ("AdamW", (1, 3))])
 @pytest.mark.parametrize("name", MODELS)
-def test_generated_code_differs_by_rounding(pools, name):
-    """Five steps of AdamW, which divides by rounding where a gradient is nothing else."""
-    # Batch norms have such gradients before them, and some of the mixed weights are bfloat16.
-    of_loss, of_parameters = {"resnet": (1e-3, 1e-2), "mixed_dtype": (1e-3, 2e-2)}.get(
-        name, (2e-6, 2e-4)
+def test_generated_code_differs_by_rounding(pools, name, optimizer, stages):
+    """From eager DDP no more than DDP with torch's own generated code does.
+
+    That is 1e-6 or less with SGD; AdamW divides by rounding where a gradient is nothing else.
+    """
+    given = {"name": name, "optimizer": optimizer, "timeout": 400}
+    eager = pools(2).run("rank_cases:by_ddp", **given)
+    loss, parameters = differences(
+        pools(2).run("rank_cases:by_ddp", generated=True, **given), eager
     )
-    theirs = pools(2).run("rank_cases:by_ddp", name=name)
-    for zero in (0, 2, 3):
-        given = {"zero": zero, "inner": "inductor", "timeout": 400}
-        losses, parameters = differences(
-            pools(2).run("rank_cases:by_fxzero", name=name, **given), theirs
-        )
-        assert losses <= of_loss
-        assert parameters <= of_parameters
+    for zero in stages:
+        ours = pools(2).run("rank_cases:by_fxzero", zero=zero, inner="inductor", **given)
+        our_loss, our_parameters = differences(ours, eager)
+        # Some of the mixed weights are bfloat16: a loss there has three digits.
+        assert our_loss <= max(2 * loss, 1e-3 if name == "mixed_dtype" else 1e-6)
+        assert our_parameters <= max(2 * parameters, 1e-6)
 
 
 @pytest.mark.parametrize(("zero", "exact"), [(0, True), (1, True), (2, False), (3, False)])
