@@ -87,6 +87,20 @@ def test_more_ranks_differ_by_rounding_and_repeat_themselves(pools, world, name)
     assert differences(*runs[1:]) == (0.0, 0.0)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("world", [3, 4])
+def test_all_stages_on_more_ranks_differ_by_rounding(pools, world, name):
+    given = {"name": name, "optimizer": "SGD", "timeout": 250}
+    theirs = pools(world).run("rank_cases:by_ddp", **given)
+    for zero in STAGES:
+        losses, parameters = differences(
+            pools(world).run("rank_cases:by_fxzero", zero=zero, **given), theirs
+        )
+        assert losses <= 2e-6, zero
+        assert parameters <= 1e-6, zero
+
+
 def test_gathers_run_side_by_side(pools):
     for answer in pools(2).run("rank_cases:gathers_side_by_side"):
         assert answer == "done"
