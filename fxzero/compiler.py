@@ -333,6 +333,8 @@ class _State:
         return state
 
     def latest_plan(self) -> Plan:
+        if self.pipeline is not None and self.pipeline.plan is not None:
+            return self.pipeline.plan
         if self.latest is not None:
             return self.latest.plan
         if self.plan is not None:

@@ -69,16 +69,16 @@ def rehearse(
         fixed_bytes: what lives throughout, the step's inputs included.
     """
     forward, backward = _torch.without_kernels(forward), _torch.without_kernels(backward)
-    with _torch.FakeTensorMode(allow_non_fake_inputs=True), _Counter(around.granularity) as counter:
-        inputs = [_like(node) for node in split.forward.graph.find_nodes(op="placeholder")]
+    with _torch.FakeTensorMode(allow_non_fake_inputs=True), Counter(around.granularity) as counter:
+        inputs = [example_of(node) for node in split.forward.graph.find_nodes(op="placeholder")]
         _, existing_nodes, tangent_nodes = split.backward_inputs()
-        existing = [_like(node) for node in existing_nodes]
+        existing = [example_of(node) for node in existing_nodes]
         counter.restart(fixed_bytes)
         results = forward(list(inputs))
         outputs = results[: split.output_count]
         saved = results[split.output_count :]
         forward_peak = counter.peak
-        tangents = [_like(node) for node in tangent_nodes]
+        tangents = [example_of(node) for node in tangent_nodes]
         if not around.outputs_held:
             (returned,) = split.forward.graph.find_nodes(op="output")
             nodes = returned.args[0][: split.output_count]
@@ -137,12 +137,13 @@ def _alive_in_code(peak: Peak, size: int, phase: str) -> Peak:
     return replace(peak, bytes=size, phase=phase, alive=alive)
 
 
-def _like(node: fx.Node) -> torch.Tensor:
+def example_of(node: fx.Node) -> torch.Tensor:
+    """A tensor like the node's value; fake under a FakeTensorMode."""
     value = node.meta["val"]
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
-class _Counter(_torch.TransparentDispatchMode):
+class Counter(_torch.TransparentDispatchMode):
     """Bytes of the fake storages that operators make inside the ``with`` block."""
 
     def __init__(self, granularity: int) -> None:

@@ -27,7 +27,7 @@ from fxzero.graph import InputRole, describe_all
 from fxzero.halves import run_in_halves
 from fxzero.inner import compile_split
 from fxzero.options import Options
-from fxzero.planner import Decided, Planner
+from fxzero.planner import Decided, Emitted, Planner
 from fxzero.plans import Plan
 from fxzero.randomness import RandomState
 from fxzero.ranks import Ranks
@@ -57,6 +57,7 @@ class TrainingStep:
         trace: makes what is trained, given the outputs that receive gradients (None: as ``capture``
             assumes); None: all of ``view`` is trained.
         in_halves: whether the backward may run in two parts, see ``run_in_halves``.
+        outputs_held: whether the caller keeps the outputs during the backward, as far as is known.
         sibling: the step that differs in that alone, if there is one: it shares its trace, and its
             plan where that fits.
 
@@ -78,6 +79,7 @@ class TrainingStep:
         sibling: TrainingStep | None = None,
         trace: Trace | None = None,
         in_halves: bool = False,
+        outputs_held: bool = True,
     ) -> None:
         self.options = options
         self.given = given
@@ -89,7 +91,7 @@ class TrainingStep:
         self._trace = trace
         self._in_halves = in_halves
         self._origin = weakref.ref(model)
-        self._outputs_held = True
+        self._outputs_held = outputs_held
         self._outputs_seen = False
         self._gradients_settled = False
         self._stale = False
@@ -109,6 +111,16 @@ class TrainingStep:
     def plan(self) -> Plan:
         self._follow_outputs()
         return self._decided.plan
+
+    @property
+    def emitted(self) -> Emitted:
+        """The graphs that run, and their timeline."""
+        return self._decided.emitted
+
+    @property
+    def executable(self) -> Executable:
+        """The functions that run them."""
+        return self._executable
 
     def run(self, leaves: Sequence[torch.Tensor], parameters: Parameters = IN_PLACE) -> Any:
         """The model's return value for flat inputs, attached to autograd."""
@@ -264,7 +276,7 @@ class TrainingStep:
 
     def _as_it_runs(self, decided: Decided) -> Decided:
         """The same with a plan that says what generated code needs."""
-        if self.options.inner == "eager":
+        if self.options.inner == "eager" or self._in_halves:
             return decided
         run = self._executable
         peaks = self._planner.rehearse(decided, run.forward, run.backward)

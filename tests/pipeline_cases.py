@@ -109,3 +109,27 @@ def differences(answers, expected):
                 largest.append(float((tensor.double() - tensors[name].double()).abs().max()))
     assert kept == tensors.keys()
     return max(largest)
+
+
+def measured_peak(name, budget=None, dtype=None, **pipeline):
+    """(measured, planned) peak of a step of this rank, and its loss."""
+    model, args, kwargs, loss = build(name)
+    model = fxzero.compile(
+        model,
+        args or kwargs,
+        pipeline=fxzero.Pipeline(**pipeline),
+        loss_fn=loss,
+        inner="eager",
+        memory_budget=budget,
+    )
+    mine = [p for p in model.parameters() if p.requires_grad and not p.is_meta]
+    optimizer = torch.optim.AdamW(mine, lr=1e-3)
+    losses = []
+
+    def step():
+        losses.append(model.step(*args, **kwargs).item())
+        optimizer.step()
+
+    step()
+    peaks = [fxzero.measure(step).tensor_bytes for _ in range(2)]
+    return min(peaks), model.plan.peak_bytes, losses

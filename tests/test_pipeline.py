@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from pipeline_cases import by_accumulation, by_pipeline, differences
+import torch
+from pipeline_cases import Mlp, build, by_accumulation, by_pipeline, differences
 from pool import Pool
 
+import fxzero
+from fxzero.errors import UsageError
 from fxzero.pipelining.schedules import NAMES
 
 pytestmark = [pytest.mark.timeout(300)]
@@ -45,11 +48,11 @@ def run(pool, name, schedule, **given):
     )
 
 
-@pytest.mark.parametrize("schedule", NAMES)
-@pytest.mark.parametrize(("name", "stages"), [("mlp", 2), ("unet", 3), ("tied", 4)])
+@pytest.mark.parametrize(
+    ("name", "stages", "schedule"),
+    [*(("mlp", 2, name) for name in NAMES), ("unet", 3, "1f1b"), ("tied", 4, "zb1p")],
+)
 def test_stages_on_one_rank_compute_what_the_model_does(expected, name, stages, schedule):
-    if schedule in ("zbv", "dualpipev"):
-        stages = 2
     given = {"schedule": schedule, "microbatches": MICROBATCHES, "stages": stages}
     answer = by_pipeline(name, **given)
     assert differences([answer], expected(name)) <= (1e-7 if name == "tied" else 0.0)
@@ -90,3 +93,73 @@ SHARED = {
     "encoder.embed_tokens.weight",
     "decoder.embed_tokens.weight",
 }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [("mlp", "zb1p"), ("tied", "1f1b"), ("unet", "zbv"), ("mlp", "interleaved1f1b")],
+)
+def test_a_rank_needs_what_is_planned(pool, name, schedule):
+    """In flight, waiting for weight gradients, on their way, and with weights that others share."""
+    given = {"name": name, "schedule": schedule, "microbatches": MICROBATCHES}
+    for measured, planned, _ in pool.run("pipeline_cases:measured_peak", **given):
+        assert 0.95 * planned - 256 <= measured <= planned
+
+
+@pytest.mark.slow
+def test_a_budget_holds_for_all_that_is_in_flight(pool):
+    given = {"name": "gpt2", "schedule": "1f1b", "microbatches": MICROBATCHES}
+    free = pool.run("pipeline_cases:measured_peak", **given)
+    budget = int(0.8 * free[0][1])
+    tight = pool.run("pipeline_cases:measured_peak", budget=budget, **given)
+    assert [losses for *_, losses in tight] == [losses for *_, losses in free]
+    for measured, planned, _ in tight:
+        assert 0.95 * planned <= measured <= planned <= budget
+    with pytest.raises(AssertionError, match=r"\[FXZ102\] no plan fits memory_budget=1\.00 MiB"):
+        pool.run("pipeline_cases:measured_peak", budget=2**20, **given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("zero", "schedule", "first"), [(0, "zb1p", False), (1, "1f1b", True), (3, "zbv", True)]
+)
+def test_pipelines_beside_each_other_share_the_work_of_sharding(expected, zero, schedule, first):
+    """Two pipelines of two ranks with the same data; in one case cut at the first step."""
+    given = {"sizes": {"pp": 2, "dp": 2}, "options": {"zero": zero}, "first": first}
+    with Pool(4) as four:
+        answers = run(four, "mlp", schedule, clip=0.05, **given)
+    assert differences(answers, expected("mlp", clip=0.05)) <= 1e-6
+    assert answers[0][2].keys() == answers[1][2].keys() != answers[2][2].keys()
+
+
+def test_what_a_pipeline_refuses():
+    model, args, _, _ = build("mlp")
+    with pytest.raises(UsageError, match="cannot be cut into 999 stages: it has"):
+        fxzero.compile(Mlp(), args, pipeline=999, inner="eager")
+    compiled = fxzero.compile(model, pipeline=2, inner="eager")
+    with pytest.raises(UsageError, match=r"call model\.step"):
+        compiled(*args)
+    with pytest.raises(UsageError, match="stages=0 must be a number, at least 1"):
+        fxzero.Pipeline(stages=0)
+    with pytest.raises(UsageError, match="2 cuts make 3 stages, not 2"):
+        fxzero.Pipeline(stages=2, cuts=("layers.1", "layers.2"))
+    with pytest.raises(UsageError, match=r"schedule.*did you mean"):
+        fxzero.Pipeline(schedule="1fb1")
+    with pytest.raises(UsageError, match="a batch of 16 has no 3 micro-batches"):
+        fxzero.compile(Mlp(), args, pipeline=fxzero.Pipeline(2, microbatches=3), inner="eager")
+
+
+def test_a_second_step_adds_to_gradients_and_other_shapes_are_cut_alike():
+    model, args, _, _ = build("mlp")
+    eager, *_ = build("mlp")
+    compiled = fxzero.compile(model, pipeline=fxzero.Pipeline(3, microbatches=2), inner="eager")
+    for _ in range(2):
+        compiled.step(*args)
+        eager(*args).backward()
+    small = tuple(value[:8] for value in args)
+    compiled.step(*small)
+    eager(*small).backward()
+    for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+    assert "trains stage 0, 1, 2" in compiled.plan.notes[-1]

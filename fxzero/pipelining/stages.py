@@ -23,6 +23,7 @@ from fxzero import _torch
 from fxzero.capture import Capture, Exported, check_devices, export, join, whole_parameters
 from fxzero.errors import UsageError
 from fxzero.pipelining.cutting import Ports, Row, Stage, memory_of
+from fxzero.pipelining.schedules import Schedule
 from fxzero.precision import Precision
 from fxzero.structure import flatten
 
@@ -216,3 +217,13 @@ def _call(node: fx.Node, target: Any, **options: Any) -> fx.Node:
     made = node.graph.call_function(target, (node,), options)
     made.meta = dict(node.meta)
     return made
+
+
+def shared_weights(routes: Routes, schedule: Schedule) -> dict[str, tuple[int, ...]]:
+    """For weights that stages of several ranks read, by name, these ranks."""
+    found = {}
+    for name, owners in routes.owners.items():
+        ranks = tuple(sorted({schedule.placement[stage] for stage in owners}))
+        if len(ranks) > 1:
+            found[name] = ranks
+    return found

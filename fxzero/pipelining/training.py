@@ -12,8 +12,8 @@ import contextlib
 import gc
 import logging
 import weakref
-from collections.abc import Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -29,15 +29,18 @@ from fxzero.microbatches import Batch
 from fxzero.options import Options, model_device
 from fxzero.pipelining.line import Line
 from fxzero.pipelining.planning import choose_cuts, named_cuts
+from fxzero.pipelining.rank_plan import plan_rank
 from fxzero.pipelining.request import Pipeline
 from fxzero.pipelining.runner import Runner
 from fxzero.pipelining.schedules import Schedule, make_schedule
-from fxzero.pipelining.stages import Exports, Loss, Routes
+from fxzero.pipelining.stages import Exports, Loss, Routes, shared_weights
 from fxzero.pipelining.transport import Transport
+from fxzero.plans import Plan
 from fxzero.ranks import Ranks
 from fxzero.runtime import IN_PLACE, Parameters
 from fxzero.sharding import replace_tensors
 from fxzero.structure import flatten
+from fxzero.timeline import tensor_bytes
 from fxzero.training_step import TrainingStep
 
 log = logging.getLogger(__name__)
@@ -68,6 +71,7 @@ class _Prepared:
     Attributes:
         captures: this rank's stages as they were traced.
         shared: for weights that stages of several ranks read, by name, these ranks.
+        budgets: of one micro-batch of each stage, once these are planned.
         steps: each stage's graphs, by what becomes of gradients.
     """
 
@@ -75,6 +79,7 @@ class _Prepared:
     schedule: Schedule
     captures: dict[int, Capture]
     shared: dict[str, tuple[int, ...]]
+    budgets: dict[int, int | None]
     steps: dict[tuple[int, bool, bool], TrainingStep]
 
 
@@ -98,7 +103,7 @@ class PipelinedModel:
         self.line = Line.of(mesh)
         self.agreement = Agreement(mesh) if mesh.size > 1 else None
         self.prepared: dict[Hashable, _Prepared] = {}
-        self.latest: TrainingStep | None = None
+        self.plan: Plan | None = None
         self.steps = 0
         self.in_flight: dict[int, int] = {}
 
@@ -120,12 +125,21 @@ class PipelinedModel:
             (wanted,) = self.agreement.on_step(described, [accumulates], f"step {self.steps}")
             accumulates = any(wanted)
         prepared = self.prepare(model, view, batch)
+        if not prepared.budgets:
+            self._together(lambda: self._plan(prepared, model, view, batch))
         try:
             return self._run(prepared, model, view, batch, accumulates)
         except RuntimeError as error:
             if self.agreement is None:
                 raise
             raise self.agreement.explained(error, f"step {self.steps}") from error
+
+    def _together(self, make: Callable[[], None]) -> None:
+        """What every rank does, or none: an error of one is one of all."""
+        if self.agreement is None:
+            make()
+        else:
+            self.agreement.on_result(make, lambda _: "")
 
     def prepare(self, model: nn.Module, view: nn.Module, batch: Batch) -> _Prepared:
         """Cuts the model for such batches, unless that was done."""
@@ -166,10 +180,10 @@ class PipelinedModel:
         captures = {stage: stages.capture(stage, self.options.inner) for stage in mine}
         del stages, exports  # they hold the weights of all stages
         self._release(model, routes, mine)
-        shared = _shared(routes, schedule)
+        shared = shared_weights(routes, schedule)
         for owners in sorted({*shared.values()}):
             self.line.connect(owners)
-        return _Prepared(routes, schedule, captures, shared, {})
+        return _Prepared(routes, schedule, captures, shared, {}, {})
 
     def _cuts(self, exports: Exports, microbatches: int) -> tuple[int, ...]:
         """Where the first rank cuts the model."""
@@ -294,27 +308,63 @@ class PipelinedModel:
         key = stage, kind.reduces, kind.accumulates
         if key not in prepared.steps:
             sibling = prepared.steps.get((stage, kind.reduces, not kind.accumulates))
-            prepared.steps[key] = TrainingStep(
-                model,
-                view,
-                tuple(given),
-                {},
-                self.options,
-                None,
-                self.ranks,
-                reduces=kind.reduces,
-                accumulates=kind.accumulates,
-                sibling=sibling,
-                trace=lambda _: prepared.captures[stage],
-                in_halves=prepared.schedule.splits_backward,
-            )
-        step = self.latest = prepared.steps[key]
+            budget = prepared.budgets.get(stage)
+            prepared.steps[key] = self._make(prepared, model, view, stage, kind, budget, sibling)
+        step = prepared.steps[key]
         parameters: Parameters = IN_PLACE
         if self.ranks is not None:
             parameters = self.ranks.step(reduces=kind.reduces, syncs=kind.syncs)
         if prepared.schedule.splits_backward:
             return step.run_in_halves(given, parameters)
         return step.run(given, parameters), None
+
+    def _make(
+        self,
+        prepared: _Prepared,
+        model: nn.Module,
+        view: nn.Module,
+        stage: int,
+        kind: _Kind,
+        budget: int | None,
+        sibling: TrainingStep | None = None,
+    ) -> TrainingStep:
+        captured = prepared.captures[stage]
+        leaves = [torch.empty(0, device="meta") for _ in captured.inputs.paths]
+        return TrainingStep(
+            model,
+            view,
+            tuple(leaves),
+            {},
+            replace(self.options, memory_budget=budget),
+            None,
+            self.ranks,
+            reduces=kind.reduces,
+            accumulates=kind.accumulates,
+            sibling=sibling,
+            trace=lambda _: captured,
+            in_halves=prepared.schedule.splits_backward,
+            outputs_held=False,
+        )
+
+    def _plan(self, prepared: _Prepared, model: nn.Module, view: nn.Module, batch: Batch) -> None:
+        """Plans this rank's stages, for the micro-batches between the first and the last."""
+        kind = self._kinds(max(prepared.schedule.microbatches, 3), True, model)[1]
+
+        def make(stage: int, budget: int | None) -> TrainingStep:
+            return self._make(prepared, model, view, stage, kind, budget)
+
+        planned = plan_rank(
+            make,
+            prepared.schedule,
+            self.line.rank,
+            prepared.routes,
+            tensor_bytes(batch.leaves),
+            self.options.memory_budget,
+        )
+        self.plan = planned.plan
+        for stage, step in planned.steps.items():
+            prepared.steps[stage, kind.reduces, kind.accumulates] = step
+            prepared.budgets[stage] = step.options.memory_budget
 
     @contextlib.contextmanager
     def _shared_added_up(self, prepared: _Prepared, model: nn.Module) -> Iterator[None]:
@@ -346,13 +396,3 @@ def _key(model: nn.Module, batch: Batch) -> Hashable:
         tuple(p.requires_grad for p in model.parameters()),
         _torch.autocast_state(),
     )
-
-
-def _shared(routes: Routes, schedule: Schedule) -> dict[str, tuple[int, ...]]:
-    """For weights that stages of several ranks read, by name, these ranks."""
-    found = {}
-    for name, owners in routes.owners.items():
-        ranks = tuple(sorted({schedule.placement[stage] for stage in owners}))
-        if len(ranks) > 1:
-            found[name] = ranks
-    return found

@@ -49,6 +49,37 @@ def sent_by(action: Action, routes: Routes) -> list[Message]:
     return [Message(value.name, True, here, value.stage, microbatch) for value in values]
 
 
+class Unread:
+    """What was sent to other ranks, until it is certain that they have read it.
+
+    A message is read by an action that needs it; that has happened when its rank has sent what it
+    sends later.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.placement = schedule.placement
+        self.place: dict[tuple[bool, int, int], int] = {}
+        for order in schedule.orders:
+            for place, action in enumerate(order):
+                if action.kind is not Kind.WEIGHT_GRADIENT:
+                    backward = action.kind is not Kind.FORWARD
+                    self.place[backward, action.stage, action.microbatch] = place
+        self.items: dict[int, list[tuple[int, Any]]] = {}
+
+    def add(self, message: Message, item: Any) -> None:
+        """Something to keep until the message is read."""
+        read_at = self.place[message.is_gradient, message.target, message.microbatch]
+        self.items.setdefault(self.placement[message.target], []).append((read_at, item))
+
+    def heard(self, message: Message) -> list[Any]:
+        """What is certain to have been read when this message has come."""
+        rank = self.placement[message.source]
+        now = self.place[message.is_gradient, message.source, message.microbatch]
+        items = self.items.pop(rank, [])
+        self.items[rank] = [entry for entry in items if entry[0] > now]
+        return [item for read_at, item in items if read_at <= now]
+
+
 class Transport:
     """One rank's messages in one step.
 
@@ -70,7 +101,7 @@ class Transport:
         self.passed: Mapping[str, Passed] = routes.passed
         self.ranks, self.rank, self.group, self.device = ranks, rank, group, device
         self.here: dict[Message, torch.Tensor] = {}
-        self.leaving: deque[tuple[Any, torch.Tensor]] = deque()
+        self.unread = Unread(schedule)
         self.expected: dict[int, deque[Message]] = {}
         self.coming: dict[int, deque[tuple[Message, Any, torch.Tensor]]] = {}
         for source, order in enumerate(schedule.orders):
@@ -85,11 +116,9 @@ class Transport:
         if target == self.rank:
             self.here[message] = tensor
             return
-        while self.leaving and self.leaving[0][0].is_completed():
-            self.leaving.popleft()
         tensor = tensor.contiguous()
         work = dist.isend(tensor, self.ranks[target], group=self.group)
-        self.leaving.append((work, tensor))
+        self.unread.add(message, (work, tensor))
 
     def receive(self, message: Message) -> torch.Tensor:
         """Waits for a message."""
@@ -97,13 +126,17 @@ class Transport:
         while message not in self.here:
             self._await_next(source)
         if source != self.rank:
+            for work, _ in self.unread.heard(message):
+                work.wait()
             self._expect(source, _AHEAD)
         return self.here.pop(message)
 
     def finish(self) -> None:
         """Waits until all that was sent has left."""
-        while self.leaving:
-            self.leaving.popleft()[0].wait()
+        for items in self.unread.items.values():
+            for _, (work, _) in items:
+                work.wait()
+            items.clear()
 
     def _await_next(self, source: int) -> None:
         self._expect(source, 1)

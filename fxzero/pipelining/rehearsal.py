@@ -1,0 +1,191 @@
+"""The most bytes that a rank holds in a step, found by playing its part on fake tensors.
+
+What a rank holds depends on how many micro-batches its stages have in flight, on what waits for
+weight gradients, and on what the functions that run hold themselves.  So the rank's actions are
+played in their order with these very functions, on tensors without memory (``fxzero/rehearsal.py``
+counts them).  Weights, their gradients and optimizer states, and the batch, are there throughout.
+
+    F0.0 F0.1 B0.0 ...    what two forwards left, and the first backward beside it
+
+Others may be slow to read what was sent: it counts until it is certain that they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxzero import _torch
+from fxzero.passes.partition import Split
+from fxzero.pipelining.schedules import Action, Kind, Schedule
+from fxzero.pipelining.stages import Routes
+from fxzero.pipelining.transport import Message, Unread, sent_by
+from fxzero.rehearsal import Counter, example_of
+from fxzero.runtime import Executable
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage as its rank runs it.
+
+    Attributes:
+        split: the graphs of a micro-batch that adds to gradients.
+        executable: the functions that run them.
+    """
+
+    split: Split
+    executable: Executable
+
+
+def rehearse_rank(
+    schedule: Schedule,
+    rank: int,
+    routes: Routes,
+    parts: Mapping[int, Part],
+    static_bytes: int,
+    granularity: int = 1,
+) -> int:
+    """The rank's peak in forwards and backwards.
+
+    Raises whatever generated code does that cannot run on fake tensors.
+
+    Args:
+        parts: of each of the rank's stages.
+        static_bytes: what lives throughout.
+    """
+    with _torch.FakeTensorMode(allow_non_fake_inputs=True), Counter(granularity) as counter:
+        play = _Play(schedule, rank, routes, parts)
+        counter.restart(static_bytes)
+        for action in schedule.orders[rank]:
+            play.perform(action)
+        peak: int = counter.peak
+    return peak
+
+
+class _Play:
+    """A rank's stages on fake tensors."""
+
+    def __init__(
+        self, schedule: Schedule, rank: int, routes: Routes, parts: Mapping[int, Part]
+    ) -> None:
+        self.schedule, self.rank, self.routes, self.parts = schedule, rank, routes, parts
+        self.static = {stage: _static(part.split) for stage, part in parts.items()}
+        self.existing = {
+            stage: [example_of(node) for node in part.split.backward_inputs()[1]]
+            for stage, part in parts.items()
+        }
+        self.functions = {stage: _functions(part.executable) for stage, part in parts.items()}
+        self.here: dict[Message, torch.Tensor] = {}
+        self.unread = Unread(schedule)
+        self.saved: dict[tuple[int, int], list[Any]] = {}
+        self.received: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self.waiting: dict[tuple[int, int], list[Any]] = {}
+
+    def perform(self, action: Action) -> None:
+        """One action, as ``Runner`` does it."""
+        if action.kind is Kind.FORWARD:
+            self._forward(action)
+        if action.kind in (Kind.INPUT_GRADIENT, Kind.BACKWARD):
+            self._input_gradient(action)
+        if action.kind in (Kind.WEIGHT_GRADIENT, Kind.BACKWARD):
+            self._weight_gradient(action)
+
+    def _forward(self, action: Action) -> None:
+        stage, key = action.stage, (action.stage, action.microbatch)
+        split, ports = self.parts[stage].split, self.routes.ports[stage]
+        names = iter(ports.received)
+        count = len(ports.leaves)
+        received, arguments = [], []
+        nodes = split.forward.graph.find_nodes(op="placeholder")
+        for role, node, value in zip(split.inputs, nodes, self.static[stage], strict=True):
+            if role.kind != "input" or role.index < count:
+                arguments.append(value)
+                continue
+            name = next(names)
+            message = Message(name, False, self.routes.passed[name].stage, stage, action.microbatch)
+            received.append(self._arrived(message, node))
+            arguments.append(received[-1])
+        results = self.functions[stage]["forward"](arguments)
+        outputs, self.saved[key] = results[: split.output_count], results[split.output_count :]
+        self.received[key] = received
+        results.clear()
+        self._send(action, dict(zip(ports.sent, outputs, strict=False)))
+
+    def _input_gradient(self, action: Action) -> None:
+        stage, key = action.stage, (action.stage, action.microbatch)
+        split, executable = self.parts[stage].split, self.parts[stage].executable
+        tangents = []
+        sent = self.routes.ports[stage].sent
+        for output, node in zip(split.tangents, split.backward_inputs()[2], strict=True):
+            if output < len(sent):
+                readers = self.routes.passed[sent[output]].readers
+                for reader in reversed(readers):
+                    message = Message(sent[output], True, reader, stage, action.microbatch)
+                    found = self._arrived(message, node)
+                tangents.append(found)
+            else:
+                tangents.append(example_of(node))
+        arguments = [*self.saved.pop(key), *self.existing[stage], *tangents]
+        tangents.clear()
+        run = self.functions[stage]
+        if (halves := executable.halves) is not None:
+            taken = [arguments[i] for i in halves.first_takes]
+            kept = [arguments[i] for i in halves.second_takes]
+            arguments.clear()
+            made = run["first"](taken)
+            count = len(halves.first_returns)
+            gradients = dict(zip(halves.first_returns, made[:count], strict=True))
+            self.waiting[key] = [*made[count:], *kept]
+            made.clear()
+        else:
+            gradients = dict(enumerate(run["backward"](arguments)))
+        inputs = [
+            gradients.get(at)
+            for role, at in zip(split.inputs, split.gradients, strict=True)
+            if role.kind == "input" and at is not None
+        ]
+        del self.received[key]
+        names = [name for name in self.routes.ports[stage].received]
+        trained = [name for name in names if self.routes.passed[name].trains]
+        self._send(action, dict(zip(trained, inputs, strict=False)))
+
+    def _weight_gradient(self, action: Action) -> None:
+        waiting = self.waiting.pop((action.stage, action.microbatch), None)
+        if waiting is not None:
+            self.functions[action.stage]["second"](waiting)
+
+    def _arrived(self, message: Message, node: fx.Node) -> torch.Tensor:
+        found = self.here.pop(message, None)
+        if found is not None:
+            return found
+        if self.schedule.placement[message.source] != self.rank:
+            self.unread.heard(message)
+        return example_of(node)
+
+    def _send(self, action: Action, values: Mapping[str, Any]) -> None:
+        """Keeps what stages of the same rank will read, and for a while what leaves."""
+        for message in sent_by(action, self.routes):
+            value = values.get(message.value)
+            if value is None:
+                continue
+            if self.schedule.placement[message.target] == self.rank:
+                self.here[message] = value
+            else:
+                self.unread.add(message, value)
+
+
+def _static(split: Split) -> list[torch.Tensor]:
+    """Examples of all that the forward takes."""
+    return [example_of(node) for node in split.forward.graph.find_nodes(op="placeholder")]
+
+
+def _functions(executable: Executable) -> dict[str, Any]:
+    functions: dict[str, Any] = {"forward": executable.forward, "backward": executable.backward}
+    if executable.halves is not None:
+        functions |= {"first": executable.halves.first, "second": executable.halves.second}
+        del functions["backward"]
+    return {name: _torch.without_kernels(function) for name, function in functions.items()}
