@@ -7,8 +7,9 @@ chooses.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 from torch import fx
@@ -17,7 +18,7 @@ from fxzero.cost import CostModel
 from fxzero.errors import UsageError, unknown_option
 from fxzero.pipelining.balance import partition
 from fxzero.pipelining.profile import Profile, profile
-from fxzero.pipelining.schedules import Schedule, make_schedule
+from fxzero.pipelining.schedules import StageTimes, make_schedule
 from fxzero.pipelining.simulation import simulate
 from fxzero.pipelining.stages import Exports
 
@@ -33,15 +34,26 @@ class Choice:
 
     Attributes:
         cuts: positions in the row of operators.
-        schedule: what each rank does.
+        times: of each stage, modelled.
         seconds: the modelled time of a step.
         bubble: the share of it in which ranks are idle.
     """
 
     cuts: tuple[int, ...]
-    schedule: Schedule
+    times: tuple[StageTimes, ...]
     seconds: float
     bubble: float
+
+    def to_json(self) -> str:
+        """Text for ``from_json``."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Choice:
+        """What another rank chose."""
+        data = json.loads(text)
+        times = tuple(StageTimes(**each) for each in data["times"])
+        return cls(tuple(data["cuts"]), times, data["seconds"], data["bubble"])
 
 
 def choose_cuts(
@@ -53,14 +65,16 @@ def choose_cuts(
     microbatches: int,
     inner: str,
     costs: CostModel,
+    modules: Sequence[str] = (),
 ) -> Choice:
     """The cuts whose step takes the least time, by the model.
 
     Args:
         name: of the schedule.
+        modules: submodules before which to cut instead.
 
     Raises:
-        UsageError: the model has fewer places to cut than stages.
+        UsageError: the model has fewer places to cut than stages, or cannot be cut there.
     """
     row, prices = exports.row, profile(exports, inner, costs)
     if stages - 1 > len(row.cuts):
@@ -69,31 +83,33 @@ def choose_cuts(
             f"cut\n  ask for {len(row.cuts) + 1} stages or fewer"
         )
     bytes_across = {cut: row.bytes_across(cut) for cut in row.cuts}
-    narrow = _narrow(prices, bytes_across)
-    bounds = [0, *(narrow if len(narrow) >= stages - 1 else row.cuts), len(row.work)]
     link = costs.hardware
-    transfer = {
-        cut: len(row.values_across(cut)) * link.latency + size / link.network
-        for cut, size in bytes_across.items()
-    }
 
     def send(cut: int) -> float:
-        return transfer.get(cut, 0.0)
+        if cut not in bytes_across:
+            return 0.0
+        return len(row.values_across(cut)) * link.latency + bytes_across[cut] / link.network
+
+    def played(cuts: tuple[int, ...]) -> Choice:
+        return _play(prices, cuts, name, ranks, microbatches, [send(cut) for cut in cuts])
+
+    if modules:
+        return played(named_cuts(exports, modules))
+    narrow = _narrow(prices, bytes_across)
+    bounds = [0, *(narrow if len(narrow) >= stages - 1 else row.cuts), len(row.work)]
+    transfer = [send(bound) for bound in bounds]
 
     def seconds(start: int, stop: int, in_flight: int) -> float:
         times = prices.times(bounds[start], bounds[stop])
         work = times.forward + times.input_gradient + times.weight_gradient
-        return work + send(bounds[start]) + send(bounds[stop])
+        return work + transfer[start] + transfer[stop]
 
     found = partition(len(bounds) - 1, stages, microbatches, seconds, keep=_CANDIDATES)
-    choices = []
-    for candidate in found:
-        cuts = tuple(bounds[unit] for unit in candidate.cuts)
-        choices.append(play(prices, cuts, name, ranks, microbatches, [send(cut) for cut in cuts]))
+    choices = [played(tuple(bounds[unit] for unit in candidate.cuts)) for candidate in found]
     return min(choices, key=lambda choice: (choice.seconds, choice.cuts))
 
 
-def play(
+def _play(
     prices: Profile,
     cuts: Sequence[int],
     name: str,
@@ -103,10 +119,10 @@ def play(
 ) -> Choice:
     """What the simulator says of cuts."""
     bounds = [0, *cuts, len(prices.forward) - 1]
-    times = [prices.times(start, stop) for start, stop in pairwise(bounds)]
+    times = tuple(prices.times(start, stop) for start, stop in pairwise(bounds))
     schedule = make_schedule(name, ranks, microbatches, len(times), times)
     played = simulate(schedule, times, transfers)
-    return Choice(tuple(cuts), schedule, played.step_seconds, played.bubble)
+    return Choice(tuple(cuts), times, played.step_seconds, played.bubble)
 
 
 def _narrow(prices: Profile, bytes_across: dict[int, int]) -> list[int]:

@@ -72,6 +72,9 @@ def profile(exports: Exports, inner: str, costs: CostModel) -> Profile:
         else:
             kind = late if node in trailing else early
         kind[at] += costs.price(node).seconds
+    weights = _weights(exports)
+    for at, size in enumerate(weights):  # added to the gradient of earlier micro-batches
+        late[at] += 3 * size / costs.hardware.bandwidth * costs.scale
     saved = [0] * len(row.work)
     for node, size in _kept(graph).items():
         if node in origin:
@@ -81,7 +84,7 @@ def profile(exports: Exports, inner: str, costs: CostModel) -> Profile:
         input_gradient=tuple(accumulate(early, initial=0.0)),
         weight_gradient=tuple(accumulate(late, initial=0.0)),
         saved=tuple(accumulate(saved, initial=0)),
-        weights=tuple(accumulate(_weights(exports), initial=0)),
+        weights=tuple(accumulate(weights, initial=0)),
     )
 
 

@@ -28,7 +28,7 @@ from fxzero.mesh import Mesh
 from fxzero.microbatches import Batch
 from fxzero.options import Options, model_device
 from fxzero.pipelining.line import Line
-from fxzero.pipelining.planning import choose_cuts, named_cuts
+from fxzero.pipelining.planning import Choice, choose_cuts
 from fxzero.pipelining.rank_plan import plan_rank
 from fxzero.pipelining.request import Pipeline
 from fxzero.pipelining.runner import Runner
@@ -42,6 +42,7 @@ from fxzero.sharding import replace_tensors
 from fxzero.structure import flatten
 from fxzero.timeline import tensor_bytes
 from fxzero.training_step import TrainingStep
+from fxzero.units import format_seconds
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +70,14 @@ class _Prepared:
     """What trains batches of some shapes.
 
     Attributes:
+        choice: where the model was cut, and what the first rank expects of it.
         captures: this rank's stages as they were traced.
         shared: for weights that stages of several ranks read, by name, these ranks.
         budgets: of one micro-batch of each stage, once these are planned.
         steps: each stage's graphs, by what becomes of gradients.
     """
 
+    choice: Choice
     routes: Routes
     schedule: Schedule
     captures: dict[int, Capture]
@@ -171,9 +174,11 @@ class PipelinedModel:
         count = self._microbatches(batch)
         args, kwargs = next(batch.cut(count))
         exports = Exports(view, args, kwargs, loss=self.loss, precision=self.options.precision)
-        cuts = self._cuts(exports, count)
-        schedule = make_schedule(self.request.schedule, self.line.size, count, len(cuts) + 1)
-        stages = exports.cut(cuts)
+        choice = self._choose(exports, count)
+        schedule = make_schedule(
+            self.request.schedule, self.line.size, count, len(choice.times), choice.times
+        )
+        stages = exports.cut(choice.cuts)
         routes = stages.routes
         self._check_weights(routes)
         mine = schedule.stages_of(self.line.rank)
@@ -183,33 +188,30 @@ class PipelinedModel:
         shared = shared_weights(routes, schedule)
         for owners in sorted({*shared.values()}):
             self.line.connect(owners)
-        return _Prepared(routes, schedule, captures, shared, {}, {})
+        return _Prepared(choice, routes, schedule, captures, shared, {}, {})
 
-    def _cuts(self, exports: Exports, microbatches: int) -> tuple[int, ...]:
+    def _choose(self, exports: Exports, microbatches: int) -> Choice:
         """Where the first rank cuts the model."""
+        request = self.request
 
         def choose() -> str:
-            if self.request.cuts:
-                cuts = named_cuts(exports, self.request.cuts)
-            else:
-                device = model_device(exports.exported.model)
-                choice = choose_cuts(
-                    exports,
-                    name=self.request.schedule,
-                    ranks=self.line.size,
-                    stages=self._stages(),
-                    microbatches=microbatches,
-                    inner=self.options.inner,
-                    costs=cost_model(device, fused=self.options.inner == "inductor"),
-                )
-                log.info("%s", choice)
-                cuts = choice.cuts
-            return ",".join(map(str, cuts))
+            device = model_device(exports.exported.model)
+            choice = choose_cuts(
+                exports,
+                name=request.schedule,
+                ranks=self.line.size,
+                stages=self._stages(),
+                microbatches=microbatches,
+                inner=self.options.inner,
+                costs=cost_model(device, fused=self.options.inner == "inductor"),
+                modules=request.cuts,
+            )
+            return choice.to_json()
 
         if self.prepared:
-            return next(iter(self.prepared.values())).routes.cuts
+            return next(iter(self.prepared.values())).choice
         text = choose() if self.agreement is None else self.agreement.of_first(choose)
-        return tuple(map(int, text.split(","))) if text else ()
+        return Choice.from_json(text)
 
     def _stages(self) -> int:
         known = self.request.known_stages
@@ -361,7 +363,10 @@ class PipelinedModel:
             tensor_bytes(batch.leaves),
             self.options.memory_budget,
         )
-        self.plan = planned.plan
+        choice = prepared.choice
+        note = f"modelled step {format_seconds(choice.seconds)}, {choice.bubble:.1%} of it idle"
+        plan = planned.plan
+        self.plan = replace(plan, step_seconds=choice.seconds, notes=(*plan.notes, note))
         for stage, step in planned.steps.items():
             prepared.steps[stage, kind.reduces, kind.accumulates] = step
             prepared.budgets[stage] = step.options.memory_budget
