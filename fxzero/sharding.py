@@ -222,11 +222,8 @@ def _broadcast(tensor: torch.Tensor, group: Any) -> None:
 
 def shard_parameters(model: nn.Module, shards: Shards) -> None:
     """Replaces the model's parameters by shards in arenas."""
-    parameters = list(model.parameters())
-    # Where some are on the meta device and others are not, other ranks' stages have taken them.
-    partly = any(p.is_meta for p in parameters) and not all(p.is_meta for p in parameters)
-    found = [p for p in parameters if not is_spread(p) and not (partly and p.is_meta)]
-    parameters.clear()
+    elsewhere = ids_elsewhere(model)
+    found = [p for p in model.parameters() if not is_spread(p) and id(p) not in elsewhere]
     old = [weakref.ref(p) for p in found]
     whole = {p: nn.Parameter(shards.whole(p.detach()), p.requires_grad) for p in found}
     replace_tensors(model, whole | _arenas([p for p in found if may_shard(p)], shards))
@@ -239,6 +236,16 @@ def shard_parameters(model: nn.Module, shards: Shards) -> None:
             "optimizer that was made before fxzero.compile would not train the model",
             held,
         )
+
+
+def ids_elsewhere(model: nn.Module) -> set[int]:
+    """Ids of parameters and buffers that only other ranks of a pipeline have.
+
+    They are on the meta device while others are not.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    meta = {id(tensor) for tensor in tensors if tensor.is_meta}
+    return set() if len(meta) == len({*map(id, tensors)}) else meta
 
 
 def replace_tensors(model: nn.Module, made: Mapping[Any, torch.Tensor]) -> None:

@@ -133,3 +133,33 @@ def measured_peak(name, budget=None, dtype=None, **pipeline):
     step()
     peaks = [fxzero.measure(step).tensor_bytes for _ in range(2)]
     return min(peaks), model.plan.peak_bytes, losses
+
+
+def saved_and_loaded(root, name, load, sizes=None, **pipeline):
+    """(what the rank has after a step or a load, losses of two steps behind it)."""
+    model, args, kwargs, loss = build(name)
+    if load:  # other values than those that were saved
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+    mesh = sizes and init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    asked = fxzero.Pipeline(**pipeline) if pipeline else None
+    given = {"loss_fn": loss, "inner": "eager", "recompute": "none", "mesh": mesh}
+    given |= {} if asked else {"microbatches": 4}
+    model = fxzero.compile(model, args or kwargs, pipeline=asked, **given)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+
+    def step():
+        optimizer.zero_grad()
+        found = model.step(*args, **kwargs).item()
+        optimizer.step()
+        return found
+
+    if load:
+        assert fxzero.checkpoint.load(root, model, optimizer).step == 1
+    else:
+        step()
+        fxzero.checkpoint.save(root, model, optimizer, step=1)
+    have = {n: whole(t) for n, t in model.state_dict().items() if not t.is_meta}
+    return have, [step(), step()]

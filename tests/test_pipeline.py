@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pipeline_cases import Mlp, build, by_accumulation, by_pipeline, differences
+from pipeline_cases import (
+    Mlp,
+    build,
+    by_accumulation,
+    by_pipeline,
+    differences,
+    saved_and_loaded,
+)
 from pool import Pool
 
 import fxzero
@@ -150,6 +157,14 @@ def test_what_a_pipeline_refuses():
         fxzero.compile(Mlp(), args, pipeline=fxzero.Pipeline(2, microbatches=3), inner="eager")
 
 
+def test_weights_of_some_stages_are_not_exported_as_a_model(tmp_path):
+    model, *_ = build("mlp")
+    model.layers[0].to("meta")
+    with pytest.raises(UsageError, match="the stages of this model are on several ranks"):
+        fxzero.checkpoint.export_safetensors(model, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_second_step_adds_to_gradients_and_other_shapes_are_cut_alike():
     model, args, _, _ = build("mlp")
     eager, *_ = build("mlp")
@@ -164,3 +179,22 @@ def test_a_second_step_adds_to_gradients_and_other_shapes_are_cut_alike():
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
     assert "trains stage 0, 1, 2" in compiled.plan.notes[-2]
     assert "of it idle" in compiled.plan.notes[-1]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_loads_with_other_stages_and_without_any(pool, tmp_path):
+    """Tied weights are on two ranks; what one rank lacks another has."""
+    given = {"name": "tied", "root": str(tmp_path), "microbatches": 4}
+    task = "pipeline_cases:saved_and_loaded"
+    saved = pool.run(task, load=False, schedule="1f1b", **given)
+    again = pool.run(task, load=True, schedule="1f1b", **given)
+    other = pool.run(task, load=True, schedule="zbv", **given)
+    alone = saved_and_loaded(str(tmp_path), "tied", load=True)
+    with Pool(4) as four:
+        sharded = four.run(task, load=True, schedule="zb1p", sizes={"pp": 2, "dp": 2}, **given)
+    state = {name: value for have, _ in saved for name, value in have.items()}
+    for have, losses in (*again, *other, alone, *sharded):
+        assert all(torch.equal(value, state[name]) for name, value in have.items())
+        assert losses == pytest.approx(saved[0][1], abs=1e-5)
+    assert [losses for _, losses in again] == [losses for _, losses in saved]
+    assert alone[0].keys() == state.keys()

@@ -4,6 +4,8 @@
     optimizer.<name>.<state>      the optimizer's state of a parameter, such as exp_avg
     rng.<rank>.<device>           states of random generators
 
+Ranks of a pipeline each have those of their stages.
+
 A tensor under several names (tied weights) is written once, under the first of them.
 """
 
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 
 from fxzero.errors import CheckpointError
+from fxzero.sharding import ids_elsewhere
 
 Tensors = dict[str, torch.Tensor]
 _JSON = (bool, int, float, str, type(None))
@@ -35,8 +38,13 @@ class Contents:
 
 
 def model_tensors(model: nn.Module) -> Tensors:
-    """The model's parameters and buffers that are saved, each once."""
-    return {f"model.{names[0]}": tensor.detach() for names, tensor in named_tensors(model)}
+    """The model's parameters and buffers that this rank has and that are saved, each once."""
+    elsewhere = ids_elsewhere(model)
+    return {
+        f"model.{names[0]}": tensor.detach()
+        for names, tensor in named_tensors(model)
+        if id(tensor) not in elsewhere
+    }
 
 
 def named_tensors(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from fxzero.checkpoint.contents import Tensors, named_tensors
 from fxzero.checkpoint.team import Team
-from fxzero.errors import CheckpointError
-from fxzero.sharding import padded_rows
+from fxzero.errors import CheckpointError, UsageError
+from fxzero.sharding import ids_elsewhere, padded_rows
 
 _ONE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -44,7 +44,11 @@ def export_safetensors(
 
     Returns:
         The directory.
+
+    Raises:
+        UsageError: the model's stages are on several ranks.
     """
+    _check_whole(model)
     directory, team = Path(directory), Team.of_all()
     try:
         team.lead(lambda: directory.mkdir(parents=True, exist_ok=True))
@@ -67,6 +71,14 @@ def export_safetensors(
     finally:
         team.close()
     return directory
+
+
+def _check_whole(model: nn.Module) -> None:
+    if ids_elsewhere(model):
+        raise UsageError(
+            "the stages of this model are on several ranks, and files of weights are of whole ones"
+            "\n  save a fxzero checkpoint: it loads without a pipeline, and such a model is whole"
+        )
 
 
 def load_safetensors(model: nn.Module, directory: str | Path) -> None:
@@ -116,8 +128,10 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 @torch.no_grad()
 def _load(model: nn.Module, source: Path) -> None:
-    where = _places(source)
+    where, elsewhere = _places(source), ids_elsewhere(model)
     for names, tensor in named_tensors(model):
+        if id(tensor) in elsewhere:
+            continue
         found = next((name for name in names if name in where), None)
         if found is None:
             raise CheckpointError(f"{source} has no weight called {' or '.join(names)}")

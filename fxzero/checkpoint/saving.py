@@ -35,6 +35,7 @@ from fxzero.checkpoint.contents import (
     Tensors,
     empty_like_saved,
     model_tensors,
+    named_tensors,
     optimizer_contents,
     restore_optimizer,
 )
@@ -54,6 +55,7 @@ from fxzero.checkpoint.directories import (
 from fxzero.checkpoint.team import Team
 from fxzero.errors import CheckpointError, UsageError
 from fxzero.randomness import RandomState
+from fxzero.sharding import ids_elsewhere
 
 
 @dataclass(frozen=True)
@@ -229,10 +231,12 @@ def _prepare(
     tensors = model_tensors(model)
     optimized = Contents({}, {}) if optimizer is None else optimizer_contents(model, optimizer)
     team = Team.of_all()
-    if not team.leads:
-        # Buffers (running statistics) are each rank's own; the first one's are saved.
-        for name, _ in model.named_buffers():
-            tensors.pop(f"model.{name}", None)
+    # Buffers (running statistics) are each rank's own; those of the first that has them are saved.
+    buffers = [f"model.{name}" for name, _ in model.named_buffers()]
+    holders = team.collect(lambda: [name for name in buffers if name in tensors])
+    for name in buffers:
+        if any(name in held for held in holders[: team.rank]):
+            tensors.pop(name, None)
     random = {f"rng.{team.rank}.{kind}": state for kind, state in _random_state().items()}
     contents = Contents({**tensors, **optimized.tensors, **random}, optimized.settings)
     plan = _plan_hash(model)
@@ -319,7 +323,8 @@ def _targets(
 ) -> Tensors:
     """Where each tensor of the checkpoint goes."""
     targets = model_tensors(model)
-    _check_names({name for name in saved if name.startswith("model.")}, set(targets))
+    known = {f"model.{names[0]}" for names, _ in named_tensors(model)}
+    _check_names({name for name in saved if name.startswith("model.")}, known)
     for name, tensor in targets.items():
         if saved[name][0] != tuple(tensor.shape):
             raise CheckpointError(
@@ -330,7 +335,8 @@ def _targets(
         return targets
     if "groups" not in state["optimizer"]:
         raise CheckpointError("the checkpoint was saved without an optimizer")
-    parameters = dict(model.named_parameters())
+    elsewhere = ids_elsewhere(model)
+    parameters = {n: p for n, p in model.named_parameters() if id(p) not in elsewhere}
     for name, (shape, dtype) in saved.items():
         if name.startswith("optimizer."):
             parameter = parameters.get(name.removeprefix("optimizer.").rpartition(".")[0])
