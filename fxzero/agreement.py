@@ -29,6 +29,7 @@ _PATIENCE = timedelta(minutes=30)
 _ANSWER = 2.0
 # What the errors of failed collectives say.
 _OF_COLLECTIVES = ("gloo", "Gloo", "NCCL", "onnection", "Timed out", "timed out", "Broken pipe")
+_ALIKE = "give every rank the same model, and inputs of the same shapes: pad them"
 
 
 class Agreement:
@@ -102,8 +103,18 @@ class Agreement:
                 return silent
             time.sleep(0.05)
 
-    def on_result(self, make: Callable[[], Any], digest: Callable[[Any], str]) -> Any:
+    def on_result(
+        self,
+        make: Callable[[], Any],
+        digest: Callable[[Any], str],
+        differing: str = "ranks do not have the same graph",
+        advice: str = _ALIKE,
+    ) -> Any:
         """What ``make`` returns, if it returns on all ranks and digests are equal.
+
+        Args:
+            differing: what the error says where they are not, before the digests.
+            advice: what it says behind them.
 
         Raises:
             FxzeroError: it failed here.
@@ -119,7 +130,7 @@ class Agreement:
             raise
         answers = self._collect(digest(made))
         if len(set(answers)) > 1:
-            self._refuse("ranks do not have the same graph", answers)
+            self._refuse(differing, answers, advice)
         return made
 
     def of_first(self, make: Callable[[], Any]) -> Any:
@@ -144,14 +155,14 @@ class Agreement:
         dist.all_gather_object(answers, text, group=self.group)
         return answers
 
-    def _refuse(self, what: str, answers: list[str]) -> None:
+    def _refuse(self, what: str, answers: list[str], advice: str = _ALIKE) -> None:
         lines = [f"{what}; no collective was started"]
         by_answer: dict[str, list[int]] = {}
         for rank, answer in zip(self.ranks, answers, strict=True):
             by_answer.setdefault(answer, []).append(rank)
         for answer, ranks in by_answer.items():
             lines.append(f"  rank {', '.join(map(str, ranks))}: {answer}")
-        lines.append("  give every rank the same model, and inputs of the same shapes: pad them")
+        lines.append(f"  {advice}")
         raise DivergenceError("\n".join(lines))
 
 

@@ -138,7 +138,7 @@ def compile_graph(module: fx.GraphModule, inner: str, *, backward: bool) -> Boxe
     Args:
         inner: "eager", "inductor", or "inductor in order", which fuses neighbours only.
     """
-    if inner == "eager":
+    if inner == "eager" or all(node.op != "call_function" for node in module.graph.nodes):
         return compile_to_python(module)
     return _torch.compile_with_inductor(
         module,

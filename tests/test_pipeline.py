@@ -83,6 +83,13 @@ def test_two_ranks_compute_what_one_device_does(pool, expected, name, schedule):
 
 
 @pytest.mark.slow
+def test_generated_code_in_stages(pool, expected):
+    """The first stage has no input gradients to compute apart."""
+    answers = run(pool, "mlp", "zb1p", options={"inner": "inductor"})
+    assert differences(answers, expected("mlp")) <= 1e-6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "schedule"), [("gpt2", "1f1b"), ("unet", "interleavedzb"), ("t5", "zbv")]
 )

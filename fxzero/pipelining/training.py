@@ -137,12 +137,17 @@ class PipelinedModel:
                 raise
             raise self.agreement.explained(error, f"step {self.steps}") from error
 
-    def _together(self, make: Callable[[], None]) -> None:
-        """What every rank does, or none: an error of one is one of all."""
+    def _together(self, plan: Callable[[], None]) -> None:
+        """Plans on every rank; an error of one is one of all."""
         if self.agreement is None:
-            make()
+            plan()
         else:
-            self.agreement.on_result(make, lambda _: "")
+            self.agreement.on_result(
+                plan,
+                lambda _: "its stages are planned",
+                "a rank of the pipeline could not plan its stages",
+                "see what that rank asks for",
+            )
 
     def prepare(self, model: nn.Module, view: nn.Module, batch: Batch) -> _Prepared:
         """Cuts the model for such batches, unless that was done."""
