@@ -31,7 +31,7 @@ from torch import fx, nn
 
 from fxzero import _torch
 from fxzero.decompositions import decompositions_for, restore_eager_operators
-from fxzero.errors import CaptureError, DeviceError, first_line
+from fxzero.errors import CaptureError, DeviceError, UsageError, first_line
 from fxzero.graph import TrainGraph
 from fxzero.precision import Precision
 from fxzero.sharding import is_spread, replaced
@@ -426,7 +426,7 @@ def _named_errors(model: str) -> Iterator[None]:
     """Whatever tracing raises becomes a CaptureError that names the user's own line."""
     try:
         yield
-    except (CaptureError, DeviceError):
+    except (CaptureError, DeviceError, UsageError):
         raise
     except Exception as error:
         where = _user_frame(error)

@@ -251,7 +251,7 @@ class CompiledModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = self._fxzero
-        if state.ranks is not None:
+        if state.ranks is not None or state.pipeline is not None:
             raise UsageError(
                 "a model on many ranks cannot be pickled\n  save it with fxzero.checkpoint.save"
             )
@@ -302,8 +302,10 @@ def _loss_of(output: Any, loss_fn: Any) -> torch.Tensor:
     if isinstance(loss, (tuple, list)) and loss:
         loss = loss[0]
     if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
+        is_tensor = isinstance(output, torch.Tensor)
+        found = f"a tensor {list(output.shape)}" if is_tensor else type(output).__name__
         raise UsageError(
-            f"step() needs a scalar loss, but the model returned {type(output).__name__}\n"
+            f"step() needs a scalar loss, but the model returned {found}\n"
             "  give fxzero.compile a loss_fn from the model's output to a scalar"
         )
     return loss
@@ -327,7 +329,13 @@ class _State:
         self.counts: dict[Hashable, int] = {}  # of micro-batches, by what is cut
 
     def fresh(self) -> _State:
-        """The same settings without any graph."""
+        """The same settings without any graph.
+
+        Raises:
+            UsageError: the model is a pipeline, of which this process has a part.
+        """
+        if self.pipeline is not None:
+            raise UsageError("a model with pipeline stages cannot be copied: copy it, then compile")
         state = _State(self.options, self.plan, self.loss_fn, self.ranks)
         state.recompile_limit = self.recompile_limit
         return state

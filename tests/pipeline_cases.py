@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
+
 import torch
+import torch.distributed as dist
 import zoo
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -163,3 +168,36 @@ def saved_and_loaded(root, name, load, sizes=None, **pipeline):
         fxzero.checkpoint.save(root, model, optimizer, step=1)
     have = {n: whole(t) for n, t in model.state_dict().items() if not t.is_meta}
     return have, [step(), step()]
+
+
+def killed_in_a_step(directory):
+    """The second rank dies in the second step; the first writes down what it is told."""
+    model, args, _, _ = build("mlp")
+    model = fxzero.compile(model, args, pipeline=fxzero.Pipeline(2, microbatches=4), inner="eager")
+    model.step(*args)
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        model.step(*args)
+    except fxzero.PeerError as error:
+        Path(directory, "told").write_text(str(error))
+
+
+class HalfLoss(nn.Module):
+    """A loss in bfloat16, from a layer that reads the batch and one that does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu()).mean().bfloat16()
+
+
+def loss_of_another_dtype():
+    torch.manual_seed(0)
+    model, x = HalfLoss(), torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    expected = model(x[:2]).item() / 2 + model(x[2:]).item() / 2
+    model = fxzero.compile(model, pipeline=fxzero.Pipeline(2, microbatches=2), inner="eager")
+    loss = model.step(x)
+    return str(loss.dtype), loss.item(), expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from pipeline_cases import (
@@ -154,6 +156,12 @@ def test_what_a_pipeline_refuses():
     compiled = fxzero.compile(model, pipeline=2, inner="eager")
     with pytest.raises(UsageError, match=r"call model\.step"):
         compiled(*args)
+    with pytest.raises(UsageError, match="cannot be copied: copy it, then compile"):
+        copy.deepcopy(compiled)
+    with pytest.raises(
+        UsageError, match=r"a scalar loss, but the model returned a tensor \[4, 4\]"
+    ):
+        fxzero.compile(torch.nn.Linear(4, 4), torch.randn(4, 4), pipeline=2, inner="eager")
     with pytest.raises(UsageError, match="stages=0 must be a number, at least 1"):
         fxzero.Pipeline(stages=0)
     with pytest.raises(UsageError, match="2 cuts make 3 stages, not 2"):
@@ -162,6 +170,22 @@ def test_what_a_pipeline_refuses():
         fxzero.Pipeline(schedule="1fb1")
     with pytest.raises(UsageError, match="a batch of 16 has no 3 micro-batches"):
         fxzero.compile(Mlp(), args, pipeline=fxzero.Pipeline(2, microbatches=3), inner="eager")
+
+
+@pytest.mark.slow
+def test_a_loss_of_another_dtype(pool):
+    for dtype, loss, expected in pool.run("pipeline_cases:loss_of_another_dtype"):
+        assert dtype == "torch.bfloat16"
+        assert loss == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.slow
+def test_a_dead_rank_is_named(tmp_path):
+    with Pool(2) as two:
+        two.run("pipeline_cases:killed_in_a_step", directory=str(tmp_path), dying=(0, 1))
+    text = (tmp_path / "told").read_text()
+    assert text.startswith("[FXZ602] step 2: a collective of rank 0 failed: ")
+    assert "no word within 2 s from rank 1: gone" in text
 
 
 def test_weights_of_some_stages_are_not_exported_as_a_model(tmp_path):

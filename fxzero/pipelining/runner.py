@@ -35,13 +35,13 @@ class _InFlight:
     Attributes:
         received: values whose gradients are sent back, by name.
         edges: the results that receive gradients, by name; the loss has none.
-        loss: the edge of the loss, in the last stage.
+        loss: the edge of the loss and its gradient, in the last stage.
         weights: what stands for the gradients of weights, if these are computed apart.
     """
 
     received: dict[str, torch.Tensor]
     edges: dict[str, GradientEdge]
-    loss: GradientEdge | None
+    loss: tuple[GradientEdge, torch.Tensor] | None
     weights: torch.Tensor | None
 
 
@@ -108,11 +108,15 @@ class Runner:
         self.in_flight[stage, microbatch] = _InFlight(
             received={n: value for n, value in received.items() if passed[n].trains},
             edges={n: get_gradient_edge(value) for n, value in sent.items() if passed[n].trains},
-            loss=get_gradient_edge(loss[0]) if loss else None,
+            loss=(get_gradient_edge(loss[0]), self._share(loss[0])) if loss else None,
             weights=weights,
         )
         held = sum(of == stage for of, _ in self.in_flight)
         self.most_in_flight[stage] = max(self.most_in_flight.get(stage, 0), held)
+
+    def _share(self, loss: torch.Tensor) -> torch.Tensor:
+        """The gradient of the mean with respect to one micro-batch's loss."""
+        return torch.full_like(loss, 1.0 / self.schedule.microbatches, requires_grad=False)
 
     def _backward(self, action: Action) -> None:
         self._input_gradient(action)
@@ -129,8 +133,9 @@ class Runner:
         for name in flight.edges:
             gradients.append(self._gradient(name, action))
         if flight.loss is not None:
-            edges.append(flight.loss)
-            gradients.append(torch.tensor(1.0 / self.schedule.microbatches))
+            edge, gradient = flight.loss
+            edges.append(edge)
+            gradients.append(gradient)
         if edges:
             torch.autograd.backward(edges, gradients)
         gradients.clear()

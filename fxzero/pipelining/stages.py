@@ -121,12 +121,14 @@ class Routes:
         ports: of each stage.
         passed: by name, what goes from one stage to others.
         owners: for each parameter and buffer, by the model's names, the stages that read it.
+        loss: the dtype of what the last stage returns.
     """
 
     cuts: tuple[int, ...]
     ports: tuple[Ports, ...]
     passed: Mapping[str, Passed]
     owners: Mapping[str, tuple[int, ...]]
+    loss: torch.dtype
 
 
 class Stages:
@@ -147,7 +149,8 @@ class Stages:
             for node in part.module.graph.find_nodes(op="get_attr"):
                 name = str(node.target).removeprefix("model.")
                 owners[name] = (*owners.get(name, ()), index)
-        self.routes = Routes(cuts, ports, passed, owners)
+        loss = parts[-1].results[-1].meta["val"].dtype
+        self.routes = Routes(cuts, ports, passed, owners, loss)
 
     def capture(self, index: int, inner: str) -> Capture:
         """A stage with its backward, as a function of its leaves and of what it receives."""

@@ -287,7 +287,8 @@ class PipelinedModel:
         with self._shared_added_up(prepared, model):
             losses = runner.run()
         self.in_flight = runner.most_in_flight
-        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
+        nothing = torch.zeros((), dtype=routes.loss, device=device)
+        loss = torch.stack(losses).sum() if losses else nothing
         return line.tell(loss, schedule.placement[-1])
 
     def _kinds(self, count: int, accumulates: bool, model: nn.Module) -> list[_Kind]:
@@ -388,7 +389,12 @@ class PipelinedModel:
         before = [parameter.grad for parameter, _ in shared]
         for parameter, _ in shared:
             parameter.grad = None
-        yield
+        try:
+            yield
+        except BaseException:
+            for (parameter, _), earlier in zip(shared, before, strict=True):
+                parameter.grad = earlier
+            raise
         for (parameter, owners), earlier in zip(shared, before, strict=True):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
