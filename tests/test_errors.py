@@ -268,5 +268,5 @@ def test_step_needs_a_scalar_loss() -> None:
             return self.up(x)
 
     model = fxzero.compile(Logits(), inner="eager")
-    with pytest.raises(UsageError, match=r"step\(\) needs a scalar loss, but the model returned a t"):
+    with pytest.raises(UsageError, match=r"step\(\) needs a scalar loss, but the model ret"):
         model.step(X)

@@ -59,7 +59,13 @@ def run(pool, name, schedule, **given):
 
 @pytest.mark.parametrize(
     ("name", "stages", "schedule"),
-    [*(("mlp", 2, name) for name in NAMES), ("unet", 3, "1f1b"), ("tied", 4, "zb1p")],
+    [
+        ("mlp", 2, "1f1b"),
+        ("mlp", 2, "zbv"),
+        *(pytest.param("mlp", 2, name, marks=pytest.mark.slow) for name in ("gpipe", "dualpipev")),
+        pytest.param("unet", 3, "interleaved1f1b", marks=pytest.mark.slow),
+        pytest.param("tied", 4, "zb1p", marks=pytest.mark.slow),
+    ],
 )
 def test_stages_on_one_rank_compute_what_the_model_does(expected, name, stages, schedule):
     given = {"schedule": schedule, "microbatches": MICROBATCHES, "stages": stages}
