@@ -150,6 +150,23 @@ class Agreement:
             raise answer[0]
         return answer[0]
 
+    def on_equal(
+        self, text: str, among: Sequence[Sequence[int]], differing: str, advice: str
+    ) -> None:
+        """Compares what ranks say within groups of them; all ranks call it.
+
+        Args:
+            among: the global ranks of each group.
+            differing: what the error says where they differ, before what they said.
+            advice: what it says behind that.
+
+        Raises:
+            DivergenceError: ranks of a group differ; on every rank.
+        """
+        said = dict(zip(self.ranks, self._collect(text), strict=True))
+        if any(len({said[rank] for rank in group}) > 1 for group in among):
+            self._refuse(differing, list(said.values()), advice)
+
     def _collect(self, text: str) -> list[str]:
         answers: list[Any] = [None] * len(self.ranks)
         dist.all_gather_object(answers, text, group=self.group)

@@ -201,3 +201,16 @@ def loss_of_another_dtype():
     model = fxzero.compile(model, pipeline=fxzero.Pipeline(2, microbatches=2), inner="eager")
     loss = model.step(x)
     return str(loss.dtype), loss.item(), expected
+
+
+def different_batches(sizes=None):
+    """What a rank is told whose batch is its own."""
+    model, (x, labels), _, _ = build("mlp")
+    mesh = sizes and init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    asked = fxzero.Pipeline(2, microbatches=2)
+    model = fxzero.compile(model, pipeline=asked, inner="eager", mesh=mesh)
+    try:
+        model.step(x + dist.get_rank(), labels)
+    except fxzero.FxzeroError as error:
+        return str(error)
+    return "trained"

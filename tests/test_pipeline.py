@@ -179,6 +179,18 @@ def test_what_a_pipeline_refuses():
 
 
 @pytest.mark.slow
+def test_ranks_of_a_pipeline_have_the_same_batch(pool):
+    texts = pool.run("pipeline_cases:different_batches")
+    assert texts[0] == texts[1]
+    first, zero, one, advice = texts[0].splitlines()
+    assert first.startswith("[FXZ601] ranks of one pipeline were given different batches")
+    assert zero.startswith("  rank 0: a batch with the hash ")
+    assert one.startswith("  rank 1: a batch with the hash ")
+    assert advice.endswith("give all ranks of a pipeline the same batch; other data lies along dp")
+    assert pool.run("pipeline_cases:different_batches", sizes={"dp": 2}) == ["trained"] * 2
+
+
+@pytest.mark.slow
 def test_a_loss_of_another_dtype(pool):
     for dtype, loss, expected in pool.run("pipeline_cases:loss_of_another_dtype"):
         assert dtype == "torch.bfloat16"

@@ -36,6 +36,16 @@ class Line:
         members = tuple(dist.get_process_group_ranks(group))
         return cls(members, members.index(dist.get_rank()), group)
 
+    @staticmethod
+    def all_of(mesh: Mesh) -> list[list[int]]:
+        """The global ranks of every pipeline of a mesh."""
+        if "pp" not in mesh.sizes:
+            return []
+        ranks: torch.Tensor = mesh.devices.mesh
+        along = mesh.devices.mesh_dim_names.index("pp")
+        lines: list[list[int]] = ranks.movedim(along, -1).reshape(-1, mesh.sizes["pp"]).tolist()
+        return lines
+
     @property
     def size(self) -> int:
         """How many ranks it has."""

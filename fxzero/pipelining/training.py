@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import logging
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
@@ -104,6 +105,7 @@ class PipelinedModel:
         self.ranks: Ranks | None = None
         self.loss = loss
         self.line = Line.of(mesh)
+        self.lines = Line.all_of(mesh)
         self.agreement = Agreement(mesh) if mesh.size > 1 else None
         self.prepared: dict[Hashable, _Prepared] = {}
         self.plan: Plan | None = None
@@ -129,6 +131,7 @@ class PipelinedModel:
             accumulates = any(wanted)
         prepared = self.prepare(model, view, batch)
         if not prepared.budgets:
+            self._check_batch(batch)
             self._together(lambda: self._plan(prepared, model, view, batch))
         try:
             return self._run(prepared, model, view, batch, accumulates)
@@ -136,6 +139,19 @@ class PipelinedModel:
             if self.agreement is None:
                 raise
             raise self.agreement.explained(error, f"step {self.steps}") from error
+
+    def _check_batch(self, batch: Batch) -> None:
+        """Raises DivergenceError if ranks of a pipeline have different data: each reads its own."""
+        if self.agreement is not None and self.lines:
+            digest = hashlib.sha256()
+            for leaf in batch.leaves:
+                digest.update(_bytes(leaf))
+            self.agreement.on_equal(
+                f"a batch with the hash {digest.hexdigest()[:12]}",
+                self.lines,
+                "ranks of one pipeline were given different batches",
+                "give all ranks of a pipeline the same batch; other data lies along dp",
+            )
 
     def _together(self, plan: Callable[[], None]) -> None:
         """Plans on every rank; an error of one is one of all."""
@@ -401,6 +417,12 @@ class PipelinedModel:
             self.line.add_up(_torch.local_tensor(parameter.grad), owners)
             if earlier is not None:
                 parameter.grad = earlier.add_(parameter.grad)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    found: bytes = flat.view(torch.uint8).numpy().tobytes()
+    return found
 
 
 def _key(model: nn.Module, batch: Batch) -> Hashable:
