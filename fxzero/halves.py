@@ -91,12 +91,11 @@ class _Flight:
         if self.waiting is None:
             raise RuntimeStateError("gradients of weights were asked for before those of inputs")
         waiting, self.waiting = self.waiting, None
-        added = iter(existing)
-        start = self.saved.count
+        start = self.saved.count  # of the existing gradients among the backward's arguments
         handed = len(waiting) - len(halves.second_takes)
         for place, position in enumerate(halves.second_takes, handed):
             if start <= position < start + len(existing):
-                waiting[place] = next(added)
+                waiting[place] = existing[position - start]
         return dict(zip(halves.second_returns, self._run(halves.second, waiting), strict=True))
 
     def _run(self, half: Any, arguments: list[Any]) -> list[Any]:
@@ -150,11 +149,7 @@ class _Second(torch.autograd.Function):
         others = [i for i in range(len(takers)) if i not in first]
         for i, (node, _index) in zip(others, ctx.next_functions, strict=True):
             takers[i] = node
-        taking = [
-            node if at is not None else None
-            for node, at in zip(takers, executable.gradients, strict=True)
-        ]
-        sums = sums_of(taking, executable.accumulated, parameters.existing)
+        sums = sums_of(takers, executable.accumulated, parameters.existing)
         kept = [i for i in others if takers[i] is not None and _torch.adds_to_leaf(takers[i])]
         results = flight.second(sums.tensors)
         found = [None if at is None else results.get(at) for at in executable.gradients]
