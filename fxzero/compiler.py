@@ -35,7 +35,7 @@ from fxzero.pipelining.training import PipelinedModel
 from fxzero.planner import Planner
 from fxzero.plans import Plan
 from fxzero.ranks import Ranks, connect
-from fxzero.sharding import agree_on_values, is_spread
+from fxzero.sharding import agree_on_values, ids_elsewhere, is_spread
 from fxzero.structure import Structure, flatten
 from fxzero.training_step import TrainingStep
 
@@ -138,7 +138,10 @@ def compile(
     original = type(model)._fxzero_original if isinstance(model, CompiledModule) else type(model)
     vars(model)["_fxzero"] = state
     model.__class__ = _compiled_class(original)
-    if example_inputs is not None and request is None:
+    if state.pipeline is not None and example_inputs is not None:
+        args, kwargs = call_arguments(example_inputs)
+        state.pipeline.settle(model, eager_view(model), Batch.of(args, kwargs), state.ranks)
+    elif example_inputs is not None:
         args, kwargs = call_arguments(example_inputs)
         if options.microbatches != 1:
             batch = Batch.of(args, kwargs)
@@ -171,7 +174,7 @@ class CompiledModule(nn.Module):
         self._fxzero.recompile_limit = limit
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._fxzero.pipeline is not None:
+        if self._fxzero.pipeline is not None and (torch.is_grad_enabled() or ids_elsewhere(self)):
             raise UsageError(
                 "a pipeline runs forward and backward together\n  call model.step(*inputs)"
             )
@@ -253,7 +256,8 @@ class CompiledModule(nn.Module):
         state = self._fxzero
         if state.ranks is not None or state.pipeline is not None:
             raise UsageError(
-                "a model on many ranks cannot be pickled\n  save it with fxzero.checkpoint.save"
+                "a model on many ranks, or in stages, cannot be pickled\n"
+                "  save it with fxzero.checkpoint.save"
             )
         return _rebuild, (eager_view(self), state.options, state.plan, state.recompile_limit)
 

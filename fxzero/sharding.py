@@ -33,6 +33,8 @@ from fxzero.mesh import Axis, Mesh, Sharding
 
 log = logging.getLogger(__name__)
 
+_ELSEWHERE = "_fxzero_elsewhere"
+
 
 def padded_rows(rows: int, shards: int) -> int:
     """Rows of each part of a parameter that has ``rows``."""
@@ -238,14 +240,19 @@ def shard_parameters(model: nn.Module, shards: Shards) -> None:
         )
 
 
-def ids_elsewhere(model: nn.Module) -> set[int]:
-    """Ids of parameters and buffers that only other ranks of a pipeline have.
+def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    """What stands for a parameter or buffer that only other ranks of a pipeline have."""
+    nothing = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        nothing = nn.Parameter(nothing, tensor.requires_grad)
+    setattr(nothing, _ELSEWHERE, True)
+    return nothing
 
-    They are on the meta device while others are not.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    meta = {id(tensor) for tensor in tensors if tensor.is_meta}
-    return set() if len(meta) == len({*map(id, tensors)}) else meta
+
+def ids_elsewhere(model: nn.Module) -> set[int]:
+    """Ids of parameters and buffers that only other ranks of a pipeline have."""
+    tensors = (*model.parameters(), *model.buffers())
+    return {id(tensor) for tensor in tensors if hasattr(tensor, _ELSEWHERE)}
 
 
 def replace_tensors(model: nn.Module, made: Mapping[Any, torch.Tensor]) -> None:

@@ -114,7 +114,7 @@ def by_ddp(name, accumulate=1, clip=None, optimizer="AdamW", generated=False):
     return _train(name, model, norm, accumulate, clip, optimizer)
 
 
-def _train(name, model, norm, accumulate, clip, optimizer):
+def _train(name, model, norm, accumulate, clip, optimizer="AdamW"):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = getattr(torch.optim, optimizer)(trained, lr=1e-3)
     torch.manual_seed(1 + dist.get_rank())

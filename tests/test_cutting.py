@@ -151,6 +151,30 @@ def test_statistics_stay_with_their_layer():
     assert not {*range(first + 1, second + 1)} & {*exports.row.cuts}
 
 
+class Queue(nn.Module):
+    """A buffer that is written through a view, and read later on."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("queue", torch.zeros(4, 4))
+
+    def forward(self, x):
+        hidden = self.a(x)
+        self.queue[:2] = hidden[:2].detach()
+        return (self.b(hidden) @ self.queue).sum()
+
+
+def test_uses_of_a_written_buffer_stay_together():
+    """Each rank has its own copy of it."""
+    row = export(Queue(), torch.randn(2, 4)).row
+    reads = [
+        i for i, n in enumerate(row.work) if "queue" in str([s.target for s in n.all_input_nodes])
+    ]
+    assert len(reads) >= 2
+    assert not {*range(min(reads) + 1, max(reads) + 1)} & {*row.cuts}
+
+
 def test_casts_of_weights_are_made_where_they_are_read():
     model, args, kwargs, loss = build("tied")
     precision = Precision(param=torch.bfloat16)

@@ -15,10 +15,12 @@ from pipeline_cases import (
     saved_and_loaded,
 )
 from pool import Pool
+from torch import nn
 
 import fxzero
 from fxzero.errors import UsageError
 from fxzero.pipelining.schedules import NAMES
+from fxzero.sharding import stand_in
 
 pytestmark = [pytest.mark.timeout(300)]
 
@@ -168,6 +170,14 @@ def test_what_a_pipeline_refuses():
         UsageError, match=r"a scalar loss, but the model returned a tensor \[1, 4\]"
     ):
         fxzero.compile(torch.nn.Linear(4, 4), torch.randn(4, 4), pipeline=2, inner="eager")
+    weight = torch.ones(1, requires_grad=True)
+    given = {"loss_fn": lambda output: output * weight.sum(), "inner": "eager"}
+    with pytest.raises(fxzero.CaptureError, match="requires gradient"):
+        fxzero.compile(Mlp(), args, pipeline=2, **given)
+    with pytest.raises(UsageError, match=r"outside of torch\.no_grad"), torch.no_grad():
+        compiled.step(*args)
+    with torch.no_grad():
+        assert torch.equal(compiled(*args), model(*args))
     with pytest.raises(UsageError, match="stages=0 must be a number, at least 1"):
         fxzero.Pipeline(stages=0)
     with pytest.raises(UsageError, match="2 cuts make 3 stages, not 2"):
@@ -208,10 +218,92 @@ def test_a_dead_rank_is_named(tmp_path):
 
 def test_weights_of_some_stages_are_not_exported_as_a_model(tmp_path):
     model, *_ = build("mlp")
-    model.layers[0].to("meta")
+    model.layers[0][0].weight = stand_in(model.layers[0][0].weight)
     with pytest.raises(UsageError, match="the stages of this model are on several ranks"):
         fxzero.checkpoint.export_safetensors(model, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+class Noise(nn.Module):
+    """Noise that is drawn without gradients, added at first and taken away at last."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        with torch.no_grad():
+            noise = torch.randn_like(x)
+        kept = self.a(x).detach() + noise
+        return (self.c(self.b(kept - noise)) + self.a(x) * 0).square().mean()
+
+
+class Average(Noise):
+    """A buffer that is written without gradients, and through a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("average", torch.zeros(8))
+
+    def forward(self, x):
+        hidden = self.a(x)
+        with torch.no_grad():
+            self.average.copy_(self.average * 0.9 + hidden.mean(0) * 0.1)
+        self.average[:2] = hidden[0, :2].detach()
+        return self.c(self.b(hidden) @ self.average.outer(self.average)).square().mean()
+
+
+class Shapes(Noise):
+    """Values that depend on what is trained, and do not let gradients through."""
+
+    def forward(self, x):
+        hidden = self.a(x)
+        ones, chosen = torch.ones_like(hidden), hidden > 0
+        middle = self.b(hidden.detach() if self.training else hidden)
+        return (self.c(middle) * ones * chosen).square().mean()
+
+
+def frozen(model, names):
+    for name in names:
+        getattr(model, name).requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb1p"])
+@pytest.mark.parametrize(
+    ("make", "cuts"),
+    [
+        (Noise, ("b", "c")),
+        (Average, ()),
+        (Shapes, ("b", "c")),
+        (lambda: Shapes().eval(), ("b", "c")),
+        (lambda: frozen(Noise(), ("b",)), ("b", "c")),
+        (lambda: frozen(Shapes().eval(), ("a", "b")), ("b", "c")),
+        (lambda: frozen(Average(), ("a",)), ()),
+    ],
+)
+def test_what_models_do_besides_layers(make, cuts, schedule):
+    """Also gradients that eager leaves at None, and stages in which nothing is trained."""
+    torch.manual_seed(0)
+    eager = make()
+    model = copy.deepcopy(eager)
+    asked = fxzero.Pipeline(None if cuts else 2, schedule, microbatches=2, cuts=cuts)
+    compiled = fxzero.compile(model, pipeline=asked, inner="eager", recompute="none")
+    x = torch.randn(4, 8)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        shares = []
+        for part in x.split(2):
+            shares.append(eager(part) / 2)
+            shares[-1].backward()
+        torch.manual_seed(seed)
+        assert torch.allclose(compiled.step(x), torch.stack(shares).sum(), atol=1e-7)
+    for (name, ours), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        if theirs.grad is not None:
+            assert torch.allclose(ours.grad, theirs.grad, atol=1e-7), name
+    for ours, theirs in zip(model.buffers(), eager.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_second_step_adds_to_gradients_and_other_shapes_are_cut_alike():

@@ -29,6 +29,7 @@ from torch import fx
 from fxzero import _torch
 from fxzero.errors import UsageError
 from fxzero.passes.replay_randomness import is_random
+from fxzero.pipelining.regions import is_region
 
 _ATEN = torch.ops.aten
 # These write statistics into buffers, which their schemas do not say.
@@ -111,6 +112,7 @@ class Row:
         """Positions before which the row may be cut.
 
         Not between the first use of memory and the last write to it: what was sent would be old.
+        Nor between uses of a buffer or an input that is written to: each rank has its own.
         """
         forbidden: set[int] = set()
         for first, last in self._written:
@@ -214,6 +216,11 @@ class Row:
             for touched in (node, *node.all_input_nodes):
                 first.setdefault(base[touched], at)
             last.update((base[source], at) for source in _written_by(node))
+        for node, at in self._owner.items():
+            for touched in node.all_input_nodes:
+                # Another rank's stage would read its own, which nobody has written to.
+                if base[touched] in last and base[touched].op != "call_function":
+                    last[base[touched]] = max(last[base[touched]], at)
         return [(first[node], at) for node, at in last.items()]
 
 
@@ -237,7 +244,8 @@ def _work(module: fx.GraphModule) -> list[fx.Node]:
             mixed[node] = _union(mixed[n] for n in node.all_input_nodes)
             if node.target is operator.getitem:
                 continue
-            if len(mixed[node]) > 1 or node in touching or is_random(node) or not node.users:
+            effect = node in touching or is_random(node) or is_region(node) or not node.users
+            if len(mixed[node]) > 1 or effect:
                 mixed[node] = frozenset({"batch", "weight"})
                 found.append(node)
     return found
@@ -262,6 +270,8 @@ def memory_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 def _written_by(node: fx.Node) -> list[fx.Node]:
     """The arguments that the node writes to."""
     written = [source for source, info in _aliased(node) if info is not None and info.is_write]
+    if is_region(node):  # what it does inside is not looked at
+        written += [source for source in node.all_input_nodes if source.op == "get_attr"]
     if getattr(node.target, "_overloadpacket", None) in _WRITE_STATISTICS:
         given = _arguments(node)
         written += [given[name] for name in _STATISTICS if isinstance(given[name], fx.Node)]

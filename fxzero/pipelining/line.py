@@ -19,12 +19,15 @@ class Line:
         members: the global rank of each place.
         rank: this process's place.
         group: their process group; None where there is one rank.
+        back: another one of theirs.  What goes to earlier places goes over it: where messages run
+            in the order in which they were started, the two directions would wait for each other.
         some: process groups of some of them, by their places.
     """
 
     members: tuple[int, ...] = (0,)
     rank: int = 0
     group: Any = None
+    back: Any = None
     some: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
     @classmethod
@@ -34,7 +37,8 @@ class Line:
             return cls()
         group = mesh.devices.get_group("pp")
         members = tuple(dist.get_process_group_ranks(group))
-        return cls(members, members.index(dist.get_rank()), group)
+        back = dist.new_group(list(members), use_local_synchronization=True)
+        return cls(members, members.index(dist.get_rank()), group, back)
 
     @staticmethod
     def all_of(mesh: Mesh) -> list[list[int]]:
@@ -45,6 +49,10 @@ class Line:
         along = mesh.devices.mesh_dim_names.index("pp")
         lines: list[list[int]] = ranks.movedim(along, -1).reshape(-1, mesh.sizes["pp"]).tolist()
         return lines
+
+    def between(self, source: int, target: int) -> Any:
+        """The process group of messages from one place to another."""
+        return self.group if source < target else self.back
 
     @property
     def size(self) -> int:

@@ -11,7 +11,7 @@ share of what each can give up, the least that makes the rank fit:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from fxzero.errors import BudgetError
@@ -36,11 +36,12 @@ class RankPlan:
 
     Attributes:
         steps: for each stage what runs a micro-batch that adds to gradients.
-        plan: that of the stage with the most bytes, with what the whole rank needs.
+        plan: that of the stage with the most bytes, with what the whole rank needs; None if nothing
+            is trained here.
     """
 
     steps: Mapping[int, TrainingStep]
-    plan: Plan
+    plan: Plan | None
 
 
 def plan_rank(
@@ -48,18 +49,21 @@ def plan_rank(
     schedule: Schedule,
     rank: int,
     routes: Routes,
+    stages: Collection[int],
     batch_bytes: int,
     budget: int | None,
 ) -> RankPlan:
     """The fastest way found that fits the budget.
 
     Args:
-        batch_bytes: of the batch, which every rank holds.
+        stages: those of the rank that are trained.
+        batch_bytes: of the batch, which every rank holds, and of frozen stages' weights.
 
     Raises:
         BudgetError: nothing found fits.
     """
-    stages = schedule.stages_of(rank)
+    if not stages:
+        return RankPlan({}, None)
     free = {stage: make(stage, None) for stage in stages}
     most = _peak(free, schedule, rank, routes, batch_bytes)
     if budget is None or most <= budget:

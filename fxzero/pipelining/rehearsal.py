@@ -86,7 +86,10 @@ class _Play:
         self.waiting: dict[tuple[int, int], list[Any]] = {}
 
     def perform(self, action: Action) -> None:
-        """One action, as ``Runner`` does it."""
+        """One action, as ``Runner`` does it; of frozen stages only what they pass on."""
+        if action.stage not in self.parts:
+            self._pass_on(action)
+            return
         if action.kind is Kind.FORWARD:
             self._forward(action)
         if action.kind in (Kind.INPUT_GRADIENT, Kind.BACKWARD):
@@ -114,6 +117,11 @@ class _Play:
         self.received[key] = received
         results.clear()
         self._send(action, dict(zip(ports.sent, outputs, strict=False)))
+
+    def _pass_on(self, action: Action) -> None:
+        if action.kind is Kind.FORWARD:
+            passed = (self.routes.passed[name] for name in self.routes.ports[action.stage].sent)
+            self._send(action, {v.name: torch.empty(v.shape, dtype=v.dtype) for v in passed})
 
     def _input_gradient(self, action: Action) -> None:
         stage, key = action.stage, (action.stage, action.microbatch)

@@ -10,7 +10,8 @@ order in which autograd would: the last reader's first.
 from __future__ import annotations
 
 import contextlib
-import operator
+import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,10 +23,12 @@ from torch import fx, nn
 from fxzero import _torch
 from fxzero.capture import Capture, Exported, check_devices, export, join, whole_parameters
 from fxzero.errors import UsageError
+from fxzero.graph import describe
 from fxzero.pipelining.cutting import Ports, Row, Stage, memory_of
+from fxzero.pipelining.regions import has_effect, inline_grad_regions
 from fxzero.pipelining.schedules import Schedule
 from fxzero.precision import Precision
-from fxzero.structure import flatten
+from fxzero.structure import Structure, flatten
 
 _ATEN = torch.ops.aten
 _IN_ROWS = torch.contiguous_format
@@ -76,19 +79,16 @@ class Exports:
         precision: Precision,
     ) -> None:
         leaves, inputs = flatten((args, kwargs))
-        for leaf, path in zip(leaves, inputs.paths, strict=True):
-            if leaf.requires_grad:
-                raise UsageError(
-                    f"input {path} of a pipeline requires a gradient, which no stage returns\n"
-                    "  detach it, or compile without a pipeline"
-                )
+        check_inputs(leaves, inputs)
         check_devices(model, leaves, inputs)
         self.name = type(model).__name__
-        with whole_parameters(model) as mode:
+        with whole_parameters(model) as mode, warnings.catch_warnings():
+            # Gradients of what a loss_fn brings along would be lost.
+            warnings.filterwarnings("error", message=".*requires gradient. but it's not properly")
             leaves = leaves if mode is None else [mode.from_tensor(leaf) for leaf in leaves]
             self.exported: Exported = export(model, leaves, inputs, None, precision, loss)
-        graph = self.exported.forward.graph
-        graph.eliminate_dead_code()
+        inline_grad_regions(self.exported.forward)
+        self.exported.forward.graph.eliminate_dead_code(has_effect)
         self.row = Row(self.exported.forward)
 
     def cut(self, cuts: Sequence[int]) -> Stages:
@@ -96,20 +96,48 @@ class Exports:
         return Stages(self, tuple(cuts), self.row.cut(cuts))
 
     @cached_property
-    def trained(self) -> frozenset[str]:
-        """Names of the values that depend on a parameter that requires a gradient."""
-        parameters = dict(self.exported.forward.named_parameters(remove_duplicate=False))
-        found: set[fx.Node] = set()
+    def digest(self) -> str:
+        """Equal where the same graph was traced: what cuts are positions in."""
+        text = hashlib.sha256()
         for node in self.exported.forward.graph.nodes:
-            if node.op == "get_attr":
-                parameter = parameters.get(str(node.target))
-                attached = parameter is not None and parameter.requires_grad
-            else:
-                attached = node.op == "call_function" and _lets_gradients_through(node)
-                attached = attached and any(source in found for source in node.all_input_nodes)
-            if attached:
-                found.add(node)
-        return frozenset(node.name for node in found)
+            value = describe(node.meta.get("val"))
+            text.update(f"{node.op} {node.name} {node.target} {value}\n".encode())
+        return text.hexdigest()[:16]
+
+    @cached_property
+    def trained(self) -> frozenset[str]:
+        """Names of the values through which gradients flow from the loss to a parameter."""
+        forward, leaves = self.exported.forward, self.exported.leaves
+        mode = _torch.fake_mode_of(leaves) or _torch.FakeTensorMode(allow_non_fake_inputs=True)
+        with mode, torch.enable_grad():
+            given = [
+                leaf if isinstance(leaf, _torch.FakeTensor) else mode.from_tensor(leaf)
+                for leaf in leaves
+            ]
+            interpreter = _Attached(forward)
+            (loss,) = interpreter.run(*given)
+        reached, pending = set[Any](), [loss.grad_fn]
+        while pending:
+            function = pending.pop()
+            if function is not None and function not in reached:
+                reached.add(function)
+                pending += [source for source, _ in function.next_functions]
+        functions = interpreter.functions.items()
+        return frozenset(name for name, function in functions if function in reached)
+
+
+class _Attached(fx.Interpreter):
+    """Remembers how autograd knows each value."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.functions: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor) and n.op == "call_function" and value.requires_grad:
+            self.functions[n.name] = value.grad_fn
+        return value
 
 
 @dataclass(frozen=True)
@@ -129,6 +157,16 @@ class Routes:
     passed: Mapping[str, Passed]
     owners: Mapping[str, tuple[int, ...]]
     loss: torch.dtype
+
+
+def check_inputs(leaves: Sequence[torch.Tensor], inputs: Structure) -> None:
+    """Raises UsageError for an input that requires a gradient."""
+    for leaf, path in zip(leaves, inputs.paths, strict=True):
+        if leaf.requires_grad:
+            raise UsageError(
+                f"input {path} of a pipeline requires a gradient, which no stage returns\n"
+                "  detach it, or compile without a pipeline"
+            )
 
 
 class Stages:
@@ -151,6 +189,10 @@ class Stages:
                 owners[name] = (*owners.get(name, ()), index)
         loss = parts[-1].results[-1].meta["val"].dtype
         self.routes = Routes(cuts, ports, passed, owners, loss)
+
+    def trains(self, index: int) -> bool:
+        """Whether any gradient comes to a stage; one of frozen weights may have none."""
+        return any(node.name in self.exports.trained for node in self.parts[index].results)
 
     def capture(self, index: int, inner: str) -> Capture:
         """A stage with its backward, as a function of its leaves and of what it receives."""
@@ -177,17 +219,6 @@ class Stages:
         with _torch.fake_mode_of(leaves) or contextlib.nullcontext():
             example = torch.empty(passed.shape, dtype=passed.dtype, device=device)
         return example.requires_grad_(passed.trains)
-
-
-def _lets_gradients_through(node: fx.Node) -> bool:
-    if node.target is _ATEN.detach.default:
-        return False
-    if node.target is operator.getitem:
-        return True
-    value = node.meta.get("val")
-    if isinstance(value, torch.Tensor):
-        return value.is_floating_point() or value.is_complex()
-    return True
 
 
 def _finish(module: fx.GraphModule, trained: frozenset[str]) -> tuple[int, ...]:

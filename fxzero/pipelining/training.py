@@ -13,8 +13,9 @@ import gc
 import hashlib
 import logging
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,20 +27,21 @@ from fxzero.capture import Capture
 from fxzero.errors import UsageError
 from fxzero.graph import describe_all
 from fxzero.mesh import Mesh
-from fxzero.microbatches import Batch
+from fxzero.microbatches import Batch, Call
 from fxzero.options import Options, model_device
+from fxzero.pipelining.frozen import FrozenStage
 from fxzero.pipelining.line import Line
 from fxzero.pipelining.planning import Choice, choose_cuts
 from fxzero.pipelining.rank_plan import plan_rank
 from fxzero.pipelining.request import Pipeline
 from fxzero.pipelining.runner import Runner
 from fxzero.pipelining.schedules import Schedule, make_schedule
-from fxzero.pipelining.stages import Exports, Loss, Routes, shared_weights
+from fxzero.pipelining.stages import Exports, Loss, Routes, check_inputs, shared_weights
 from fxzero.pipelining.transport import Transport
 from fxzero.plans import Plan
 from fxzero.ranks import Ranks
 from fxzero.runtime import IN_PLACE, Parameters
-from fxzero.sharding import replace_tensors
+from fxzero.sharding import replace_tensors, stand_in
 from fxzero.structure import flatten
 from fxzero.timeline import tensor_bytes
 from fxzero.training_step import TrainingStep
@@ -74,17 +76,17 @@ class _Prepared:
         choice: where the model was cut, and what the first rank expects of it.
         captures: this rank's stages as they were traced.
         shared: for weights that stages of several ranks read, by name, these ranks.
-        budgets: of one micro-batch of each stage, once these are planned.
-        steps: each stage's graphs, by what becomes of gradients.
+        steps: each stage's graphs, by what becomes of gradients; of frozen stages there are none.
+        frozen: what runs stages that no gradient comes to.
     """
 
     choice: Choice
     routes: Routes
     schedule: Schedule
-    captures: dict[int, Capture]
-    shared: dict[str, tuple[int, ...]]
-    budgets: dict[int, int | None]
-    steps: dict[tuple[int, bool, bool], TrainingStep]
+    captures: Mapping[int, Capture]
+    shared: Mapping[str, tuple[int, ...]]
+    frozen: Mapping[int, FrozenStage]
+    steps: Mapping[tuple[int, bool, bool], TrainingStep] | None = None
 
 
 class PipelinedModel:
@@ -111,6 +113,7 @@ class PipelinedModel:
         self.plan: Plan | None = None
         self.steps = 0
         self.in_flight: dict[int, int] = {}
+        self.device = torch.device("cpu")
 
     def step(
         self, model: nn.Module, view: nn.Module, batch: Batch, ranks: Ranks | None
@@ -122,19 +125,24 @@ class PipelinedModel:
             ranks: those that have the same stages and other data, if there are any.
         """
         self.steps += 1
-        self.ranks = ranks
+        if not torch.is_grad_enabled():
+            raise UsageError("model.step computes gradients: call it outside of torch.no_grad")
+        check_inputs(batch.leaves, batch.structure)
         accumulates = any(p.grad is not None for p in model.parameters() if p.requires_grad)
         if self.agreement is not None:
             mode = "training" if model.training else "evaluation"
-            described = f"a batch of {describe_all(batch.leaves)}, {mode}"
+            frozen = sum(not p.requires_grad for p in model.parameters())
+            described = (
+                f"a batch of {describe_all(batch.leaves)}, {mode}, {frozen} frozen parameters"
+            )
             (wanted,) = self.agreement.on_step(described, [accumulates], f"step {self.steps}")
             accumulates = any(wanted)
         prepared = self.prepare(model, view, batch)
-        if not prepared.budgets:
+        if prepared.steps is None:
             self._check_batch(batch)
-            self._together(lambda: self._plan(prepared, model, view, batch))
+            prepared = self.settle(model, view, batch, ranks)
         try:
-            return self._run(prepared, model, view, batch, accumulates)
+            return self._run(prepared, model, batch, accumulates)
         except RuntimeError as error:
             if self.agreement is None:
                 raise
@@ -153,17 +161,27 @@ class PipelinedModel:
                 "give all ranks of a pipeline the same batch; other data lies along dp",
             )
 
-    def _together(self, plan: Callable[[], None]) -> None:
-        """Plans on every rank; an error of one is one of all."""
+    def settle(
+        self, model: nn.Module, view: nn.Module, batch: Batch, ranks: Ranks | None
+    ) -> _Prepared:
+        """Plans this rank's stages, within the budget; an error of one rank is one of all."""
+        self.ranks = ranks
+        prepared = self.prepare(model, view, batch)
+        plan, steps = self._alike(
+            lambda: self._plan(prepared, model, view, batch),
+            lambda _: "its stages are planned",
+            "a rank of the pipeline could not plan its stages",
+            "see what that rank asks for",
+        )
+        self.plan = plan
+        settled = self.prepared[_key(model, batch)] = replace(prepared, steps=steps)
+        return settled
+
+    def _alike(self, make: Callable[[], Any], digest: Callable[[Any], str], *texts: str) -> Any:
+        """What ``make`` returns here, if it returns on all ranks and digests are equal."""
         if self.agreement is None:
-            plan()
-        else:
-            self.agreement.on_result(
-                plan,
-                lambda _: "its stages are planned",
-                "a rank of the pipeline could not plan its stages",
-                "see what that rank asks for",
-            )
+            return make()
+        return self.agreement.on_result(make, digest, *texts)
 
     def prepare(self, model: nn.Module, view: nn.Module, batch: Batch) -> _Prepared:
         """Cuts the model for such batches, unless that was done."""
@@ -178,9 +196,13 @@ class PipelinedModel:
         Args:
             mine: a number for each parameter that has a gradient here.
         """
+        if not self.prepared:
+            return mine
         given = iter(mine)
-        every = mine.new_zeros(2, sum(1 for _ in model.parameters()))
-        (prepared, *_) = self.prepared.values()
+        # Ranks may have gradients of several dtypes, or none.
+        count = sum(1 for _ in model.parameters())
+        every = torch.zeros(2, count, dtype=torch.float64, device=self.device)
+        prepared = next(iter(self.prepared.values()))
         for index, (name, parameter) in enumerate(model.named_parameters()):
             if parameter.grad is not None:
                 value = next(given)
@@ -188,28 +210,41 @@ class PipelinedModel:
                     every[:, index] = torch.stack([value, torch.ones_like(value)])
         self.line.add_up(every)
         numbers, present = every
-        found: torch.Tensor = numbers[present > 0]
+        dtype = mine.dtype if len(mine) else torch.float32
+        found: torch.Tensor = numbers[present > 0].to(dtype)
         return found
 
     def _prepare(self, model: nn.Module, view: nn.Module, batch: Batch) -> _Prepared:
+        self.device = next((t.device for t in batch.leaves if t.ndim), torch.device("cpu"))
         count = self._microbatches(batch)
-        args, kwargs = next(batch.cut(count))
-        exports = Exports(view, args, kwargs, loss=self.loss, precision=self.options.precision)
-        choice = self._choose(exports, count)
-        schedule = make_schedule(
-            self.request.schedule, self.line.size, count, len(choice.times), choice.times
-        )
-        stages = exports.cut(choice.cuts)
-        routes = stages.routes
-        self._check_weights(routes)
-        mine = schedule.stages_of(self.line.rank)
-        captures = {stage: stages.capture(stage, self.options.inner) for stage in mine}
-        del stages, exports  # they hold the weights of all stages
-        self._release(model, routes, mine)
-        shared = shared_weights(routes, schedule)
-        for owners in sorted({*shared.values()}):
+        prepared = self._cut(view, next(batch.cut(count)), count)
+        self._check_weights(prepared.routes)
+        self._release(model, prepared.routes, prepared.schedule.stages_of(self.line.rank))
+        for owners in sorted({*prepared.shared.values()}):
             self.line.connect(owners)
-        return _Prepared(choice, routes, schedule, captures, shared, {}, {})
+        return prepared
+
+    def _cut(self, view: nn.Module, call: Call, count: int) -> _Prepared:
+        """This rank's stages of a model, which alone hold their weights when this returns."""
+        args, kwargs = call
+        exports = self._alike(
+            lambda: Exports(view, args, kwargs, loss=self.loss, precision=self.options.precision),
+            lambda exports: exports.digest,
+        )
+        choice = self._choose(exports, count)
+        name, stages = self.request.schedule, exports.cut(choice.cuts)
+        schedule = make_schedule(name, self.line.size, count, len(choice.times), choice.times)
+        mine = schedule.stages_of(self.line.rank)
+        trained = [stage for stage in mine if stages.trains(stage)]
+        captures = self._alike(
+            lambda: {stage: stages.capture(stage, self.options.inner) for stage in trained},
+            lambda _: "its stages are traced",
+            "a rank of the pipeline could not trace its stages",
+            "see what that rank says",
+        )
+        frozen = {stage: FrozenStage(stages.parts[stage]) for stage in mine if stage not in trained}
+        shared = shared_weights(stages.routes, schedule)
+        return _Prepared(choice, stages.routes, schedule, captures, shared, frozen)
 
     def _choose(self, exports: Exports, microbatches: int) -> Choice:
         """Where the first rank cuts the model."""
@@ -260,50 +295,38 @@ class PipelinedModel:
         """Gives up the memory of weights that only other ranks' stages read."""
         owners = routes.owners.items()
         elsewhere = {name for name, stages in owners if not set(mine) & set(stages)}
-        made: dict[torch.Tensor, torch.Tensor] = {}
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name in elsewhere and not tensor.is_meta:
-                nothing = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-                is_parameter = isinstance(tensor, nn.Parameter)
-                made[tensor] = (
-                    nn.Parameter(nothing, tensor.requires_grad) if is_parameter else nothing
-                )
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        made = {t: stand_in(t) for name, t in tensors if name in elsewhere and not t.is_meta}
+        tensors.clear()
         held = [weakref.ref(tensor) for tensor in made]
         replace_tensors(model, made)
         made.clear()
-        del tensor
         gc.collect()  # traces hold weights in cycles
         if count := sum(ref() is not None for ref in held):
             log.warning(
-                "%d tensors that other ranks train are still held, by an optimizer that was made "
-                "before the model was cut: give fxzero.compile example_inputs to cut it at once",
+                "%d tensors that other ranks train are still held, perhaps by an optimizer made "
+                "before the model was cut: with example_inputs fxzero.compile cuts it at once",
                 count,
             )
 
     def _run(
-        self,
-        prepared: _Prepared,
-        model: nn.Module,
-        view: nn.Module,
-        batch: Batch,
-        accumulates: bool,
+        self, prepared: _Prepared, model: nn.Module, batch: Batch, accumulates: bool
     ) -> torch.Tensor:
         routes, schedule, line = prepared.routes, prepared.schedule, self.line
         leaves = [flatten(call)[0] for call in batch.cut(schedule.microbatches)]
-        device = next((leaf.device for leaf in batch.leaves), torch.device("cpu"))
-        transport = Transport(schedule, routes, line.members, line.rank, line.group, device)
+        transport = Transport(schedule, routes, line, self.device)
         kinds = self._kinds(schedule.microbatches, accumulates, model)
 
         def run(
             stage: int, microbatch: int, given: list[torch.Tensor]
         ) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
-            return self._run_stage(prepared, model, view, stage, kinds[microbatch], given)
+            return self._run_stage(prepared, model, stage, kinds[microbatch], given)
 
         runner = Runner(schedule, routes, transport, leaves, run)
         with self._shared_added_up(prepared, model):
             losses = runner.run()
         self.in_flight = runner.most_in_flight
-        nothing = torch.zeros((), dtype=routes.loss, device=device)
+        nothing = torch.zeros((), dtype=routes.loss, device=self.device)
         loss = torch.stack(losses).sum() if losses else nothing
         return line.tell(loss, schedule.placement[-1])
 
@@ -324,23 +347,58 @@ class PipelinedModel:
         self,
         prepared: _Prepared,
         model: nn.Module,
-        view: nn.Module,
         stage: int,
         kind: _Kind,
         given: list[torch.Tensor],
     ) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
-        key = stage, kind.reduces, kind.accumulates
-        if key not in prepared.steps:
-            sibling = prepared.steps.get((stage, kind.reduces, not kind.accumulates))
-            budget = prepared.budgets.get(stage)
-            prepared.steps[key] = self._make(prepared, model, view, stage, kind, budget, sibling)
-        step = prepared.steps[key]
+        if stage in prepared.frozen:
+            shards = None if self.ranks is None else self.ranks.shards
+            return prepared.frozen[stage].run(model, given, shards), None
+        assert prepared.steps is not None
+        step = prepared.steps[stage, kind.reduces, kind.accumulates]
         parameters: Parameters = IN_PLACE
         if self.ranks is not None:
             parameters = self.ranks.step(reduces=kind.reduces, syncs=kind.syncs)
         if prepared.schedule.splits_backward:
             return step.run_in_halves(given, parameters)
         return step.run(given, parameters), None
+
+    def _plan(
+        self, prepared: _Prepared, model: nn.Module, view: nn.Module, batch: Batch
+    ) -> tuple[Plan | None, dict[tuple[int, bool, bool], TrainingStep]]:
+        """The plan of micro-batches between the first and the last, and steps for all of them."""
+        schedule, count = prepared.schedule, prepared.schedule.microbatches
+
+        def make(
+            stage: int, kind: _Kind, budget: int | None, sibling: TrainingStep | None = None
+        ) -> TrainingStep:
+            return self._make(prepared, model, view, stage, kind, budget, sibling)
+
+        usual = self._kinds(max(count, 3), True, model)[1]
+        planned = plan_rank(
+            lambda stage, budget: make(stage, usual, budget),
+            schedule,
+            self.line.rank,
+            prepared.routes,
+            prepared.captures,
+            tensor_bytes(batch.leaves) + sum(f.bytes for f in prepared.frozen.values()),
+            self.options.memory_budget,
+        )
+        steps = {}
+        for stage, step in planned.steps.items():
+            steps[stage, usual.reduces, usual.accumulates] = step
+            for accumulates in (False, True):
+                for kind in self._kinds(count, accumulates, model):
+                    if (stage, kind.reduces, kind.accumulates) not in steps:
+                        alike = kind.reduces == usual.reduces
+                        steps[stage, kind.reduces, kind.accumulates] = make(
+                            stage, kind, step.options.memory_budget, step if alike else None
+                        )
+        if planned.plan is None:
+            return None, steps
+        choice, notes = prepared.choice, planned.plan.notes
+        note = f"modelled step {format_seconds(choice.seconds)}, {choice.bubble:.1%} of it idle"
+        return replace(planned.plan, step_seconds=choice.seconds, notes=(*notes, note)), steps
 
     def _make(
         self,
@@ -350,7 +408,7 @@ class PipelinedModel:
         stage: int,
         kind: _Kind,
         budget: int | None,
-        sibling: TrainingStep | None = None,
+        sibling: TrainingStep | None,
     ) -> TrainingStep:
         captured = prepared.captures[stage]
         leaves = [torch.empty(0, device="meta") for _ in captured.inputs.paths]
@@ -369,29 +427,6 @@ class PipelinedModel:
             in_halves=prepared.schedule.splits_backward,
             outputs_held=False,
         )
-
-    def _plan(self, prepared: _Prepared, model: nn.Module, view: nn.Module, batch: Batch) -> None:
-        """Plans this rank's stages, for the micro-batches between the first and the last."""
-        kind = self._kinds(max(prepared.schedule.microbatches, 3), True, model)[1]
-
-        def make(stage: int, budget: int | None) -> TrainingStep:
-            return self._make(prepared, model, view, stage, kind, budget)
-
-        planned = plan_rank(
-            make,
-            prepared.schedule,
-            self.line.rank,
-            prepared.routes,
-            tensor_bytes(batch.leaves),
-            self.options.memory_budget,
-        )
-        choice = prepared.choice
-        note = f"modelled step {format_seconds(choice.seconds)}, {choice.bubble:.1%} of it idle"
-        plan = planned.plan
-        self.plan = replace(plan, step_seconds=choice.seconds, notes=(*plan.notes, note))
-        for stage, step in planned.steps.items():
-            prepared.steps[stage, kind.reduces, kind.accumulates] = step
-            prepared.budgets[stage] = step.options.memory_budget
 
     @contextlib.contextmanager
     def _shared_added_up(self, prepared: _Prepared, model: nn.Module) -> Iterator[None]:

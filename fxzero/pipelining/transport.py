@@ -11,13 +11,14 @@ that is asked for early is kept until it is read.  Sending waits for nobody.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from fxzero.pipelining.line import Line
 from fxzero.pipelining.schedules import Action, Kind, Schedule
 from fxzero.pipelining.stages import Passed, Routes
 
@@ -81,25 +82,15 @@ class Unread:
 
 
 class Transport:
-    """One rank's messages in one step.
-
-    Args:
-        ranks: the global rank of each rank of the pipeline.
-        rank: this one's place among them.
-    """
+    """One rank's messages in one step."""
 
     def __init__(
-        self,
-        schedule: Schedule,
-        routes: Routes,
-        ranks: Sequence[int],
-        rank: int,
-        group: Any,
-        device: torch.device,
+        self, schedule: Schedule, routes: Routes, line: Line, device: torch.device
     ) -> None:
+        rank = line.rank
         self.placement = schedule.placement
         self.passed: Mapping[str, Passed] = routes.passed
-        self.ranks, self.rank, self.group, self.device = ranks, rank, group, device
+        self.line, self.rank, self.device = line, rank, device
         self.here: dict[Message, torch.Tensor] = {}
         self.unread = Unread(schedule)
         self.expected: dict[int, deque[Message]] = {}
@@ -117,7 +108,8 @@ class Transport:
             self.here[message] = tensor
             return
         tensor = tensor.contiguous()
-        work = dist.isend(tensor, self.ranks[target], group=self.group)
+        group = self.line.between(self.rank, target)
+        work = dist.isend(tensor, self.line.members[target], group=group)
         self.unread.add(message, (work, tensor))
 
     def receive(self, message: Message) -> torch.Tensor:
@@ -151,5 +143,6 @@ class Transport:
             message = expected.popleft()
             value = self.passed[message.value]
             tensor = torch.empty(value.shape, dtype=value.dtype, device=self.device)
-            work = dist.irecv(tensor, self.ranks[source], group=self.group)
+            group = self.line.between(source, self.rank)
+            work = dist.irecv(tensor, self.line.members[source], group=group)
             coming.append((message, work, tensor))
