@@ -38,7 +38,11 @@ def run(parts, leaves):
 # The loss of no_loss draws labels from a generator that goes on.
 @pytest.mark.parametrize(
     "name",
-    tiers([n for n in zoo.CASES if n != "no_loss"], quick=("gpt2", "resnet", "unet", "rand_ops")),
+    tiers(
+        [n for n in zoo.CASES if n != "no_loss"],
+        quick=("resnet", "unet", "rand_ops"),
+        exhaustive=("llama_bf16", "vit", "mixtral", "dict_output", "dataclass_output", "logging"),
+    ),
 )
 def test_stages_compute_what_the_model_does(name):
     """Wherever it is cut; buffers and random numbers too."""

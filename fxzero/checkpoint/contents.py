@@ -90,7 +90,8 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
             if id(parameter) not in names:
                 raise CheckpointError(
                     f"the optimizer holds a parameter of shape {list(parameter.shape)} that is not "
-                    "the model's\n  make the optimizer after fxzero.compile"
+                    "the model's\n  make the optimizer after fxzero.compile, which cuts a pipeline "
+                    "when it is given example_inputs"
                 )
     return names
 
