@@ -78,9 +78,10 @@ def partition(graph: TrainGraph) -> Split:
     saved = _read_from_outside(backward_body, list(gradients.values()), given)
     positions = {role: index for index, role in enumerate(gradients)}
     parameters = {r.name: i for i, (r, _) in enumerate(arguments) if r.kind == "parameter"}
+    module, nodes = graph.module, [node for _, node in arguments]
     return Split(
-        forward=_extract(graph, [n for _, n in arguments], forward_body, [*outputs, *saved]),
-        backward=_extract(graph, [*saved, *given], backward_body, list(gradients.values())),
+        forward=extract(module, nodes, forward_body, [*outputs, *saved]),
+        backward=extract(module, [*saved, *given], backward_body, list(gradients.values())),
         inputs=tuple(role for role, _ in arguments),
         output_count=len(outputs),
         saved=tuple(node.name for node in saved),
@@ -112,9 +113,16 @@ def _read_from_outside(
     return list(found)
 
 
-def _extract(
-    graph: TrainGraph, inputs: list[fx.Node], body: list[fx.Node], results: list[fx.Node]
+def extract(
+    module: fx.GraphModule, inputs: list[fx.Node], body: list[fx.Node], results: list[fx.Node]
 ) -> fx.GraphModule:
+    """A part of a graph, with nodes of the same names, as a graph of its own.
+
+    Args:
+        inputs: nodes in whose places it has placeholders, in order.
+        body: what it runs, in order.
+        results: what it returns.
+    """
     extracted = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
@@ -123,4 +131,4 @@ def _extract(
     for node in body:
         copies[node] = extracted.node_copy(node, copies.__getitem__)
     extracted.output(tuple(copies[node] for node in results))
-    return _torch.make_graph_module(graph.module, extracted)
+    return _torch.make_graph_module(module, extracted)

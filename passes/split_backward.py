@@ -30,6 +30,7 @@ from torch import fx
 from fxzero import _torch
 from fxzero.collectives import is_collective, waits_of
 from fxzero.cost import count_flops, makes_view
+from fxzero.passes.partition import extract
 from fxzero.passes.replay_randomness import is_random
 from fxzero.storages import analyse
 
@@ -88,8 +89,8 @@ def split_backward(backward: fx.GraphModule, early: Collection[int]) -> Backward
     taken = [node for node in placeholders if node in read]
     handed = [node for node in body if node in read]
     return BackwardSplit(
-        input_part=_extract(module, given, [n for n in body if n in needed], [*asked, *handed]),
-        weight_part=_extract(module, [*handed, *taken], [n for n in body if n in rest], others),
+        input_part=extract(module, given, [n for n in body if n in needed], [*asked, *handed]),
+        weight_part=extract(module, [*handed, *taken], [n for n in body if n in rest], others),
         input_takes=tuple(map(placeholders.index, given)),
         weight_takes=tuple(map(placeholders.index, taken)),
         input_returns=input_returns,
@@ -213,17 +214,3 @@ def _is_made_again(node: fx.Node) -> bool:
     return node.op == "get_attr" or (
         isinstance(target, torch._ops.OpOverload) and makes_view(target)
     )
-
-
-def _extract(
-    module: fx.GraphModule, inputs: list[fx.Node], body: list[fx.Node], results: list[fx.Node]
-) -> fx.GraphModule:
-    extracted = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in inputs:
-        copies[node] = extracted.placeholder(node.name)
-        copies[node].meta = dict(node.meta)
-    for node in body:
-        copies[node] = extracted.node_copy(node, copies.__getitem__)
-    extracted.output(tuple(copies[node] for node in results))
-    return _torch.make_graph_module(module, extracted)

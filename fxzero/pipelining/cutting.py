@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxzero import _torch
 from fxzero.errors import UsageError
+from fxzero.passes.partition import extract
 from fxzero.passes.replay_randomness import is_random
 from fxzero.pipelining.regions import is_region
 
@@ -154,36 +154,30 @@ class Row:
         last = stop == len(self.work)
         results = [*sent, *(self.results if last else ())]
         needed = self._closure([*own, *results], start)
-        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-        leaves = [n for n in self._leaves if n in needed]
-        received = [n for n in needed if n in self._owner and self._owner[n] < start]
-        for node in (*leaves, *received):
-            copies[node] = graph.placeholder(node.name)
-            copies[node].meta = dict(node.meta)
-        for node in self.module.graph.nodes:
-            if node in needed and node not in copies:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.output(tuple(copies[node] for node in results))
+        ordered = [node for node in self.module.graph.nodes if node in needed]
+        leaves = [node for node in self._leaves if node in needed]
+        received = [node for node in ordered if self._owner.get(node, start) < start]
+        given = {*leaves, *received}
+        body = [node for node in ordered if node not in given]
         ports = Ports(
             leaves=tuple(self._leaves.index(node) for node in leaves),
             received=tuple(node.name for node in received),
             sent=tuple(node.name for node in sent),
         )
-        return Stage(_torch.make_graph_module(self.module, graph), ports)
+        return Stage(extract(self.module, [*leaves, *received], body, results), ports)
 
-    def _closure(self, nodes: Iterable[fx.Node], start: int) -> dict[fx.Node, None]:
+    def _closure(self, nodes: Iterable[fx.Node], start: int) -> set[fx.Node]:
         """The nodes and all they read, up to what stages before ``start`` made."""
-        found: dict[fx.Node, None] = {}
+        found: set[fx.Node] = set()
         stack = list(nodes)
         while stack:
             node = stack.pop()
             if node in found:
                 continue
-            found[node] = None
+            found.add(node)
             if self._owner.get(node, start) >= start:
                 stack += node.all_input_nodes
-        order = {node: index for index, node in enumerate(self.module.graph.nodes)}
-        return dict.fromkeys(sorted(found, key=order.__getitem__))
+        return found
 
     @cached_property
     def _last_reads(self) -> dict[fx.Node, int]:
