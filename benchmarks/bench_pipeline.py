@@ -91,8 +91,10 @@ def _compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         losses = [step().item() for _ in range(_WARMUP)]
         trained = model._fxzero.pipeline
         choice = next(iter(trained.prepared.values())).choice
-        expected = {"modelled": choice.seconds, "bubble": choice.bubble, "cuts": choice.cuts}
-        found.append({"name": name, "losses": losses, **expected, "peak": model.plan.peak_bytes})
+        plan = model.plan
+        expected = {"modelled": plan.step_seconds, "bubble": plan.pipeline.bubble}
+        cuts = {"cuts": choice.cuts, "peak": plan.peak_bytes}
+        found.append({"name": name, "losses": losses, **expected, **cuts})
         steps[name] = step
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(options.rounds):

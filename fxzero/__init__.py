@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "compile": "fxzero.compiler",
-    "plan": "fxzero.planner",
+    "plan": "fxzero.forecast",
     "measure": "fxzero.measurement",
     "explain": "fxzero.explanation",
     "name": "fxzero.naming",
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
         UsageError,
     )
     from fxzero.explanation import explain
+    from fxzero.forecast import plan
     from fxzero.measurement import Measurement, measure
     from fxzero.naming import name
     from fxzero.pipelining.request import Pipeline
-    from fxzero.planner import plan
     from fxzero.plans import Plan
     from fxzero.precision import Precision
 

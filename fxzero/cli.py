@@ -123,7 +123,7 @@ def _make_plan(
     source = load_model(model, batch=batch, seq=seq, dtype=dtype)
     if "transformers" in sys.modules:  # its advice on configurations is not about the plan
         sys.modules["transformers"].logging.set_verbosity_error()
-    from fxzero.planner import plan
+    from fxzero.forecast import plan
 
     return plan(source.model, source.args, kwargs=source.kwargs, name=source.name, **options)
 

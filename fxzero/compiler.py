@@ -28,9 +28,9 @@ from fxzero.capture import capture, check_devices
 from fxzero.errors import RecompileLimitError, UsageError, unknown_option
 from fxzero.graph import describe_all
 from fxzero.mesh import resolve_mesh
-from fxzero.microbatches import Batch, Call, choose_count
+from fxzero.microbatches import Batch, Call, choose_count, loss_of
 from fxzero.options import Options, call_arguments, check_options, model_device
-from fxzero.pipelining.request import check_pipeline
+from fxzero.pipelining.request import AUTO, check_pipeline, ranks_along
 from fxzero.pipelining.training import PipelinedModel
 from fxzero.planner import Planner
 from fxzero.plans import Plan
@@ -105,8 +105,10 @@ def compile(
     if not isinstance(model, nn.Module):
         raise UsageError(f"fxzero.compile needs an nn.Module, not {type(model).__name__}")
     request = check_pipeline(pipeline)
+    if request == AUTO:
+        raise UsageError("not yet")
     device = model_device(model)
-    ranks = resolve_mesh(mesh, device, request.ranks if request else None)
+    ranks = resolve_mesh(mesh, device, ranks_along(request))
     options = check_options(
         device=device,
         memory_budget=memory_budget,
@@ -129,7 +131,7 @@ def compile(
     agree_on_values(model, ranks)
     state = _State(options, plan, loss_fn)
     if request is not None:
-        loss = functools.partial(_loss_of, loss_fn=loss_fn)
+        loss = functools.partial(loss_of, loss_fn=loss_fn)
         state.pipeline = PipelinedModel(request, options, ranks, loss)
         if example_inputs is not None:  # before what is left is sharded
             args, kwargs = call_arguments(example_inputs)
@@ -292,27 +294,11 @@ def _train(
     model: CompiledModule, args: tuple[Any, ...], kwargs: dict[str, Any], loss_fn: Any, count: int
 ) -> torch.Tensor:
     """Adds one of ``count`` micro-batches' share to the gradients; returns that of the loss."""
-    loss = _loss_of(model(*args, **kwargs), loss_fn)
+    loss = loss_of(model(*args, **kwargs), loss_fn)
     if count > 1:
         loss = loss / count
     loss.backward()
     return loss.detach()
-
-
-def _loss_of(output: Any, loss_fn: Any) -> torch.Tensor:
-    loss = loss_fn(output) if loss_fn is not None else output
-    if not isinstance(loss, torch.Tensor):
-        loss = loss["loss"] if isinstance(loss, dict) else getattr(loss, "loss", loss)
-    if isinstance(loss, (tuple, list)) and loss:
-        loss = loss[0]
-    if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
-        is_tensor = isinstance(output, torch.Tensor)
-        found = f"a tensor {list(output.shape)}" if is_tensor else type(output).__name__
-        raise UsageError(
-            f"step() needs a scalar loss, but the model returned {found}\n"
-            "  give fxzero.compile a loss_fn from the model's output to a scalar"
-        )
-    return loss
 
 
 class _State:

@@ -58,7 +58,7 @@ def explain(
     """
     plan = getattr(model, "plan", None)
     if not isinstance(plan, Plan):
-        from fxzero.planner import plan as make_plan
+        from fxzero.forecast import plan as make_plan
 
         return _explanation(make_plan(model, inputs, kwargs=kwargs, memory_budget=memory_budget))
     if memory_budget is not None:

@@ -113,7 +113,7 @@ class Mesh:
         return {name: self.devices.get_group(name).group_name for name in self.sizes}
 
 
-def resolve_mesh(mesh: Any, device: str, stages: Callable[[int], int] | None = None) -> Mesh:
+def resolve_mesh(mesh: Any, device: str, stages: Callable[[int | None], int] | None = None) -> Mesh:
     """The mesh that a user means.
 
     Args:
@@ -128,7 +128,9 @@ def resolve_mesh(mesh: Any, device: str, stages: Callable[[int], int] | None = N
     if isinstance(mesh, Mesh):
         return mesh
     if isinstance(mesh, Mapping):
-        return Mesh(_checked({str(name): size for name, size in mesh.items()}))
+        sizes = _checked({str(name): size for name, size in mesh.items()})
+        _check_pipelines(sizes, stages)
+        return Mesh(sizes)
     if mesh is None:
         mesh = _all_processes(device, stages)
         if mesh is None:
@@ -140,33 +142,49 @@ def resolve_mesh(mesh: Any, device: str, stages: Callable[[int], int] | None = N
             '  init_device_mesh("cuda", (8,), mesh_dim_names=("dp",))'
         )
     sizes = _checked(dict(zip(names, mesh.shape, strict=True)))
+    _check_pipelines(sizes, stages)
+    return Mesh(sizes, mesh)
+
+
+def _check_pipelines(sizes: Mapping[str, int], stages: object) -> None:
     if "pp" in sizes and stages is None:
         raise UsageError(
             f'mesh has "pp" of {sizes["pp"]} ranks, but there is no pipeline\n'
             '  give pipeline=, or all ranks to "dp"'
         )
-    return Mesh(sizes, mesh)
 
 
-def planned_mesh(mesh: Any, devices: int | None, device: str) -> Mesh:
-    """The mesh of a plan: as given, or all ``devices`` along "dp", or one device.
+def _in_pipelines(along: int, ranks: int | None) -> dict[str, int]:
+    """Ranks in pipelines of ``along`` each, one behind the other in the mesh's first dimension."""
+    ranks = along if ranks is None else ranks
+    if ranks % along:
+        raise UsageError(
+            f"{ranks} ranks cannot form pipelines of {along} ranks each\n"
+            f"  take a multiple of {along}, or ask for another number of stages"
+        )
+    return {"pp": along, "dp": ranks // along}
+
+
+def planned_mesh(
+    mesh: Any, devices: int | None, device: str, stages: Callable[[int | None], int] | None = None
+) -> Mesh:
+    """The mesh of a plan: as given, or all ``devices`` along "dp" or in pipelines, or one device.
 
     Args:
         mesh: a DeviceMesh, sizes by dimension, or text such as "dp_replicate=8,dp_shard=16".
+        stages: over how many of some devices, or of any number, a pipeline goes; None: there is no
+            pipeline.
 
     Raises:
         UsageError: as ``resolve_mesh``; or the mesh has another number of ranks than ``devices``.
     """
     if isinstance(mesh, str):
         mesh = _parse(mesh)
+    if mesh is None and stages is not None:
+        mesh = _in_pipelines(stages(devices), devices)
     if mesh is None:
         mesh = {"dp": 1 if devices is None else devices}
-    found = resolve_mesh(mesh, device)
-    if "pp" in found.sizes:
-        raise UsageError(
-            f'mesh has "pp" of {found.sizes["pp"]} ranks, but this version plans no pipelines\n'
-            '  give all ranks to "dp"'
-        )
+    found = resolve_mesh(mesh, device, stages)
     if devices is not None and found.size != devices:
         raise UsageError(f"mesh has {found.size} ranks, devices={devices}; leave one of them out")
     return found
@@ -204,7 +222,7 @@ def _checked(sizes: dict[str, int]) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size > 1}
 
 
-def _all_processes(device: str, stages: Callable[[int], int] | None) -> Any:
+def _all_processes(device: str, stages: Callable[[int | None], int] | None) -> Any:
     """A DeviceMesh over every process; None where there is only one."""
     if not dist.is_available():
         return None
@@ -219,13 +237,8 @@ def _all_processes(device: str, stages: Callable[[int], int] | None) -> Any:
     world = dist.get_world_size()
     if stages is None:
         return init_device_mesh(device, (world,), mesh_dim_names=("dp",))
-    along = stages(world)
-    if world % along:
-        raise UsageError(
-            f"{world} processes cannot form pipelines of {along} ranks each\n"
-            f"  start a multiple of {along}, or ask for another number of stages"
-        )
-    return init_device_mesh(device, (along, world // along), mesh_dim_names=("pp", "dp"))
+    sizes = _in_pipelines(stages(world), world)
+    return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def _connect(backend: str) -> None:

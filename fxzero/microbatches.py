@@ -86,6 +86,16 @@ class Batch:
             )
             yield part
 
+    def times(self, count: int) -> Batch:
+        """The batch of as many examples ``count`` times over, for plans."""
+        leaves = [
+            leaf.repeat(count, *(1 for _ in leaf.shape[1:]))
+            if leaf.ndim and len(leaf) == self.size
+            else leaf
+            for leaf in self.leaves
+        ]
+        return Batch(tuple(leaves), self.structure, count * self.size)
+
     def counts(self) -> list[int]:
         """Into how many micro-batches of one size the batch can be cut."""
         return [count for count in range(1, self.size + 1) if self.size % count == 0]
@@ -118,3 +128,27 @@ def choose_count(batch: Batch, plan: Callable[[Call, bool], Plan]) -> int:
             break
     assert best is not None, "single examples were planned"
     return best[1]
+
+
+def loss_of(output: Any, loss_fn: Any) -> torch.Tensor:
+    """The scalar that a step trains, in what a model returned.
+
+    Args:
+        loss_fn: from that to the scalar; None: it is the scalar, or has it as ``loss``, or first.
+
+    Raises:
+        UsageError: there is none.
+    """
+    loss = loss_fn(output) if loss_fn is not None else output
+    if not isinstance(loss, torch.Tensor):
+        loss = loss["loss"] if isinstance(loss, dict) else getattr(loss, "loss", loss)
+    if isinstance(loss, (tuple, list)) and loss:
+        loss = loss[0]
+    if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
+        is_tensor = isinstance(output, torch.Tensor)
+        found = f"a tensor {list(output.shape)}" if is_tensor else type(output).__name__
+        raise UsageError(
+            f"step() needs a scalar loss, but the model returned {found}\n"
+            "  give a loss_fn from the model's output to a scalar"
+        )
+    return loss

@@ -15,19 +15,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
 from fxzero.calibration import cost_model
-from fxzero.capture import capture
 from fxzero.clock import exposed_share
 from fxzero.collectives import is_collective, is_gather
 from fxzero.cost import CostModel, bucket_bytes
 from fxzero.errors import BudgetError, PlanError, UsageError
 from fxzero.execution import BoxedFunction
 from fxzero.graph import InputRole, TrainGraph
-from fxzero.mesh import planned_mesh
 from fxzero.optimizers import profile_optimizer
-from fxzero.options import Options, call_arguments, check_options, device_of, model_device
+from fxzero.options import Options, device_of
 from fxzero.passes.context import PassContext
 from fxzero.passes.partition import Split, partition
 from fxzero.passes.pipeline import PREPARATION, Pass, select, skipped_passes
@@ -80,80 +77,6 @@ class Decided:
 
     plan: Plan
     emitted: Emitted
-
-
-def plan(
-    model: nn.Module,
-    example_inputs: Any = (),
-    *,
-    kwargs: dict[str, Any] | None = None,
-    memory_budget: object = None,
-    optimizer: object = "adamw",
-    recompute: Any = "auto",
-    objective: str = "time",
-    inner: str = "eager",
-    offload: bool = False,
-    strict: bool = False,
-    zero: Any = "auto",
-    mesh: Any = None,
-    devices: int | None = None,
-    precision: Any = None,
-    accumulate: bool = False,
-    sweep: int = 0,
-    name: str | None = None,
-) -> Plan:
-    """A Plan for training ``model`` on one device or many, without running it.
-
-    A model on the meta device is planned without allocating anything.
-
-    Args:
-        example_inputs: tuple of positional arguments, one tensor, or a dict of keyword arguments.
-        kwargs: more keyword arguments of the model.
-        memory_budget: "22GiB", bytes, "90%" of the device, or None for no limit.
-        optimizer: name, torch.optim class, or bytes of state per parameter.
-        offload: whether saved values may wait for the backward in host memory.
-        zero: the ZeRO stage, 0 to 3, or "auto".
-        mesh: ranks by dimension, such as ``{"dp": 64}`` or "dp=64", or a DeviceMesh; no process has
-            to run.
-        devices: number of ranks, all along "dp" if there is no ``mesh``.
-        precision: a ``fxzero.Precision``.
-        accumulate: whether the step finds gradients that it adds to, as the second of several
-            micro-batches does.
-        sweep: for how many budgets besides to find the step time, for ``Plan.pareto``.
-
-    Returns:
-        A Plan; ``plan.fits`` is False and ``plan.status`` "infeasible" when nothing fits.
-
-    Raises:
-        UsageError, CaptureError, DeviceError: see ``fxzero.compile``.
-    """
-    args, keywords = call_arguments(example_inputs, kwargs)
-    device = model_device(model)
-    options = check_options(
-        device=device,
-        memory_budget=memory_budget,
-        optimizer=optimizer,
-        recompute=recompute,
-        objective=objective,
-        inner=inner,
-        strict=strict,
-        offload=offload,
-        zero=zero,
-        mesh=planned_mesh(mesh, devices, device),
-        precision=precision,
-    )
-    captured = capture(model, args, keywords, inner=options.inner, precision=options.precision)
-    planner = Planner(
-        captured.graph,
-        options,
-        name or type(model).__name__,
-        accumulates=accumulate,
-        sweep=sweep,
-    )
-    try:
-        return planner.decide().plan
-    except BudgetError:
-        return planner.smallest().plan
 
 
 class Planner:
@@ -211,6 +134,12 @@ class Planner:
         """The same planner for a caller who holds the outputs during the backward, or does not."""
         other = copy.copy(self)
         other.variants = tuple(v.observing(outputs_held=outputs_held) for v in self.variants)
+        return other
+
+    def within(self, budget: int | None) -> Planner:
+        """The same planner with another budget."""
+        other = copy.copy(self)
+        other.variants = tuple(v.within(budget) for v in self.variants)
         return other
 
     def restate(self, decided: Decided) -> Decided:
@@ -275,6 +204,8 @@ class GraphPlanner:
         writes_buffers: whether the graph updates buffers itself, or returns their new values.
         reduces: whether it averages gradients over the ranks.
         accumulates: whether it adds them to gradients that exist.
+        is_stage: whether it is a stage of a pipeline, whose outputs are sent away, and which no
+            loss outside follows.
         unapplied: what the caller could not apply; more is found here, and all of it is an error
             under ``strict`` and a note in the Plan otherwise.
         sweep: number of points between the ends of the Plan's curve.
@@ -292,6 +223,7 @@ class GraphPlanner:
         writes_buffers: bool = True,
         reduces: bool = True,
         accumulates: bool = False,
+        is_stage: bool = False,
         unapplied: tuple[str, ...] = (),
         sweep: int = 0,
     ) -> None:
@@ -312,14 +244,15 @@ class GraphPlanner:
         self.prepared = tuple(report.name for report in (*reports, *last))
         self.options = options
         self.name = name
-        self.outputs_held = outputs_held
+        self.outputs_held = outputs_held and not is_stage
+        self.is_stage = is_stage
         self.sweep = sweep
         trainable = [value for role, value in arguments if role in graph.trainable]
         self.optimizer = profile_optimizer(options.optimizer, trainable, self.device)
         self.granularity = CUDA_GRANULARITY if self.device == "cuda" else 1
         held = [value for role, value in arguments if role.kind != "tangent"]
         held += [node.meta["val"] for node in self.graph.graph.find_nodes(op="get_attr")]
-        self.loss_bytes = _outside_loss_bytes(arguments)
+        self.loss_bytes = 0 if is_stage else _outside_loss_bytes(arguments)
         self.fixed_bytes = self.optimizer.state_bytes + tensor_bytes(held, self.granularity)
         self.fixed_bytes += LOSS_SCALARS if self.loss_bytes else 0
         self.costs = replace(costs, exposed=exposed_share(self.graph, costs))
@@ -445,6 +378,13 @@ class GraphPlanner:
             vars(other).pop(derived, None)
         return other
 
+    def within(self, budget: int | None) -> GraphPlanner:
+        """The same planner with another budget."""
+        other = copy.copy(self)
+        other.options = replace(self.options, memory_budget=budget)
+        vars(other).pop("proposed", None)
+        return other
+
     def restate(self, decided: Decided) -> Decided:
         """What another planner's decisions come to under this one's assumptions."""
         emitted = decided.emitted
@@ -537,6 +477,7 @@ class GraphPlanner:
             sweep=self.swept,
             outputs_held=self.outputs_held,
             loss_bytes=self.loss_bytes,
+            is_stage=self.is_stage,
             unapplied=self.unapplied,
         )
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from fxzero.errors import PlanError
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 _MAX_FILE_BYTES = 256 * 2**20
 # Larger than any count of bytes or operations; such numbers would overflow later.
 _LARGEST = 10**30
@@ -193,6 +193,67 @@ class Alternative:
 
 
 @dataclass(frozen=True)
+class PipelineStage:
+    """A part of the model that one rank of a pipeline trains.
+
+    Attributes:
+        rank: where, along "pp".
+        begins: the module that its first operator runs in, "" for the model itself.
+        weight_bytes: of the parameters and buffers that it reads, whole.
+        in_flight: the most micro-batches between its forward and the end of its input gradient.
+        forward_seconds, input_seconds, weight_seconds: modelled, of one micro-batch: forward,
+            gradients of what it received (recompute included), gradients of weights.
+        sent_bytes: what a micro-batch passes on to later stages.
+    """
+
+    rank: int
+    begins: str
+    weight_bytes: int
+    in_flight: int
+    forward_seconds: float
+    input_seconds: float
+    weight_seconds: float
+    sent_bytes: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One computation of a rank, in seconds from the start of the step.
+
+    Attributes:
+        kind: "F" forward, "I" gradients of inputs, "W" of weights, "B" both.
+    """
+
+    rank: int
+    kind: str
+    stage: int
+    microbatch: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """How stages of a model train side by side.
+
+    Attributes:
+        bubble: the share of all ranks' time in which they wait, from 0 to 1.
+        turns: who computes what when, by their start.
+    """
+
+    schedule: str
+    microbatches: int
+    bubble: float
+    stages: tuple[PipelineStage, ...]
+    turns: tuple[Turn, ...]
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the stages lie on."""
+        return 1 + max(stage.rank for stage in self.stages)
+
+
+@dataclass(frozen=True)
 class Plan:
     """A complete plan.
 
@@ -211,6 +272,7 @@ class Plan:
         graph_digest: which graph the decisions belong to.
         curve: what ``pareto()`` returns.
         timeline: (position, bytes) after each change, over forward then backward; thinned.
+        pipeline: its stages and their schedule; None: there is no pipeline.
         notes: what could not be applied, and assumptions that the numbers rest on.
     """
 
@@ -244,6 +306,7 @@ class Plan:
     graph_digest: str
     notes: tuple[str, ...] = ()
     passes: tuple[str, ...] = field(default=())
+    pipeline: PipelinePlan | None = None
 
     @property
     def fits(self) -> bool:

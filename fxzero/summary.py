@@ -64,6 +64,7 @@ class Facts:
     sweep: tuple[Schedule, ...]
     outputs_held: bool
     loss_bytes: int
+    is_stage: bool
     unapplied: tuple[str, ...]
 
 
@@ -354,11 +355,12 @@ def _thin(points: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 def _notes(facts: Facts) -> tuple[str, ...]:
     notes = list(facts.unapplied)
-    notes.append(
-        "the caller is taken to hold the model's outputs during the backward"
-        if facts.outputs_held
-        else "the caller was seen to drop the model's outputs before the backward"
-    )
+    if not facts.is_stage:
+        notes.append(
+            "the caller is taken to hold the model's outputs during the backward"
+            if facts.outputs_held
+            else "the caller was seen to drop the model's outputs before the backward"
+        )
     if facts.loss_bytes:
         notes.append(
             f"the model returns no loss; one outside of it is taken to need "

@@ -57,7 +57,7 @@ class TrainingStep:
         trace: makes what is trained, given the outputs that receive gradients (None: as ``capture``
             assumes); None: all of ``view`` is trained.
         in_halves: whether the backward may run in two parts, see ``run_in_halves``.
-        outputs_held: whether the caller keeps the outputs during the backward, as far as is known.
+        is_stage: whether it is a stage of a pipeline, whose outputs are sent away.
         sibling: the step that differs in that alone, if there is one: it shares its trace, and its
             plan where that fits.
 
@@ -79,7 +79,7 @@ class TrainingStep:
         sibling: TrainingStep | None = None,
         trace: Trace | None = None,
         in_halves: bool = False,
-        outputs_held: bool = True,
+        is_stage: bool = False,
     ) -> None:
         self.options = options
         self.given = given
@@ -91,7 +91,8 @@ class TrainingStep:
         self._trace = trace
         self._in_halves = in_halves
         self._origin = weakref.ref(model)
-        self._outputs_held = outputs_held
+        self._is_stage = is_stage
+        self._outputs_held = not is_stage
         self._outputs_seen = False
         self._gradients_settled = False
         self._stale = False
@@ -186,6 +187,7 @@ class TrainingStep:
                 outputs_held=self._outputs_held,
                 reduces=self.reduces,
                 accumulates=self.accumulates,
+                is_stage=self._is_stage,
             )
             return captured, planner
 

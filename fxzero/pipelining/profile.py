@@ -1,10 +1,10 @@
-"""What each operator of a row costs in training: time forwards and backwards, bytes it leaves.
+"""What each operator of a row costs in training: time forwards and backwards.
 
 The whole model is traced once with its backward.  Every node of that graph, the backward's too,
 knows the forward operator that it came from, so prices of nodes add up to prices of operators, and
 those to prices of any stage that a cut would make.
 
-    linear    F addmm 5 ms    I mm 5 ms    W mm 5 ms, sum 1 ms    keeps its input
+    linear    F addmm 5 ms    I mm 5 ms    W mm 5 ms, sum 1 ms
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
-import torch
 from torch import fx
 
 from fxzero import _torch
 from fxzero.capture import join
 from fxzero.cost import CostModel
 from fxzero.graph import TrainGraph
+from fxzero.pipelining.cutting import Row
 from fxzero.pipelining.schedules import StageTimes
 from fxzero.pipelining.stages import Exports
-from fxzero.storages import analyse
 
 _MARK = "fxzero_operator"
 
@@ -31,18 +30,16 @@ class Profile:
     """Sums over the operators before each position of a row; entry i is that of the first i.
 
     Attributes:
+        graph: the whole model with its backward, whose nodes ``origins`` knows.
         forward: seconds.
         input_gradient: seconds of the backward that the stage before waits for.
         weight_gradient: seconds of the rest of it.
-        saved: bytes that the forward makes and the backward reads.
-        weights: bytes of parameters, each counted where it is read first.
     """
 
+    graph: TrainGraph
     forward: tuple[float, ...]
     input_gradient: tuple[float, ...]
     weight_gradient: tuple[float, ...]
-    saved: tuple[int, ...]
-    weights: tuple[int, ...]
 
     def times(self, start: int, stop: int) -> StageTimes:
         """The seconds of a stage of these operators."""
@@ -51,6 +48,11 @@ class Profile:
             self.input_gradient[stop] - self.input_gradient[start],
             self.weight_gradient[stop] - self.weight_gradient[start],
         )
+
+    @property
+    def operators(self) -> int:
+        """How many the row has."""
+        return len(self.forward) - 1
 
 
 def profile(exports: Exports, inner: str, costs: CostModel) -> Profile:
@@ -63,7 +65,7 @@ def profile(exports: Exports, inner: str, costs: CostModel) -> Profile:
             marks = {**(node.meta.get("custom") or {}), _MARK: positions[node.name]}
             node.meta = {**node.meta, "custom": marks}
     graph = join(module, exports.exported.leaves, inner, exports.name)
-    origin = _origins(graph)
+    origin = origins(graph)
     forward, early, late = ([0.0] * len(row.work) for _ in range(3))
     trailing = _of_weights(graph, origin)
     for node, at in origin.items():
@@ -72,23 +74,19 @@ def profile(exports: Exports, inner: str, costs: CostModel) -> Profile:
         else:
             kind = late if node in trailing else early
         kind[at] += costs.price(node).seconds
-    weights = _weights(exports)
-    for at, size in enumerate(weights):  # added to the gradient of earlier micro-batches
-        late[at] += 3 * size / costs.hardware.bandwidth * costs.scale
-    saved = [0] * len(row.work)
-    for node, size in _kept(graph).items():
-        if node in origin:
-            saved[origin[node]] += size
+    parameters = dict(exports.exported.forward.named_parameters(remove_duplicate=False))
+    for name, places in weights_of(row).items():
+        if name in parameters:  # added to the gradient of earlier micro-batches
+            late[places[0]] += 3 * parameters[name].nbytes / costs.hardware.bandwidth * costs.scale
     return Profile(
+        graph=graph,
         forward=tuple(accumulate(forward, initial=0.0)),
         input_gradient=tuple(accumulate(early, initial=0.0)),
         weight_gradient=tuple(accumulate(late, initial=0.0)),
-        saved=tuple(accumulate(saved, initial=0)),
-        weights=tuple(accumulate(weights, initial=0)),
     )
 
 
-def _origins(graph: TrainGraph) -> dict[fx.Node, int]:
+def origins(graph: TrainGraph) -> dict[fx.Node, int]:
     """The position of the operator that each node was traced for.
 
     Sums of gradients have no mark; they belong to the operator whose backward came before.
@@ -102,6 +100,15 @@ def _origins(graph: TrainGraph) -> dict[fx.Node, int]:
     return found
 
 
+def weights_of(row: Row) -> dict[str, list[int]]:
+    """For each parameter and buffer, the positions of the operators that read it."""
+    found: dict[str, list[int]] = {}
+    for position, names in enumerate(row.weights_read):
+        for name in names:
+            found.setdefault(name, []).append(position)
+    return found
+
+
 def _of_weights(graph: TrainGraph, origin: dict[fx.Node, int]) -> set[fx.Node]:
     """Nodes of the backward that nothing but gradients of the same operator's weights needs."""
     found: set[fx.Node] = set()
@@ -111,37 +118,3 @@ def _of_weights(graph: TrainGraph, origin: dict[fx.Node, int]) -> set[fx.Node]:
             if all(user in found and origin[user] == origin[node] for user in users):
                 found.add(node)
     return found
-
-
-def _kept(graph: TrainGraph) -> dict[fx.Node, int]:
-    """Bytes of the forward's values that the backward reads, by the node that made them."""
-    storages = analyse(graph.graph.nodes)
-    read = {
-        storage
-        for node in graph.graph.nodes
-        if node.op == "call_function" and graph.is_backward(node)
-        for source in node.all_input_nodes
-        if not graph.is_backward(source)
-        for storage in storages.of.get(source, ())
-    }
-    found: dict[fx.Node, int] = {}
-    for storage in read:
-        maker = storages.maker[storage]
-        found[maker] = found.get(maker, 0) + storages.bytes[storage]
-    return found
-
-
-def _weights(exports: Exports) -> list[int]:
-    """Bytes of the parameters that each operator is the first to read."""
-    row, module = exports.row, exports.exported.forward
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    bytes_of = [0] * len(row.work)
-    first: dict[str, int] = {}
-    for part_at, names in enumerate(row.weights_read):
-        for name in names:
-            if name in parameters:
-                first.setdefault(name, part_at)
-    for name, at in first.items():
-        parameter: torch.Tensor = parameters[name]
-        bytes_of[at] += parameter.nbytes
-    return bytes_of

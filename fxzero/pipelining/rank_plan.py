@@ -11,146 +11,271 @@ share of what each can give up, the least that makes the rank fit:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Generic, Protocol, TypeVar
 
 from fxzero.errors import BudgetError
+from fxzero.mesh import Sharding
+from fxzero.passes.partition import Split
 from fxzero.pipelining.rehearsal import Part, rehearse_rank
-from fxzero.pipelining.schedules import Schedule
+from fxzero.pipelining.schedules import Action, Kind, Schedule
 from fxzero.pipelining.stages import Routes, shared_weights
-from fxzero.plans import Plan, Value
-from fxzero.training_step import TrainingStep
+from fxzero.planner import Emitted
+from fxzero.plans import Phase, Plan, Rank, Value
+from fxzero.runtime import Executable
 from fxzero.units import format_bytes
 
 _ROUNDS = 6
+# Micro-batches more, for messages that nobody is certain to have read.
+_ON_THEIR_WAY = 2
+_Waiting = tuple[int, Kind]
 # The loss of a micro-batch and its gradient.
 _SCALARS = 16
 
-# (stage, the budget of one micro-batch) -> what runs it
-MakeStep = Callable[[int, int | None], TrainingStep]
+
+class Planned(Protocol):
+    """A stage's plan for a micro-batch that is neither the first nor the last of a step."""
+
+    @property
+    def plan(self) -> Plan:
+        """Of the stage alone."""
+
+    @property
+    def emitted(self) -> Emitted:
+        """The graphs that carry it out."""
+
+    @property
+    def executable(self) -> Executable:
+        """The functions that run them."""
+
+
+Step = TypeVar("Step", bound=Planned)
 
 
 @dataclass(frozen=True)
-class RankPlan:
+class RankPlan(Generic[Step]):
     """How a rank trains its stages.
 
     Attributes:
-        steps: for each stage what runs a micro-batch that adds to gradients.
-        plan: that of the stage with the most bytes, with what the whole rank needs; None if nothing
-            is trained here.
+        stages: for each stage what plans and runs a micro-batch.
+        working_bytes: the most that it holds in forwards and backwards.
+        updating_bytes: the most that it holds in the optimizer's step.
     """
 
-    steps: Mapping[int, TrainingStep]
-    plan: Plan | None
+    stages: Mapping[int, Step]
+    working_bytes: int
+    updating_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.working_bytes, self.updating_bytes)
 
 
-def plan_rank(
-    make: MakeStep,
-    schedule: Schedule,
-    rank: int,
-    routes: Routes,
-    stages: Collection[int],
-    batch_bytes: int,
-    budget: int | None,
-) -> RankPlan:
-    """The fastest way found that fits the budget.
+class RankPlanner(Generic[Step]):
+    """Plans one rank for any budget.
 
     Args:
+        make: (stage, the budget of one micro-batch) -> what runs it.
         stages: those of the rank that are trained.
-        batch_bytes: of the batch, which every rank holds, and of frozen stages' weights.
-
-    Raises:
-        BudgetError: nothing found fits.
+        held: bytes of the batch, which every rank holds, and of frozen stages' weights.
     """
-    if not stages:
-        return RankPlan({}, None)
-    free = {stage: make(stage, None) for stage in stages}
-    most = _peak(free, schedule, rank, routes, batch_bytes)
-    if budget is None or most <= budget:
-        return RankPlan(free, _stated(free, schedule, rank, most, budget))
-    spans = {
-        stage: (step.plan.minimum_budget, step.plan.peak_bytes) for stage, step in free.items()
-    }
 
-    def tightened(share: float) -> tuple[dict[int, TrainingStep], int]:
-        budgets = {s: most - int(share * (most - least)) for s, (least, most) in spans.items()}
-        steps = {stage: make(stage, budgets[stage]) for stage in stages}
-        return steps, _peak(steps, schedule, rank, routes, batch_bytes)
+    def __init__(
+        self,
+        make: Callable[[int, int | None], Step],
+        schedule: Schedule,
+        rank: int,
+        routes: Routes,
+        stages: Collection[int],
+        held: int,
+    ) -> None:
+        self.make, self.schedule, self.rank, self.routes = make, schedule, rank, routes
+        self.stages, self.held = tuple(stages), held
 
-    best, peak = tightened(1.0)
-    if peak > budget:
-        raise BudgetError(
+    @cached_property
+    def free(self) -> RankPlan[Step]:
+        """Every stage as if it had all memory."""
+        return self._rehearsed({stage: self.make(stage, None) for stage in self.stages})
+
+    @cached_property
+    def smallest(self) -> RankPlan[Step]:
+        """Every stage at its smallest peak."""
+        return self._tightened(1.0)
+
+    def within(self, budget: int | None) -> RankPlan[Step]:
+        """The fastest way found that fits the budget.
+
+        Raises:
+            BudgetError: nothing found fits.
+        """
+        if not self.stages or budget is None or self.free.peak_bytes <= budget:
+            return self.free
+        best = self.smallest
+        if best.peak_bytes > budget:
+            raise self._refusal(budget)
+        low, high = 0.0, 1.0
+        for _ in range(_ROUNDS):
+            share = (low + high) / 2
+            found = self._tightened(share)
+            if found.peak_bytes <= budget:
+                best, high = found, share
+            else:
+                low = share
+        return best
+
+    def _tightened(self, share: float) -> RankPlan[Step]:
+        budgets = {}
+        for stage, step in self.free.stages.items():
+            most, least = step.plan.peak_bytes, step.plan.minimum_budget
+            budgets[stage] = most - int(share * (most - least))
+        return self._rehearsed({stage: self.make(stage, size) for stage, size in budgets.items()})
+
+    def _rehearsed(self, stages: Mapping[int, Step]) -> RankPlan[Step]:
+        """With the bytes of the whole rank, the optimizer's step included."""
+        parts = {stage: Part(step.emitted.split, step.executable) for stage, step in stages.items()}
+        static = _static_bytes(stages) + _shared_bytes(stages, self.schedule, self.routes)
+        held = static + self.held + _arriving_bytes(self.schedule, self.rank, self.routes)
+        held += _SCALARS * self.schedule.microbatches
+        few = representative(self.schedule, self.rank)
+        working = rehearse_rank(few, self.rank, self.routes, parts, held)
+        # Beyond what is there throughout, an optimizer needs memory for what it computes.
+        beyond = [
+            phase.peak_bytes - sum(step.emitted.timeline.fixed.values())
+            for step in stages.values()
+            for phase in step.plan.phases
+            if phase.name == "optimizer step"
+        ]
+        return RankPlan(stages, working, static + self.held + max(beyond, default=0))
+
+    def _refusal(self, budget: int) -> BudgetError:
+        peak, static = self.smallest.peak_bytes, _static_bytes(self.smallest.stages)
+        return BudgetError(
             budget_bytes=budget,
             required_bytes=peak,
-            fixed={"weights, gradients, states": _static_bytes(best), "batch": batch_bytes},
+            fixed={"weights, gradients, states": static, "batch": self.held},
             alternatives=[(f'memory_budget="{-(-peak // 2**10)}KiB"', peak)],
         )
-    low, high = 0.0, 1.0
-    for _ in range(_ROUNDS):
-        share = (low + high) / 2
-        steps, reached = tightened(share)
-        if reached <= budget:
-            best, peak, high = steps, reached, share
+
+    def stated(self, found: RankPlan[Step], budget: int | None) -> Plan:
+        """The plan of the stage with the most bytes, with what the whole rank needs."""
+        schedule, peak = self.schedule, found.peak_bytes
+        plan = max((step.plan for step in found.stages.values()), key=lambda p: p.peak_bytes)
+        stages = ", ".join(map(str, found.stages))
+        note = (
+            f"rank {self.rank} of a pipeline ({schedule.name}, {schedule.stages} stages, "
+            f"{schedule.microbatches} micro-batches) trains stage {stages}; by rehearsal it "
+            f"needs {format_bytes(peak)}; values are listed for one micro-batch of one stage"
+        )
+        rest = peak - plan.peak.bytes
+        alive = list(plan.peak.alive)
+        if rest > 0:
+            why = "in flight, or other stages"
+            alive.append(Value("the pipeline", rest, "", "", "", "saved", why))
         else:
-            low = share
-    return RankPlan(best, _stated(best, schedule, rank, peak, budget))
+            alive = [Value("the rank", peak, "", "", "", "temporary", "by rehearsal")]
+        alive.sort(key=lambda value: -value.bytes)
+        stated = replace(plan.peak, bytes=peak, alive=tuple(alive))
+        return replace(
+            plan,
+            status="feasible" if budget is None or peak <= budget else "infeasible",
+            gap=None,
+            peak_bytes=peak,
+            peak=stated,
+            minimum_budget=min(peak, budget or peak),
+            request=replace(plan.request, memory_budget=budget),
+            ranks=tuple(Rank(rank.index, peak, stated.breakdown) for rank in plan.ranks),
+            phases=(
+                Phase("forward and backward", found.working_bytes),
+                Phase("optimizer step", found.updating_bytes),
+            ),
+            notes=(*plan.notes, note),
+        )
 
 
-def _peak(
-    steps: Mapping[int, TrainingStep],
-    schedule: Schedule,
-    rank: int,
-    routes: Routes,
-    batch_bytes: int,
-) -> int:
-    """Most bytes of the rank, the optimizer's step included."""
-    parts = {stage: Part(step.emitted.split, step.executable) for stage, step in steps.items()}
-    static = _static_bytes(steps) + _shared_bytes(steps, schedule, routes)
-    held = static + batch_bytes + _arriving_bytes(schedule, rank, routes)
-    held += _SCALARS * schedule.microbatches
-    peak = rehearse_rank(schedule, rank, routes, parts, held)
-    # Beyond what is there throughout, an optimizer needs memory for what it computes.
-    beyond = [
-        phase.peak_bytes - sum(step.emitted.timeline.fixed.values())
-        for step in steps.values()
-        for phase in step.plan.phases
-        if phase.name == "optimizer step"
-    ]
-    return max(peak, static + batch_bytes + max(beyond, default=0))
+def representative(schedule: Schedule, rank: int) -> Schedule:
+    """The schedule of the first and the last micro-batches, so many that the rank holds as much.
+
+    What it holds depends on how much each of its stages has in flight, and waiting for weight
+    gradients, when one of them computes something: for memory, all micro-batches are alike.
+    """
+    everything = _situations(schedule.orders[rank])
+    for least in range(1, schedule.microbatches // 2 - _ON_THEIR_WAY):
+        count = least + _ON_THEIR_WAY
+        ends = {*range(count), *range(schedule.microbatches - count, schedule.microbatches)}
+        orders = tuple(
+            tuple(action for action in order if action.microbatch in ends)
+            for order in schedule.orders
+        )
+        met = _situations(orders[rank])
+        if all(
+            any(all(waiting[key] <= other[key] for key in waiting) for other in met.get(what, ()))
+            for what, each in everything.items()
+            for waiting in each
+        ):
+            return replace(schedule, orders=orders)
+    return schedule
 
 
-def _static_bytes(steps: Mapping[int, TrainingStep]) -> int:
+def _situations(order: Iterable[Action]) -> dict[tuple[int, Kind], list[Counter[_Waiting]]]:
+    """By what is computed: how many micro-batches of which stage wait for which gradient then."""
+    waiting: Counter[_Waiting] = Counter()
+    found: dict[tuple[int, Kind], list[Counter[_Waiting]]] = {}
+    for action in order:
+        stage, kind = action.stage, action.kind
+        situations = found.setdefault((stage, kind), [])
+        if waiting not in situations:
+            situations.append(waiting.copy())
+        if kind is Kind.FORWARD:
+            waiting[stage, Kind.INPUT_GRADIENT] += 1
+        elif kind is Kind.WEIGHT_GRADIENT:
+            waiting[stage, kind] -= 1
+        else:
+            waiting[stage, Kind.INPUT_GRADIENT] -= 1
+            waiting[stage, Kind.WEIGHT_GRADIENT] += kind is Kind.INPUT_GRADIENT
+    return found
+
+
+def reduces_usually(sharding: Sharding) -> bool:
+    """Whether micro-batches between the first and the last average their gradients over ranks.
+
+    Stages 0 and 1 keep whole gradients, and do so with the last one.
+    """
+    return sharding.ranks == 1 or sharding.zero not in (0, 1)
+
+
+def _static_bytes(stages: Mapping[int, Planned]) -> int:
     """Weights, buffers, gradients and optimizer states; weights that stages share count once."""
     found: dict[tuple[str, str], int] = {}
     states = 0
-    for step in steps.values():
+    for step in stages.values():
         split = step.emitted.split
         states += step.emitted.timeline.fixed.get("optimizer", 0)
         nodes = split.forward.graph.find_nodes(op="placeholder")
         for role, node in zip(split.inputs, nodes, strict=True):
             if role.kind != "input":
                 found[role.kind, role.name] = node.meta["val"].untyped_storage().nbytes()
-        _, existing, _ = split.backward_inputs()
-        for position, node in zip(split.accumulated, existing, strict=True):
-            name = split.inputs[position].name
-            found["gradient", name] = node.meta["val"].untyped_storage().nbytes()
+        found |= {("gradient", name): size for name, size in _existing(split)}
     return sum(found.values()) + states
 
 
-def _shared_bytes(steps: Mapping[int, TrainingStep], schedule: Schedule, routes: Routes) -> int:
+def _shared_bytes(stages: Mapping[int, Planned], schedule: Schedule, routes: Routes) -> int:
     """Earlier gradients of weights that other ranks have too, which wait until new ones are added.
 
     What all of them found in this step is added up before it is added to what was there.
     """
-    sizes = {
-        step.emitted.split.inputs[position].name: node.meta["val"].untyped_storage().nbytes()
-        for step in steps.values()
-        for position, node in zip(
-            step.emitted.split.accumulated, step.emitted.split.backward_inputs()[1], strict=True
-        )
-    }
+    sizes = dict(item for step in stages.values() for item in _existing(step.emitted.split))
     shared = shared_weights(routes, schedule)
     return sum(size for name, size in sizes.items() if name in shared)
+
+
+def _existing(split: Split) -> Iterator[tuple[str, int]]:
+    """The gradients that a backward adds to: of which parameter, and their bytes."""
+    _, existing, _ = split.backward_inputs()
+    for position, node in zip(split.accumulated, existing, strict=True):
+        yield split.inputs[position].name, node.meta["val"].untyped_storage().nbytes()
 
 
 def _arriving_bytes(schedule: Schedule, rank: int, routes: Routes) -> int:
@@ -166,38 +291,3 @@ def _arriving_bytes(schedule: Schedule, rank: int, routes: Routes) -> int:
                 if source == rank and value.trains:
                     largest[target] = max(largest.get(target, 0), value.bytes)
     return sum(largest.values())
-
-
-def _stated(
-    steps: Mapping[int, TrainingStep],
-    schedule: Schedule,
-    rank: int,
-    peak: int,
-    budget: int | None,
-) -> Plan:
-    """The plan of the largest stage as that of the rank."""
-    plan = max((step.plan for step in steps.values()), key=lambda plan: plan.peak_bytes)
-    stages = ", ".join(map(str, steps))
-    note = (
-        f"rank {rank} of a pipeline ({schedule.name}, {schedule.stages} stages, "
-        f"{schedule.microbatches} micro-batches) trains stage {stages}; by rehearsal it "
-        f"needs {format_bytes(peak)}; values are listed for one micro-batch of one stage"
-    )
-    rest = peak - plan.peak.bytes
-    alive = list(plan.peak.alive)
-    if rest > 0:
-        alive.append(Value("the pipeline", rest, "", "", "", "saved", "in flight, or other stages"))
-    else:
-        alive = [Value("the rank", peak, "", "", "", "temporary", "by rehearsal")]
-    stated = replace(plan.peak, bytes=peak, alive=tuple(sorted(alive, key=lambda v: -v.bytes)))
-    return replace(
-        plan,
-        peak_bytes=peak,
-        peak=stated,
-        minimum_budget=min(peak, budget or peak),
-        request=replace(plan.request, memory_budget=budget),
-        ranks=tuple(
-            replace(each, peak_bytes=peak, breakdown=stated.breakdown) for each in plan.ranks
-        ),
-        notes=(*plan.notes, note),
-    )

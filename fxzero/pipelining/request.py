@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from fxzero.errors import UsageError, unknown_option
+from fxzero.microbatches import Batch
 from fxzero.pipelining.schedules import NAMES, make_schedule
+
+# Micro-batches for each stage, where nobody gives their number.
+_MICROBATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -50,28 +55,68 @@ class Pipeline:
         """The number of stages, if it does not depend on the number of ranks."""
         return len(self.cuts) + 1 if self.cuts else self.stages
 
-    def ranks(self, processes: int) -> int:
-        """Over how many of some processes to spread it, one or two stages on each."""
+    def ranks(self, processes: int | None) -> int:
+        """Over how many of some processes to spread it, one or two stages on each.
+
+        Args:
+            processes: None: as many as it takes.
+
+        Raises:
+            UsageError: neither the processes' number nor the stages' is known.
+        """
         if self.known_stages is None:
+            if processes is None:
+                raise UsageError(
+                    "a pipeline of how many ranks?\n"
+                    '  give devices=, mesh={"pp": 4}, or the number of stages'
+                )
             return processes
-        wanted = self.known_stages // make_schedule(self.schedule, 1, 1).stages
-        return min(max(wanted, 1), processes)
+        wanted = max(self.known_stages // make_schedule(self.schedule, 1, 1).stages, 1)
+        return wanted if processes is None else min(wanted, processes)
+
+    def stages_on(self, ranks: int) -> int:
+        """Into how many stages the model is cut for so many ranks."""
+        return self.known_stages or make_schedule(self.schedule, ranks, 1).stages
+
+    def microbatches_of(self, batch: Batch, ranks: int, given: int | str) -> int:
+        """Into how many micro-batches a batch is cut.
+
+        Args:
+            given: ``compile``'s own option.
+        """
+        if self.microbatches is not None:
+            return self.microbatches
+        if isinstance(given, int) and given > 1:
+            return given
+        wanted = _MICROBATCHES * self.stages_on(ranks)
+        return max(count for count in batch.counts() if count <= wanted)
 
 
-def check_pipeline(pipeline: Any) -> Pipeline | None:
-    """What ``compile``'s option means; None for no pipeline.
+AUTO = "auto"
+
+
+def check_pipeline(pipeline: Any) -> Pipeline | str | None:
+    """What the option means; None for no pipeline, ``AUTO`` for whatever is fastest.
 
     Raises:
-        UsageError: neither None, nor a number of stages, nor a ``Pipeline``.
+        UsageError: neither of these, nor a number of stages, nor a ``Pipeline``.
     """
-    if pipeline is None or isinstance(pipeline, Pipeline):
-        return pipeline
+    if pipeline is None or pipeline == AUTO or isinstance(pipeline, Pipeline):
+        found: Pipeline | str | None = pipeline
+        return found
     if _is_count(pipeline):
         return Pipeline(stages=pipeline) if pipeline > 1 else None
     raise UsageError(
-        f"pipeline={pipeline!r} must be a number of stages or a fxzero.Pipeline\n"
+        f'pipeline={pipeline!r} must be a number of stages, a fxzero.Pipeline or "auto"\n'
         '  such as fxzero.Pipeline(stages=4, schedule="1f1b", microbatches=8)'
     )
+
+
+def ranks_along(request: Pipeline | str | None) -> Callable[[int | None], int] | None:
+    """Over how many of some ranks a pipeline goes, if there may be one; at first, one for AUTO."""
+    if request is None:
+        return None
+    return request.ranks if isinstance(request, Pipeline) else lambda ranks: 1
 
 
 def _is_count(value: Any) -> bool:

@@ -149,6 +149,7 @@ class Routes:
         ports: of each stage.
         passed: by name, what goes from one stage to others.
         owners: for each parameter and buffer, by the model's names, the stages that read it.
+        weight_bytes: of all those that a stage reads, by stage.
         loss: the dtype of what the last stage returns.
     """
 
@@ -156,6 +157,7 @@ class Routes:
     ports: tuple[Ports, ...]
     passed: Mapping[str, Passed]
     owners: Mapping[str, tuple[int, ...]]
+    weight_bytes: tuple[int, ...]
     loss: torch.dtype
 
 
@@ -188,7 +190,8 @@ class Stages:
                 name = str(node.target).removeprefix("model.")
                 owners[name] = (*owners.get(name, ()), index)
         loss = parts[-1].results[-1].meta["val"].dtype
-        self.routes = Routes(cuts, ports, passed, owners, loss)
+        weight_bytes = tuple(_weight_bytes(part.module) for part in parts)
+        self.routes = Routes(cuts, ports, passed, owners, weight_bytes, loss)
 
     def trains(self, index: int) -> bool:
         """Whether any gradient comes to a stage; one of frozen weights may have none."""
@@ -245,6 +248,14 @@ def _finish(module: fx.GraphModule, trained: frozenset[str]) -> tuple[int, ...]:
     output.args = (tuple(results),)
     module.recompile()
     return trains
+
+
+def _weight_bytes(module: fx.GraphModule) -> int:
+    """Bytes of the parameters and buffers that a stage reads."""
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    tensors |= dict(module.named_buffers(remove_duplicate=False))  # type: ignore[arg-type]
+    names = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+    return sum(tensors[name].nbytes for name in names if name in tensors)
 
 
 def _call(node: fx.Node, target: Any, **options: Any) -> fx.Node:

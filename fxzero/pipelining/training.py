@@ -27,15 +27,16 @@ from fxzero.capture import Capture
 from fxzero.errors import UsageError
 from fxzero.graph import describe_all
 from fxzero.mesh import Mesh
-from fxzero.microbatches import Batch, Call
+from fxzero.microbatches import Batch
 from fxzero.options import Options, model_device
 from fxzero.pipelining.frozen import FrozenStage
 from fxzero.pipelining.line import Line
-from fxzero.pipelining.planning import Choice, choose_cuts
-from fxzero.pipelining.rank_plan import plan_rank
+from fxzero.pipelining.outline import outline
+from fxzero.pipelining.planning import Choice, Chooser
+from fxzero.pipelining.rank_plan import RankPlanner
 from fxzero.pipelining.request import Pipeline
 from fxzero.pipelining.runner import Runner
-from fxzero.pipelining.schedules import Schedule, make_schedule
+from fxzero.pipelining.schedules import Schedule
 from fxzero.pipelining.stages import Exports, Loss, Routes, check_inputs, shared_weights
 from fxzero.pipelining.transport import Transport
 from fxzero.plans import Plan
@@ -45,12 +46,8 @@ from fxzero.sharding import replace_tensors, stand_in
 from fxzero.structure import flatten
 from fxzero.timeline import tensor_bytes
 from fxzero.training_step import TrainingStep
-from fxzero.units import format_seconds
 
 log = logging.getLogger(__name__)
-
-# Micro-batches for each stage, where nobody gives their number.
-_MICROBATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -216,24 +213,24 @@ class PipelinedModel:
 
     def _prepare(self, model: nn.Module, view: nn.Module, batch: Batch) -> _Prepared:
         self.device = next((t.device for t in batch.leaves if t.ndim), torch.device("cpu"))
-        count = self._microbatches(batch)
-        prepared = self._cut(view, next(batch.cut(count)), count)
+        count = self.request.microbatches_of(batch, self.line.size, self.options.microbatches)
+        prepared = self._cut(view, batch, count)
         self._check_weights(prepared.routes)
         self._release(model, prepared.routes, prepared.schedule.stages_of(self.line.rank))
         for owners in sorted({*prepared.shared.values()}):
             self.line.connect(owners)
         return prepared
 
-    def _cut(self, view: nn.Module, call: Call, count: int) -> _Prepared:
+    def _cut(self, view: nn.Module, batch: Batch, count: int) -> _Prepared:
         """This rank's stages of a model, which alone hold their weights when this returns."""
-        args, kwargs = call
+        args, kwargs = next(batch.cut(count))
         exports = self._alike(
             lambda: Exports(view, args, kwargs, loss=self.loss, precision=self.options.precision),
             lambda exports: exports.digest,
         )
-        choice = self._choose(exports, count)
-        name, stages = self.request.schedule, exports.cut(choice.cuts)
-        schedule = make_schedule(name, self.line.size, count, len(choice.times), choice.times)
+        choice = self._choose(exports, count, tensor_bytes(batch.leaves))
+        stages = exports.cut(choice.cuts)
+        schedule = choice.schedule(self.request.schedule, self.line.size, count)
         mine = schedule.stages_of(self.line.rank)
         trained = [stage for stage in mine if stages.trains(stage)]
         captures = self._alike(
@@ -246,21 +243,24 @@ class PipelinedModel:
         shared = shared_weights(stages.routes, schedule)
         return _Prepared(choice, stages.routes, schedule, captures, shared, frozen)
 
-    def _choose(self, exports: Exports, microbatches: int) -> Choice:
-        """Where the first rank cuts the model."""
+    def _choose(self, exports: Exports, microbatches: int, held: int) -> Choice:
+        """Where the first rank cuts the model.
+
+        Args:
+            held: bytes of the batch.
+        """
         request = self.request
 
         def choose() -> str:
             device = model_device(exports.exported.model)
-            choice = choose_cuts(
-                exports,
-                name=request.schedule,
-                ranks=self.line.size,
-                stages=self._stages(),
-                microbatches=microbatches,
-                inner=self.options.inner,
-                costs=cost_model(device, fused=self.options.inner == "inductor"),
+            costs = cost_model(device, fused=self.options.inner == "inductor")
+            choice = Chooser(exports, self.options, costs).choose(
+                request.schedule,
+                self.line.size,
+                request.stages_on(self.line.size),
+                microbatches,
                 modules=request.cuts,
+                held=held,
             )
             return choice.to_json()
 
@@ -268,19 +268,6 @@ class PipelinedModel:
             return next(iter(self.prepared.values())).choice
         text = choose() if self.agreement is None else self.agreement.of_first(choose)
         return Choice.from_json(text)
-
-    def _stages(self) -> int:
-        known = self.request.known_stages
-        return known or make_schedule(self.request.schedule, self.line.size, 1).stages
-
-    def _microbatches(self, batch: Batch) -> int:
-        """Into how many micro-batches the batch is cut."""
-        if self.request.microbatches is not None:
-            return self.request.microbatches
-        if isinstance(self.options.microbatches, int) and self.options.microbatches > 1:
-            return self.options.microbatches
-        wanted = _MICROBATCHES * self._stages()
-        return max(count for count in batch.counts() if count <= wanted)
 
     def _check_weights(self, routes: Routes) -> None:
         """Raises UsageError if other shapes ask for weights that this rank has given up."""
@@ -375,17 +362,18 @@ class PipelinedModel:
             return self._make(prepared, model, view, stage, kind, budget, sibling)
 
         usual = self._kinds(max(count, 3), True, model)[1]
-        planned = plan_rank(
+        budget = self.options.memory_budget
+        planner = RankPlanner(
             lambda stage, budget: make(stage, usual, budget),
             schedule,
             self.line.rank,
             prepared.routes,
             prepared.captures,
             tensor_bytes(batch.leaves) + sum(f.bytes for f in prepared.frozen.values()),
-            self.options.memory_budget,
         )
+        planned = planner.within(budget)
         steps = {}
-        for stage, step in planned.steps.items():
+        for stage, step in planned.stages.items():
             steps[stage, usual.reduces, usual.accumulates] = step
             for accumulates in (False, True):
                 for kind in self._kinds(count, accumulates, model):
@@ -394,11 +382,15 @@ class PipelinedModel:
                         steps[stage, kind.reduces, kind.accumulates] = make(
                             stage, kind, step.options.memory_budget, step if alike else None
                         )
-        if planned.plan is None:
+        if not planned.stages:
             return None, steps
-        choice, notes = prepared.choice, planned.plan.notes
-        note = f"modelled step {format_seconds(choice.seconds)}, {choice.bubble:.1%} of it idle"
-        return replace(planned.plan, step_seconds=choice.seconds, notes=(*notes, note)), steps
+        played = prepared.choice.simulated(schedule)
+        plan = replace(
+            planner.stated(planned, budget),
+            step_seconds=played.step_seconds,
+            pipeline=outline(prepared.choice, schedule, played, prepared.routes),
+        )
+        return plan, steps
 
     def _make(
         self,
@@ -425,7 +417,7 @@ class PipelinedModel:
             sibling=sibling,
             trace=lambda _: captured,
             in_halves=prepared.schedule.splits_backward,
-            outputs_held=False,
+            is_stage=True,
         )
 
     @contextlib.contextmanager

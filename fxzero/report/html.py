@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import jinja2
 
-from fxzero.plans import Plan
+from fxzero.plans import PipelinePlan, Plan
 from fxzero.report import wording
 from fxzero.report.folding import fold
 from fxzero.units import format_bytes, format_count, format_seconds
@@ -35,6 +35,8 @@ def render(plan: Plan) -> str:
             recomputed=fold(plan.recomputed),
             offloaded=fold(plan.offloaded),
             chart=_chart(plan),
+            lanes=_lanes(plan.pipeline) if plan.pipeline else (),
+            lanes_end=_end(plan.pipeline) if plan.pipeline else 0.0,
         )
     )
     # Character references also carry what no encoding can, such as a lone surrogate.
@@ -121,6 +123,46 @@ def _chart(plan: Plan) -> _Chart | None:
         ),
         points=points,
     )
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A computation of a rank, in percent of the step from its start.
+
+    Attributes:
+        further: whether it is of another stage than the rank's first.
+    """
+
+    kind: str
+    further: bool
+    title: str
+    left: float
+    width: float
+
+
+def _lanes(pipeline: PipelinePlan) -> list[list[_Turn]]:
+    """What each rank computes when."""
+    end = _end(pipeline) or 1.0
+    firsts: dict[int, int] = {}
+    for index, stage in enumerate(pipeline.stages):
+        firsts.setdefault(stage.rank, index)
+    lanes: list[list[_Turn]] = [[] for _ in range(pipeline.ranks)]
+    for turn in pipeline.turns:
+        lanes[turn.rank].append(
+            _Turn(
+                turn.kind,
+                turn.stage != firsts[turn.rank],
+                f"{turn.kind}{turn.stage}.{turn.microbatch}: {format_seconds(turn.start)} to "
+                f"{format_seconds(turn.end)}",
+                _percent(turn.start, end),
+                _percent(turn.end - turn.start, end),
+            )
+        )
+    return lanes
+
+
+def _end(pipeline: PipelinePlan) -> float:
+    return max((turn.end for turn in pipeline.turns), default=0.0)
 
 
 def _ticks(top: float) -> range:

@@ -24,7 +24,9 @@ _CURVE_WIDTH = 40
 
 def render(plan: Plan, width: int = 100) -> str:
     """The whole report, no line longer than ``width``."""
-    sections = (_heading, _ranks, _alive, _recomputed, _offloaded, _curve, _alternatives, _notes)
+    sections = (
+        _heading, _ranks, _pipeline, _alive, _recomputed, _offloaded, _curve, _alternatives, _notes,
+    )  # fmt: skip
     blocks = [
         "\n".join(_clip(line, width) for line in section(plan, width)) for section in sections
     ]
@@ -51,7 +53,10 @@ def _heading(plan: Plan, width: int) -> Iterator[str]:
         f"step    {format_seconds(plan.step_seconds)} modelled, forward and backward; "
         f"solver: {wording.solved(plan)}"
     )
-    if mesh := wording.mesh_text(plan):
+    mesh = wording.mesh_text(plan)
+    if mesh and not plan.communication_seconds:
+        yield f"mesh    {mesh}"
+    elif mesh:
         yield (
             f"mesh    {mesh}; collectives take {format_seconds(plan.communication_seconds)}, the "
             f"step waits {format_seconds(plan.exposed_seconds)} for them "
@@ -75,6 +80,29 @@ def _ranks(plan: Plan, width: int) -> Iterator[str]:
         cells = "".join(f"{format_bytes(size):>11}" for size in [*sizes, rank.peak_bytes])
         yield f"{name:<8}" + cells + (f"{share(rank.peak_bytes, budget):>11}" if budget else "")
     yield "phases  " + "   ".join(f"{p.name} {format_bytes(p.peak_bytes)}" for p in plan.phases)
+
+
+def _pipeline(plan: Plan, width: int) -> Iterator[str]:
+    """Its stages, and a line of time for each rank."""
+    pipeline = plan.pipeline
+    if pipeline is None:
+        return
+    yield wording.pipeline_text(pipeline)
+    columns = ("forward", "input", "weight", "in flight", "sends", "weights")
+    places = max(len("begins at"), *(len(wording.begins(stage)) for stage in pipeline.stages))
+    places = min(places, width - 14 - 11 * len(columns))
+    yield f" stage  rank  {'begins at':<{places}}" + "".join(f"{name:>11}" for name in columns)
+    for index, stage in enumerate(pipeline.stages):
+        seconds = (stage.forward_seconds, stage.input_seconds, stage.weight_seconds)
+        cells = [*map(format_seconds, seconds), str(stage.in_flight)]
+        cells += [format_bytes(stage.sent_bytes), format_bytes(stage.weight_bytes)]
+        place = _shorten(wording.begins(stage), places)
+        yield f" {index:>5}  {stage.rank:>4}  {place:<{places}}" + "".join(
+            f"{cell:>11}" for cell in cells
+        )
+    for rank, line in enumerate(wording.time_lines(pipeline, width - 10)):
+        yield f" {rank:>5}  {line}"
+    yield f"        {wording.time_legend(pipeline)}"
 
 
 def _alive(plan: Plan, width: int) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from fxzero.plans import Plan, Rank
+from fxzero.plans import PipelinePlan, PipelineStage, Plan, Rank
 from fxzero.units import format_bytes, format_count, format_seconds
 
 ROLES = (
@@ -47,6 +47,51 @@ def mesh_text(plan: Plan) -> str:
     """'dp 8, zero 3', or '' on one device."""
     sizes = [f"{name} {size}" for name, size in plan.request.mesh.items()]
     return ", ".join([*sizes, f"zero {plan.request.zero}"]) if sizes else ""
+
+
+def pipeline_text(pipeline: PipelinePlan) -> str:
+    """'pipeline 1f1b: 4 stages on 4 ranks, 8 micro-batches; ranks wait 27.3 % of the step'."""
+    return (
+        f"pipeline {pipeline.schedule}: {count(len(pipeline.stages), 'stage')} on "
+        f"{count(pipeline.ranks, 'rank')}, {count(pipeline.microbatches, 'micro-batch', 'es')}; "
+        f"ranks wait {share(pipeline.bubble, 1)} of the step"
+    )
+
+
+def begins(stage: PipelineStage) -> str:
+    """Where a stage begins: 'model.layers.8.mlp', or 'the model'."""
+    return printable(stage.begins) or "the model"
+
+
+def time_lines(pipeline: PipelinePlan, width: int) -> Iterator[str]:
+    """A character for each moment of each rank: 'FFFF..FFBBBBBB'; lower case: a further stage."""
+    end = max((turn.end for turn in pipeline.turns), default=0.0)
+    lines = [["."] * width for _ in range(pipeline.ranks)]
+    firsts: dict[int, int] = {}
+    for index, stage in enumerate(pipeline.stages):
+        firsts.setdefault(stage.rank, index)
+    for turn in pipeline.turns if end else ():
+        letter = turn.kind if turn.stage == firsts[turn.rank] else turn.kind.lower()
+        start, stop = (round(width * at / end) for at in (turn.start, turn.end))
+        lines[turn.rank][start:stop] = letter * (stop - start)
+    for line in lines:
+        yield "".join(line)
+
+
+_TURNS = {"F": "forward", "B": "backward", "I": "gradients of inputs", "W": "gradients of weights"}
+
+
+def turn_kinds(pipeline: PipelinePlan) -> dict[str, str]:
+    """What the letters mean that a pipeline's turns have."""
+    found = {turn.kind for turn in pipeline.turns}
+    return {letter: text for letter, text in _TURNS.items() if letter in found}
+
+
+def time_legend(pipeline: PipelinePlan) -> str:
+    """'F forward  B backward  . waiting; small letters: the rank's second stage'."""
+    kinds = "  ".join(f"{letter} {text}" for letter, text in turn_kinds(pipeline).items())
+    several = len(pipeline.stages) > pipeline.ranks
+    return f"{kinds}  . waiting" + ("; small letters: a further stage" if several else "")
 
 
 def solved(plan: Plan) -> str:
@@ -96,9 +141,9 @@ def offload_price(plan: Plan) -> str:
     )
 
 
-def count(number: int, noun: str) -> str:
+def count(number: int, noun: str, plural: str = "s") -> str:
     """'1 value', '12 values'."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{plural}"
 
 
 def signed_bytes(size: int) -> str:

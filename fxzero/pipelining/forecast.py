@@ -1,0 +1,340 @@
+"""Plans all ranks of a pipeline in one process, where none of them has to run.
+
+Stages are traced and planned as their ranks would do it, and each rank is rehearsed.  What stages
+then take, with their recompute and collectives, is simulated once more: that is the step's time.
+
+    cuts -> stages -> a plan for each -> ranks' peaks
+                            |
+                            +-> stage times -> schedule -> seconds, bubble
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from fxzero.calibration import cost_model
+from fxzero.clock import elapsed
+from fxzero.errors import BudgetError
+from fxzero.graph import describe
+from fxzero.inner import compile_split
+from fxzero.mesh import Mesh
+from fxzero.microbatches import Batch
+from fxzero.options import Options, model_device
+from fxzero.passes.split_backward import split_backward
+from fxzero.pipelining.frozen import FrozenStage
+from fxzero.pipelining.outline import outline
+from fxzero.pipelining.planning import Choice, Chooser
+from fxzero.pipelining.rank_plan import RankPlan, RankPlanner, reduces_usually
+from fxzero.pipelining.request import Pipeline
+from fxzero.pipelining.schedules import Schedule, StageTimes
+from fxzero.pipelining.stages import Exports, Loss
+from fxzero.planner import Emitted, Planner
+from fxzero.plans import CurvePoint, ModelSummary, Plan, Rank
+from fxzero.randomness import RandomState
+from fxzero.rehearsal import UNKNOWN
+from fxzero.runtime import Executable
+from fxzero.timeline import tensor_bytes
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """A stage's plan for one micro-batch, and functions to rehearse it with."""
+
+    plan: Plan
+    emitted: Emitted
+    executable: Executable
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to run a pipeline.
+
+    Attributes:
+        request: with the schedule.
+        batch: of one pipeline.
+        mesh: whose "pp" the stages lie along.
+        options: for that mesh.
+    """
+
+    request: Pipeline
+    batch: Batch
+    microbatches: int
+    mesh: Mesh
+    options: Options
+
+    @property
+    def ranks(self) -> int:
+        """Of one pipeline."""
+        return self.mesh.sizes.get("pp", 1)
+
+
+class Forecaster:
+    """Plans pipelines of a model.
+
+    Args:
+        loss: from what the model returns to the scalar that is trained.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, options: Options, name: str) -> None:
+        self.model, self.loss, self.name = model, loss, name
+        self.options = options
+        self.costs = cost_model(model_device(model), fused=options.inner == "inductor")
+        self._choosers: dict[int, Chooser] = {}
+
+    def chooser(self, setting: Setting) -> Chooser:
+        """Chooses cuts for micro-batches of a size."""
+        size = setting.batch.size // setting.microbatches
+        if size not in self._choosers:
+            args, kwargs = next(setting.batch.cut(setting.microbatches))
+            exports = Exports(
+                self.model, args, kwargs, loss=self.loss, precision=self.options.precision
+            )
+            self._choosers[size] = Chooser(exports, self.options, self.costs)
+        return self._choosers[size].under(setting.options)
+
+    def choose(self, setting: Setting) -> Choice:
+        """Where to cut the model."""
+        request, ranks = setting.request, setting.ranks
+        return self.chooser(setting).choose(
+            request.schedule,
+            ranks,
+            request.stages_on(ranks),
+            setting.microbatches,
+            modules=request.cuts,
+            held=tensor_bytes(setting.batch.leaves),
+        )
+
+    def plan(self, setting: Setting) -> Plan:
+        """The plan of all ranks.
+
+        Its status is "infeasible", and it is that of the smallest peak, where nothing fits.
+        """
+        return _Forecast(self, setting, self.choose(setting)).plan
+
+
+class _Forecast:
+    """The plan of one choice of cuts."""
+
+    def __init__(self, model: Forecaster, setting: Setting, choice: Choice) -> None:
+        self.model, self.setting, self.choice = model, setting, choice
+        self.options = setting.options
+        self.stages = model.chooser(setting).exports.cut(choice.cuts)
+        self.schedule = self._scheduled(choice)
+        self._planners: dict[int, tuple[Planner, tuple[int, ...]]] = {}
+
+    def _scheduled(self, choice: Choice) -> Schedule:
+        setting = self.setting
+        return choice.schedule(setting.request.schedule, setting.ranks, setting.microbatches)
+
+    @cached_property
+    def plan(self) -> Plan:
+        budget, planners = self.options.memory_budget, self._ranks
+        found = {rank: _within_or_smallest(each, budget) for rank, each in planners.items()}
+        smallest = {rank: planner.smallest for rank, planner in planners.items()}
+        worst = max(found, key=lambda rank: found[rank].peak_bytes)
+        stated = planners[worst].stated(found[worst], budget)
+        choice, schedule = self._priced(found)
+        played = choice.simulated(schedule)
+        seconds = played.step_seconds + self._late_reduction(choice)
+        free = {rank: planner.free for rank, planner in planners.items()}
+        work = [_work(rank.stages.values(), schedule.microbatches) for rank in found.values()]
+        return replace(
+            stated,
+            model=self._summary,
+            minimum_budget=max(rank.peak_bytes for rank in smallest.values()),
+            unplanned_peak_bytes=max(rank.peak_bytes for rank in free.values()),
+            step_seconds=seconds,
+            recompute_seconds=max(each.recompute_seconds for each in work),
+            recompute_flops=max(each.recompute_flops for each in work),
+            transfer_seconds=max(each.transfer_seconds for each in work),
+            communication_seconds=max(each.communication_seconds for each in work),
+            exposed_seconds=max(each.exposed_seconds for each in work),
+            request=replace(stated.request, mesh=dict(self.setting.mesh.sizes)),
+            ranks=self._every_rank({r: planners[r].stated(found[r], budget) for r in found}),
+            alternatives=(),
+            curve=self._curve((smallest, free)),
+            graph_digest=self.stages.exports.digest,
+            pipeline=outline(choice, schedule, played, self.stages.routes),
+        )
+
+    @cached_property
+    def _ranks(self) -> dict[int, RankPlanner[StageForecast]]:
+        """Planners of the ranks that train anything."""
+        schedule, planners = self.schedule, {}
+        for rank in range(schedule.ranks):
+            mine = schedule.stages_of(rank)
+            trained = [stage for stage in mine if self.stages.trains(stage)]
+            frozen = [s for s in mine if s not in trained]
+            held = tensor_bytes(self.setting.batch.leaves)
+            held += sum(FrozenStage(self.stages.parts[stage]).bytes for stage in frozen)
+            if trained:
+                planners[rank] = RankPlanner(
+                    self._make, schedule, rank, self.stages.routes, trained, held
+                )
+        return planners
+
+    def _make(self, stage: int, budget: int | None) -> StageForecast:
+        if stage not in self._planners:
+            captured = self.stages.capture(stage, self.options.inner)
+            planner = Planner(
+                captured.graph,
+                replace(self.options, memory_budget=None),
+                self.model.name,
+                reduces=reduces_usually(self.options.sharding),
+                accumulates=True,
+                is_stage=True,
+            )
+            self._planners[stage] = planner, captured.attached
+        planner, attached = self._planners[stage]
+        decided = planner.within(budget).decide()
+        executable = compile_split(
+            decided.emitted.split,
+            "eager",
+            attached=attached,
+            owner=_Nobody(),
+            limit=None,
+            rehearse=lambda forward, backward: UNKNOWN,
+            in_halves=self.schedule.splits_backward,
+        )
+        return StageForecast(decided.plan, decided.emitted, executable)
+
+    def _priced(self, ranks: dict[int, RankPlan[StageForecast]]) -> tuple[Choice, Schedule]:
+        """The choice with the times of what was planned, and its schedule."""
+        times = list(self.choice.times)
+        for rank in ranks.values():
+            for stage, found in rank.stages.items():
+                times[stage] = self._times(found.emitted, times[stage])
+        choice = replace(self.choice, times=tuple(times))
+        return choice, self._scheduled(choice)
+
+    def _times(self, emitted: Emitted, known: StageTimes) -> StageTimes:
+        """What a stage's graphs take."""
+        split, price = emitted.split, self.model.costs.price
+        forward = elapsed([split.forward.graph], price).step
+        backward = elapsed([split.backward.graph], price).step
+        if not self.schedule.splits_backward:
+            late = min(known.weight_gradient, backward)
+            return StageTimes(forward, backward - late, late)
+        inputs = [i for i, role in enumerate(split.inputs) if role.kind == "input"]
+        early = [at for i in inputs if (at := split.gradients[i]) is not None]
+        parts = split_backward(split.backward, early)
+        first, second = (
+            elapsed([part.graph], price).step for part in (parts.input_part, parts.weight_part)
+        )
+        return StageTimes(forward, first, second)
+
+    def _late_reduction(self, choice: Choice) -> float:
+        """Seconds that ranks wait for gradients that are averaged behind the last micro-batch."""
+        sharding, link = self.options.sharding, self.model.costs.hardware
+        if reduces_usually(sharding):
+            return 0.0
+        weights = self.stages.routes.weight_bytes
+        mine = map(self.schedule.stages_of, range(self.schedule.ranks))
+        largest = max(sum(weights[stage] for stage in stages) for stages in mine)
+        rounds = 2 if sharding.zero == 0 else 1
+        received = rounds * largest * (sharding.ranks - 1) / sharding.ranks
+        hidden = max(times.input_gradient + times.weight_gradient for times in choice.times)
+        return max(link.latency + received / link.network - hidden, 0.0)
+
+    @cached_property
+    def _summary(self) -> ModelSummary:
+        forward = self.stages.exports.exported.forward
+        names = self.stages.routes.owners
+        parameters = [
+            tensor
+            for name, tensor in forward.named_parameters()
+            if name.removeprefix("model.") in names
+        ]
+        leaves = self.stages.exports.exported.leaves
+        return ModelSummary(
+            name=self.model.name,
+            parameters=sum(p.numel() for p in parameters),
+            parameter_bytes=tensor_bytes(parameters),
+            trainable_bytes=tensor_bytes(p for p in parameters if p.requires_grad),
+            buffer_bytes=tensor_bytes(
+                b for n, b in forward.named_buffers() if n.removeprefix("model.") in names
+            ),
+            inputs=tuple(map(describe, leaves)),
+            nodes=len(forward.graph.nodes),
+        )
+
+    def _every_rank(self, plans: dict[int, Plan]) -> tuple[Rank, ...]:
+        """Those of the mesh, whose first dimension is the pipeline."""
+        others = self.setting.mesh.size // self.schedule.ranks
+        found: list[Rank] = []
+        for rank in range(self.schedule.ranks):
+            for _ in range(others):
+                if rank in plans:
+                    of = plans[rank]
+                    found.append(Rank(len(found), of.peak_bytes, of.peak.breakdown))
+                else:
+                    held = sum(
+                        self.stages.routes.weight_bytes[s] for s in self.schedule.stages_of(rank)
+                    )
+                    found.append(Rank(len(found), held, {"parameter": held}))
+        return tuple(found)
+
+    def _curve(self, ends: Sequence[dict[int, RankPlan[StageForecast]]]) -> tuple[CurvePoint, ...]:
+        """From the smallest peak to no recompute."""
+        points = []
+        for ranks in ends:
+            choice, schedule = self._priced(ranks)
+            work = [_work(rank.stages.values(), schedule.microbatches) for rank in ranks.values()]
+            points.append(
+                CurvePoint(
+                    max(rank.peak_bytes for rank in ranks.values()),
+                    choice.simulated(schedule).step_seconds + self._late_reduction(choice),
+                    max(each.recompute_seconds for each in work),
+                    max(each.recompute_flops for each in work),
+                )
+            )
+        first, last = points
+        return (first, last) if last.peak_bytes > first.peak_bytes else (last,)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a rank does in a step besides the model's own operators, each once."""
+
+    recompute_seconds: float
+    recompute_flops: int
+    transfer_seconds: float
+    communication_seconds: float
+    exposed_seconds: float
+
+
+def _work(stages: Iterable[StageForecast], microbatches: int) -> _Work:
+    plans = [stage.plan for stage in stages]
+    return _Work(
+        microbatches * sum(plan.recompute_seconds for plan in plans),
+        microbatches * sum(plan.recompute_flops for plan in plans),
+        microbatches * sum(plan.transfer_seconds for plan in plans),
+        microbatches * sum(plan.communication_seconds for plan in plans),
+        microbatches * sum(plan.exposed_seconds for plan in plans),
+    )
+
+
+def _within_or_smallest(
+    planner: RankPlanner[StageForecast], budget: int | None
+) -> RankPlan[StageForecast]:
+    try:
+        return planner.within(budget)
+    except BudgetError:
+        return planner.smallest
+
+
+class _Nobody:
+    """Whom functions that are only rehearsed report to."""
+
+    def observe(self, outputs_held: bool, received: tuple[int, ...]) -> None:
+        pass
+
+    def rerun(
+        self, inputs: Sequence[torch.Tensor], state: RandomState, gradients: dict[int, torch.Tensor]
+    ) -> list[torch.Tensor | None]:
+        raise AssertionError("a rehearsal gives gradients for planned outputs only")
