@@ -100,8 +100,7 @@ def choose_cuts(
     transfer = [send(bound) for bound in bounds]
 
     def seconds(start: int, stop: int, in_flight: int) -> float:
-        times = prices.times(bounds[start], bounds[stop])
-        work = times.forward + times.input_gradient + times.weight_gradient
+        work = prices.times(bounds[start], bounds[stop]).total
         return work + transfer[start] + transfer[stop]
 
     found = partition(len(bounds) - 1, stages, microbatches, seconds, keep=_CANDIDATES)
@@ -129,13 +128,10 @@ def _narrow(prices: Profile, bytes_across: dict[int, int]) -> list[int]:
     """Places to cut, in order: those that pass the least bytes, spread over the time of the row."""
     if len(bytes_across) < _UNITS:
         return sorted(bytes_across)
-    whole = prices.times(0, len(prices.forward) - 1)
-    total = whole.forward + whole.input_gradient + whole.weight_gradient
+    total = prices.times(0, len(prices.forward) - 1).total
     best: dict[int, int] = {}
     for cut, size in sorted(bytes_across.items()):
-        before = prices.times(0, cut)
-        done = before.forward + before.input_gradient + before.weight_gradient
-        share = int(_UNITS * done / total)
+        share = int(_UNITS * prices.times(0, cut).total / total)
         if share not in best or size < bytes_across[best[share]]:
             best[share] = cut
     return sorted(best.values())

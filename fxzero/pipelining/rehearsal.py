@@ -47,9 +47,10 @@ def rehearse_rank(
     routes: Routes,
     parts: Mapping[int, Part],
     static_bytes: int,
-    granularity: int = 1,
 ) -> int:
     """The rank's peak in forwards and backwards.
+
+    Sizes are exact: that CUDA's allocator rounds them up is not counted.
 
     Raises whatever generated code does that cannot run on fake tensors.
 
@@ -57,7 +58,7 @@ def rehearse_rank(
         parts: of each of the rank's stages.
         static_bytes: what lives throughout.
     """
-    with _torch.FakeTensorMode(allow_non_fake_inputs=True), Counter(granularity) as counter:
+    with _torch.FakeTensorMode(allow_non_fake_inputs=True), Counter(granularity=1) as counter:
         play = _Play(schedule, rank, routes, parts)
         counter.restart(static_bytes)
         for action in schedule.orders[rank]:

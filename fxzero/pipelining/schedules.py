@@ -47,6 +47,11 @@ class StageTimes:
     input_gradient: float
     weight_gradient: float
 
+    @property
+    def total(self) -> float:
+        """Seconds of a forward and a backward."""
+        return self.forward + self.input_gradient + self.weight_gradient
+
     def of(self, kind: Kind) -> float:
         """Seconds of one action."""
         match kind:
