@@ -15,7 +15,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,14 +95,7 @@ def _compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         cuts = {"cuts": choice.cuts, "peak": plan.peak_bytes}
         found.append({"name": name, "losses": losses, **expected, **cuts})
         steps[name] = step
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(options.rounds):
-        for name, step in steps.items():
-            dist.barrier()
-            start = time.perf_counter()
-            step()
-            dist.barrier()
-            times[name].append(time.perf_counter() - start)
+    times = harness.seconds_in_turn(steps, options.rounds)
     return [{**row, "seconds": times[row["name"]]} for row in found]
 
 

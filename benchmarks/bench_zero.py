@@ -17,7 +17,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,16 +104,7 @@ def _compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         steps[variant.name] = step
         if dist.get_rank() == 0:
             print(f"  {variant.name}", flush=True)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(options.rounds):
-        for name, step in steps.items():
-            dist.barrier()
-            start = time.perf_counter()
-            step()
-            dist.barrier()
-            times[name].append(time.perf_counter() - start)
-        if dist.get_rank() == 0:
-            print(f"  round {number + 1} of {options.rounds}", flush=True)
+    times = harness.seconds_in_turn(steps, options.rounds)
     return [
         {"name": n, "peak": peak, "planned": planned, "seconds": times[n], "losses": losses}
         for n, peak, planned, losses in found

@@ -15,13 +15,14 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from models import Case
 from rich.console import Console
 from rich.table import Table
@@ -145,6 +146,21 @@ def run(case: Case, variants: Sequence[Variant], rounds: int) -> list[Row]:
             ready.module.zero_grad(set_to_none=True)
     rows = failed | {n: replace(p.row, seconds=tuple(times[n])) for n, p in prepared.items()}
     return [rows[variant.name] for variant in variants]
+
+
+def seconds_in_turn(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Wall-clock times of each step on all ranks of the process group, one a round."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds):
+        if dist.get_rank() == 0:
+            _progress(f"round {number + 1} of {rounds}")
+        for name, step in steps.items():
+            dist.barrier()
+            start = time.perf_counter()
+            step()
+            dist.barrier()
+            times[name].append(time.perf_counter() - start)
+    return times
 
 
 def _prepare(
@@ -367,7 +383,7 @@ def as_data(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def versions() -> dict[str, str]:
     names = ("torch", "transformers", "triton")
-    found = {dist.name: dist.version for dist in metadata.distributions() if dist.name in names}
+    found = {each.name: each.version for each in metadata.distributions() if each.name in names}
     return {"python": platform.python_version(), "fxzero": fxzero.__version__, **found}
 
 

@@ -18,7 +18,15 @@ import torch
 from fxzero import _torch
 from fxzero.accumulation import sums_of
 from fxzero.errors import RuntimeStateError
-from fxzero.runtime import Executable, Parameters, Saved, detach_outputs, tangents_of
+from fxzero.runtime import (
+    Executable,
+    Halves,
+    Parameters,
+    Saved,
+    explained_errors,
+    run_forward,
+    tangents_of,
+)
 
 
 def run_in_halves(
@@ -30,17 +38,9 @@ def run_in_halves(
     """
     assert executable.halves is not None
     with torch.no_grad():
-        taken = parameters.taken(inputs)
-        try:
-            results = executable.forward(list(taken))
-        except RuntimeError as error:
-            raise parameters.explained(error) from error
-    outputs, saved = results[: executable.output_count], results[executable.output_count :]
-    results.clear()
-    detach_outputs(saved, outputs)
-    positions = [i for i in executable.saved_inputs if i is not None]
-    flight = _Flight(executable, parameters, Saved(saved, [taken[i] for i in positions]), outputs)
-    first = executable.halves.inputs
+        outputs, saved = run_forward(executable, parameters, inputs)
+    flight = _Flight(executable, executable.halves, parameters, saved, outputs)
+    first = flight.halves.inputs
     # Without an anchor nothing would run for a stage whose inputs need no gradient.
     anchor = torch.empty(0, requires_grad=True)
     attached = _First.apply(flight, outputs, anchor, *(inputs[i] for i in first))  # type: ignore[no-untyped-call]
@@ -55,11 +55,13 @@ class _Flight:
     def __init__(
         self,
         executable: Executable,
+        halves: Halves,
         parameters: Parameters,
         saved: Saved,
         outputs: list[torch.Tensor],
     ) -> None:
         self.executable = executable
+        self.halves = halves
         self.parameters = parameters
         self.saved = saved
         self.shapes = [(t.shape, t.stride(), t.dtype, t.device) for t in outputs]
@@ -67,18 +69,12 @@ class _Flight:
 
     def first(self, received: dict[int, torch.Tensor]) -> dict[int, Any]:
         """The backward's results that the first half computes, by position."""
-        executable, halves = self.executable, self.executable.halves
-        assert halves is not None
         arguments = self.saved.take(keep=False)
-        arguments += [None] * len(executable.accumulated)  # only the second half adds to them
-        arguments += tangents_of(executable, received, self.shapes)
-        taken = [arguments[i] for i in halves.first_takes]
-        kept = [arguments[i] for i in halves.second_takes]
-        arguments.clear()
-        found = self._run(halves.first, taken)
-        count = len(halves.first_returns)
-        self.waiting = [*found[count:], *kept]
-        return dict(zip(halves.first_returns, found[:count], strict=True))
+        arguments += [None] * len(self.executable.accumulated)  # only the second half adds to them
+        arguments += tangents_of(self.executable, received, self.shapes)
+        with explained_errors(self.parameters):
+            results, self.waiting = self.halves.begin(arguments)
+        return results
 
     def second(self, existing: Sequence[Any]) -> dict[int, Any]:
         """The results that the second half computes, by position.
@@ -86,24 +82,13 @@ class _Flight:
         Args:
             existing: the gradients that it adds to.
         """
-        halves = self.executable.halves
-        assert halves is not None
         if self.waiting is None:
             raise RuntimeStateError("gradients of weights were asked for before those of inputs")
         waiting, self.waiting = self.waiting, None
-        start = self.saved.count  # of the existing gradients among the backward's arguments
-        handed = len(waiting) - len(halves.second_takes)
-        for place, position in enumerate(halves.second_takes, handed):
-            if start <= position < start + len(existing):
-                waiting[place] = existing[position - start]
-        return dict(zip(halves.second_returns, self._run(halves.second, waiting), strict=True))
-
-    def _run(self, half: Any, arguments: list[Any]) -> list[Any]:
-        try:
-            results: list[Any] = half(arguments)
-            return results
-        except RuntimeError as error:
-            raise self.parameters.explained(error) from error
+        # The backward takes them behind the saved values.
+        late = dict(enumerate(existing, self.saved.count))
+        with explained_errors(self.parameters):
+            return self.halves.finish(waiting, late)
 
 
 class _First(torch.autograd.Function):
@@ -126,10 +111,8 @@ class _First(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         flight: _Flight = ctx.flight
-        executable = flight.executable
-        assert executable.halves is not None
         found = flight.first({i: g for i, g in enumerate(gradients) if g is not None})
-        places = (executable.gradients[i] for i in executable.halves.inputs)
+        places = (flight.executable.gradients[i] for i in flight.halves.inputs)
         return None, None, None, *(None if at is None else found[at] for at in places)
 
 
@@ -143,8 +126,7 @@ class _Second(torch.autograd.Function):
     def backward(ctx: Any, _: torch.Tensor) -> Any:
         flight: _Flight = ctx.flight
         executable, parameters = flight.executable, flight.parameters
-        assert executable.halves is not None
-        first = executable.halves.inputs
+        first = flight.halves.inputs
         takers: list[Any] = [None] * len(executable.gradients)
         others = [i for i in range(len(takers)) if i not in first]
         for i, (node, _index) in zip(others, ctx.next_functions, strict=True):

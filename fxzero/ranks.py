@@ -75,8 +75,7 @@ class Ranks:
 def connect(model: nn.Module, mesh: Mesh, sharding: Sharding) -> Ranks | None:
     """Shards a model, whose values are equal on all ranks, over the mesh; None on one device.
 
-    Weights that stages of a pipeline on other ranks have taken, and that are on the meta device
-    while others are not, stay as they are.
+    Weights that only other ranks of a pipeline have (``sharding.stand_in``) stay as they are.
 
     Raises:
         UsageError: the model is already spread another way.

@@ -9,8 +9,9 @@ would do no more (``accumulation.py``).
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,18 +106,37 @@ class Halves:
     second_returns: tuple[int, ...]
     inputs: tuple[int, ...]
 
-    def whole(self, arguments: list[Any]) -> list[Any]:
-        """Both, one after the other: the backward."""
+    def begin(self, arguments: list[Any]) -> tuple[dict[int, Any], list[Any]]:
+        """The first half: its results by position, and what waits for the second.
+
+        Args:
+            arguments: the backward's, which are taken out of the list.
+        """
         taken = [arguments[i] for i in self.first_takes]
         kept = [arguments[i] for i in self.second_takes]
         arguments.clear()
         found = self.first(taken)
         count = len(self.first_returns)
-        results: dict[int, Any] = dict(zip(self.first_returns, found[:count], strict=True))
-        handed = [*found[count:], *kept]
-        found.clear()
-        kept.clear()
-        results.update(zip(self.second_returns, self.second(handed), strict=True))
+        results = dict(zip(self.first_returns, found[:count], strict=True))
+        return results, [*found[count:], *kept]
+
+    def finish(self, waiting: list[Any], late: Mapping[int, Any] | None = None) -> dict[int, Any]:
+        """The second half: the other results by position.
+
+        Args:
+            waiting: what ``begin`` left, which is taken out of the list.
+            late: by position, arguments of the backward that ``begin`` was not given.
+        """
+        late = late or {}
+        handed = len(waiting) - len(self.second_takes)
+        for place, position in enumerate(self.second_takes, handed):
+            waiting[place] = late.get(position, waiting[place])
+        return dict(zip(self.second_returns, self.second(waiting), strict=True))
+
+    def whole(self, arguments: list[Any]) -> list[Any]:
+        """Both, one after the other: the backward."""
+        results, waiting = self.begin(arguments)
+        results |= self.finish(waiting)
         return [results[i] for i in range(len(results))]
 
 
@@ -218,17 +238,7 @@ class _Step(torch.autograd.Function):
         ctx.parameters = parameters
         if executable.may_rerun:
             ctx.start = (inputs, RandomState.now())
-        taken = parameters.taken(inputs)
-        try:
-            results = executable.forward(list(taken))
-        except RuntimeError as error:
-            raise parameters.explained(error) from error
-        outputs = results[: executable.output_count]
-        saved = results[executable.output_count :]
-        results.clear()
-        detach_outputs(saved, outputs)
-        positions = [i for i in executable.saved_inputs if i is not None]
-        ctx.saved = Saved(saved, [taken[i] for i in positions])
+        outputs, ctx.saved = run_forward(executable, parameters, inputs)
         ctx.shapes = [(t.shape, t.stride(), t.dtype, t.device) for t in outputs]
         ctx.outputs = [weakref.ref(t) for t in outputs if t.ndim > 0]
         attached = {*executable.attached}
@@ -261,11 +271,32 @@ class _Step(torch.autograd.Function):
         sums = sums_of(taking, executable.accumulated, parameters.existing)
         saved += sums.tensors
         kept = [i for i, node in enumerate(takers) if _torch.adds_to_leaf(node)]
-        try:
+        with explained_errors(parameters):
             found = _run_backward(executable, saved, received, ctx.shapes)
             return None, None, *parameters.returned(found, sums.in_place, kept)
-        except RuntimeError as error:
-            raise parameters.explained(error) from error
+
+
+@contextlib.contextmanager
+def explained_errors(parameters: Parameters) -> Iterator[None]:
+    """Errors in graphs that run inside are raised as the parameters explain them."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise parameters.explained(error) from error
+
+
+def run_forward(
+    executable: Executable, parameters: Parameters, inputs: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], Saved]:
+    """The forward, outside of autograd: model outputs, and what waits for the backward."""
+    taken = parameters.taken(inputs)
+    with explained_errors(parameters):
+        results = executable.forward(list(taken))
+    outputs = results[: executable.output_count]
+    saved = results[executable.output_count :]
+    _detach_outputs(saved, outputs)
+    positions = [i for i in executable.saved_inputs if i is not None]
+    return outputs, Saved(saved, [taken[i] for i in positions])
 
 
 def _run_backward(
@@ -316,7 +347,7 @@ def _with_stride(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
     return copy.copy_(tensor)
 
 
-def detach_outputs(saved: list[Any], outputs: list[torch.Tensor]) -> None:
+def _detach_outputs(saved: list[Any], outputs: list[torch.Tensor]) -> None:
     """A saved value that is also an output must not keep its own autograd node alive."""
     identities = {id(output) for output in outputs}
     for index, value in enumerate(saved):

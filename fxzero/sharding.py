@@ -255,13 +255,13 @@ def ids_elsewhere(model: nn.Module) -> set[int]:
     return {id(tensor) for tensor in tensors if hasattr(tensor, _ELSEWHERE)}
 
 
-def replace_tensors(model: nn.Module, made: Mapping[Any, torch.Tensor]) -> None:
+def replace_tensors(model: nn.Module, made: Mapping[Any, Any]) -> None:
     """Puts other parameters and buffers in the places of some."""
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 if tensor in made:
-                    table[name] = made[tensor]  # type: ignore[assignment]
+                    table[name] = made[tensor]
 
 
 @torch.no_grad()

@@ -96,6 +96,26 @@ def is_scalar(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim == 0
 
 
+def arguments_by_name(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operator by the names in its schema; defaults where none is given."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    declared = node.target._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in declared}
+    return {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs}
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """The arguments that the node writes to, by its operator's schema."""
+    found: list[fx.Node] = []
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+        given = arguments_by_name(node)
+        for argument in target._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                fx.map_arg(given[argument.name], found.append)
+    return found
+
+
 # On the CPU these compute the unreduced loss first and return its storage with one element in use.
 _REDUCED_IN_PLACE = {
     torch.ops.aten.mse_loss.default,

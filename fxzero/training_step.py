@@ -26,6 +26,7 @@ from fxzero.errors import BudgetError, RuntimeStateError
 from fxzero.graph import InputRole, describe_all
 from fxzero.halves import run_in_halves
 from fxzero.inner import compile_split
+from fxzero.microbatches import Call
 from fxzero.options import Options
 from fxzero.planner import Decided, Emitted, Planner
 from fxzero.plans import Plan
@@ -40,7 +41,6 @@ log = logging.getLogger(__name__)
 # Share of the budget that must be gained for a plan to be made anew.
 _SLACK = 0.02
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 Source = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 Trace = Callable[[Sequence[int] | None], Capture]
 

@@ -25,6 +25,7 @@ from fxzero import _torch, randomness
 from fxzero.graph import TrainGraph
 from fxzero.passes.context import PassContext
 from fxzero.passes.rematerialize import CLONE_OF
+from fxzero.storages import arguments_by_name
 
 
 def replay_randomness_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
@@ -49,10 +50,7 @@ def is_random(node: fx.Node) -> bool:
         return False
     if torch.Tag.nondeterministic_seeded not in target.tags:
         return False
-    names = [argument.name for argument in target._schema.arguments]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    defaults = {argument.name: argument.default_value for argument in target._schema.arguments}
-    return "dropout_p" not in names or bool(given.get("dropout_p", defaults["dropout_p"]))
+    return bool(arguments_by_name(node).get("dropout_p", True))
 
 
 def rng_state_bytes(device: str) -> int:

@@ -32,7 +32,7 @@ from fxzero.passes.partition import Split
 from fxzero.passes.rematerialize import CLONE_OF
 from fxzero.passes.replay_randomness import is_random
 from fxzero.passes.shard import WHOLE
-from fxzero.storages import Storages, analyse, tensor_leaves
+from fxzero.storages import Storages, analyse, tensor_leaves, written_arguments
 from fxzero.transfers import TO_DEVICE, TO_HOST
 
 log = logging.getLogger(__name__)
@@ -283,7 +283,7 @@ def writes(subject: Subject) -> Iterator[Finding]:
     for node in subject.calls:
         for storage in {s for source in node.all_input_nodes for s in of[source]} & set(written):
             yield node, f"uses {inputs[storage].name} after {written[storage].name} wrote to it"
-        for target in _written_by(node):
+        for target in written_arguments(node):
             written.update((s, node) for s in of[target] if s in inputs)
     for role, result in subject.graph.result_pairs():
         for storage in set(of.get(result, ())) & set(written):
@@ -424,20 +424,6 @@ def _replays_original(subject: Subject, node: fx.Node) -> Iterator[Finding]:
     results = {user.name for user in source.users if user.args[1] == 1}
     if node.meta.get(CLONE_OF) not in results:
         yield node, f"recomputes {node.meta.get(CLONE_OF)} from the state of {sorted(results)}"
-
-
-def _written_by(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a node writes to."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-        return []
-    found: dict[fx.Node, None] = {}
-    for position, argument in enumerate(node.target._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = (
-                node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            )
-            fx.map_arg(given, lambda source: found.setdefault(source))
-    return list(found)
 
 
 def _namespace(node: fx.Node) -> str:

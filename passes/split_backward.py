@@ -32,7 +32,7 @@ from fxzero.collectives import is_collective, waits_of
 from fxzero.cost import count_flops, makes_view
 from fxzero.passes.partition import extract
 from fxzero.passes.replay_randomness import is_random
-from fxzero.storages import analyse
+from fxzero.storages import analyse, written_arguments
 
 # Stands for the random generators among storages: every draw writes to it.
 _GENERATORS = -1
@@ -165,7 +165,7 @@ def _requirements(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
     for node in graph.nodes:
         needs[node] = set(node.all_input_nodes)
         touched = {s for n in (node, *node.all_input_nodes) for s in storages.of.get(n, ())}
-        written = {s for n in _written(node) for s in storages.of[n]}
+        written = {s for n in written_arguments(node) for s in storages.of[n]}
         if is_random(node):
             written.add(_GENERATORS)
         needs[node].update(writer[s] for s in touched | written if s in writer)
@@ -179,18 +179,6 @@ def _requirements(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
         if is_collective(node):
             needs[node].update(waits_of(node))
     return needs
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a node writes to."""
-    found: list[fx.Node] = []
-    if isinstance(node.target, torch._ops.OpOverload):
-        arguments = node.target._schema.arguments
-        names = [argument.name for argument in arguments]
-        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-        fx.map_arg([given.get(name) for name in written], found.append)
-    return found
 
 
 def _rest(

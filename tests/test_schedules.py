@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -420,9 +421,9 @@ def test_an_action_before_its_own_forward_is_a_deadlock() -> None:
 # What cannot be.
 
 
-def message(*arguments: object, **options: object) -> str:
+def message(*arguments: Any, **options: Any) -> str:
     with pytest.raises(UsageError) as error:
-        make_schedule(*arguments, **options)  # type: ignore[arg-type]
+        make_schedule(*arguments, **options)
     return str(error.value).removeprefix("[FXZ101] ")
 
 

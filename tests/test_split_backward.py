@@ -184,10 +184,10 @@ def assert_same_results(
     """Bitwise equal results, writes to arguments, and random numbers."""
     state = torch.get_rng_state()
     ends = []
-    for run, graphs in ((run_whole, backward), (run_parts, parts)):
+    for run in (functools.partial(run_whole, backward), functools.partial(run_parts, parts)):
         torch.set_rng_state(state)
         own = [tensor.clone() for tensor in arguments]
-        ends.append([*run(graphs, own), *own, torch.get_rng_state()])  # type: ignore[operator]
+        ends.append([*run(own), *own, torch.get_rng_state()])
     whole, split = ends
     assert len(whole) == len(split)
     assert [i for i, (a, b) in enumerate(zip(whole, split, strict=True)) if not a.equal(b)] == []

@@ -21,7 +21,6 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import fx
@@ -30,6 +29,7 @@ from fxzero.errors import UsageError
 from fxzero.passes.partition import extract
 from fxzero.passes.replay_randomness import is_random
 from fxzero.pipelining.regions import is_region
+from fxzero.storages import arguments_by_name, written_arguments
 
 _ATEN = torch.ops.aten
 # These write statistics into buffers, which their schemas do not say.
@@ -257,39 +257,32 @@ def memory_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     base: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.op != "output":
-            base[node] = next((base[n] for n, _ in _aliased(node)), node)
+            base[node] = next((base[source] for source in _aliased(node)), node)
     return base
 
 
 def _written_by(node: fx.Node) -> list[fx.Node]:
-    """The arguments that the node writes to."""
-    written = [source for source, info in _aliased(node) if info is not None and info.is_write]
+    """The arguments that the node writes to, those included that no schema tells of."""
+    written = written_arguments(node)
     if is_region(node):  # what it does inside is not looked at
         written += [source for source in node.all_input_nodes if source.op == "get_attr"]
     if getattr(node.target, "_overloadpacket", None) in _WRITE_STATISTICS:
-        given = _arguments(node)
+        given = arguments_by_name(node)
         written += [given[name] for name in _STATISTICS if isinstance(given[name], fx.Node)]
     return written
 
 
-def _aliased(node: fx.Node) -> list[tuple[fx.Node, Any]]:
-    """The arguments whose memory is the value's or is written, with what the schema says of it."""
+def _aliased(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose memory is the value's or is written."""
     if node.target is operator.getitem:
-        return [(node.all_input_nodes[0], None)]
+        return [node.all_input_nodes[0]]
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
     if node.target._overloadpacket in _DROPOUTS:
-        return [(node.all_input_nodes[0], None)]
-    given = _arguments(node)
+        return [node.all_input_nodes[0]]
+    given = arguments_by_name(node)
     return [
-        (given[argument.name], argument.alias_info)
+        given[argument.name]
         for argument in node.target._schema.arguments
-        if argument.alias_info is not None and isinstance(given.get(argument.name), fx.Node)
+        if argument.alias_info is not None and isinstance(given[argument.name], fx.Node)
     ]
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """An operator's arguments by the names in its schema."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    names = [argument.name for argument in node.target._schema.arguments]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}

@@ -25,12 +25,12 @@ class FrozenStage:
 
     def __init__(self, stage: Stage) -> None:
         module = stage.module
+        parameters = dict(module.named_parameters(remove_duplicate=False))
         self.weights: list[str] = []
         self.bytes = 0
         for node in list(module.graph.find_nodes(op="get_attr")):
             name = str(node.target)
-            value = module.get_parameter(name) if _is_parameter(module, name) else None
-            if value is None:
+            if name not in parameters:
                 continue
             with module.graph.inserting_before(next(iter(module.graph.nodes))):
                 given = module.graph.placeholder(node.name)
@@ -38,7 +38,7 @@ class FrozenStage:
             node.replace_all_uses_with(given)
             module.graph.erase_node(node)
             self.weights.insert(0, name.removeprefix("model."))
-            self.bytes += value.nbytes
+            self.bytes += parameters[name].nbytes
         module.recompile()
         self.function = compile_to_python(module)
 
@@ -51,7 +51,3 @@ class FrozenStage:
             weights = [shards.gather(w) if is_spread(w) else w for w in weights]
         with torch.no_grad():
             return self.function([*weights, *given])
-
-
-def _is_parameter(module: nn.Module, name: str) -> bool:
-    return name in dict(module.named_parameters(remove_duplicate=False))

@@ -13,7 +13,7 @@ Others may be slow to read what was sent: it counts until it is certain that the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,9 +47,10 @@ def rehearse_rank(
     routes: Routes,
     parts: Mapping[int, Part],
     static_bytes: int,
-    granularity: int = 1,
 ) -> int:
     """The rank's peak in forwards and backwards.
+
+    Sizes are exact: that CUDA's allocator rounds them up is not counted.
 
     Raises whatever generated code does that cannot run on fake tensors.
 
@@ -57,7 +58,7 @@ def rehearse_rank(
         parts: of each of the rank's stages.
         static_bytes: what lives throughout.
     """
-    with _torch.FakeTensorMode(allow_non_fake_inputs=True), Counter(granularity) as counter:
+    with _torch.FakeTensorMode(allow_non_fake_inputs=True), Counter(granularity=1) as counter:
         play = _Play(schedule, rank, routes, parts)
         counter.restart(static_bytes)
         for action in schedule.orders[rank]:
@@ -78,7 +79,9 @@ class _Play:
             stage: [example_of(node) for node in part.split.backward_inputs()[1]]
             for stage, part in parts.items()
         }
-        self.functions = {stage: _functions(part.executable) for stage, part in parts.items()}
+        self.executables = {
+            stage: _without_kernels(part.executable) for stage, part in parts.items()
+        }
         self.here: dict[Message, torch.Tensor] = {}
         self.unread = Unread(schedule)
         self.saved: dict[tuple[int, int], list[Any]] = {}
@@ -112,7 +115,7 @@ class _Play:
             message = Message(name, False, self.routes.passed[name].stage, stage, action.microbatch)
             received.append(self._arrived(message, node))
             arguments.append(received[-1])
-        results = self.functions[stage]["forward"](arguments)
+        results = self.executables[stage].forward(arguments)
         outputs, self.saved[key] = results[: split.output_count], results[split.output_count :]
         self.received[key] = received
         results.clear()
@@ -125,7 +128,7 @@ class _Play:
 
     def _input_gradient(self, action: Action) -> None:
         stage, key = action.stage, (action.stage, action.microbatch)
-        split, executable = self.parts[stage].split, self.parts[stage].executable
+        split, executable = self.parts[stage].split, self.executables[stage]
         tangents = []
         sent = self.routes.ports[stage].sent
         for output, node in zip(split.tangents, split.backward_inputs()[2], strict=True):
@@ -139,32 +142,24 @@ class _Play:
                 tangents.append(example_of(node))
         arguments = [*self.saved.pop(key), *self.existing[stage], *tangents]
         tangents.clear()
-        run = self.functions[stage]
-        if (halves := executable.halves) is not None:
-            taken = [arguments[i] for i in halves.first_takes]
-            kept = [arguments[i] for i in halves.second_takes]
-            arguments.clear()
-            made = run["first"](taken)
-            count = len(halves.first_returns)
-            gradients = dict(zip(halves.first_returns, made[:count], strict=True))
-            self.waiting[key] = [*made[count:], *kept]
-            made.clear()
+        if executable.halves is not None:
+            gradients, self.waiting[key] = executable.halves.begin(arguments)
         else:
-            gradients = dict(enumerate(run["backward"](arguments)))
+            gradients = dict(enumerate(executable.backward(arguments)))
         inputs = [
             gradients.get(at)
             for role, at in zip(split.inputs, split.gradients, strict=True)
             if role.kind == "input" and at is not None
         ]
         del self.received[key]
-        names = [name for name in self.routes.ports[stage].received]
-        trained = [name for name in names if self.routes.passed[name].trains]
+        received = self.routes.ports[stage].received
+        trained = [name for name in received if self.routes.passed[name].trains]
         self._send(action, dict(zip(trained, inputs, strict=False)))
 
     def _weight_gradient(self, action: Action) -> None:
-        waiting = self.waiting.pop((action.stage, action.microbatch), None)
-        if waiting is not None:
-            self.functions[action.stage]["second"](waiting)
+        halves = self.executables[action.stage].halves
+        if halves is not None:
+            halves.finish(self.waiting.pop((action.stage, action.microbatch)))
 
     def _arrived(self, message: Message, node: fx.Node) -> torch.Tensor:
         found = self.here.pop(message, None)
@@ -191,9 +186,12 @@ def _static(split: Split) -> list[torch.Tensor]:
     return [example_of(node) for node in split.forward.graph.find_nodes(op="placeholder")]
 
 
-def _functions(executable: Executable) -> dict[str, Any]:
-    functions: dict[str, Any] = {"forward": executable.forward, "backward": executable.backward}
-    if executable.halves is not None:
-        functions |= {"first": executable.halves.first, "second": executable.halves.second}
-        del functions["backward"]
-    return {name: _torch.without_kernels(function) for name, function in functions.items()}
+def _without_kernels(executable: Executable) -> Executable:
+    """The same for fake tensors."""
+    forward, halves = _torch.without_kernels(executable.forward), executable.halves
+    if halves is None:
+        backward = _torch.without_kernels(executable.backward)
+        return replace(executable, forward=forward, backward=backward)
+    first, second = map(_torch.without_kernels, (halves.first, halves.second))
+    halves = replace(halves, first=first, second=second)
+    return replace(executable, forward=forward, backward=halves.whole, halves=halves)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from fxzero.errors import RuntimeStateError
 from fxzero.pipelining.schedules import Action, Kind, Schedule
 from fxzero.pipelining.stages import Routes
 from fxzero.pipelining.transport import Message, Transport, sent_by
@@ -152,6 +151,5 @@ class Runner:
             message = Message(name, True, reader, action.stage, action.microbatch)
             gradient = self.transport.receive(message)
             total = gradient if total is None else total + gradient
-        if total is None:
-            raise RuntimeStateError(f"nobody reads {name}, which stage {action.stage} sends")
+        assert total is not None, f"nobody reads {name}, which stage {action.stage} sends"
         return total
