@@ -109,6 +109,17 @@ def _model_options(command: _Command) -> _Command:
                 show_default=True,
                 help="What is sharded over the devices.",
             ),
+            click.option(
+                "--pipeline",
+                metavar="STAGES",
+                help='Into how many stages to cut the model, or "auto": if that is faster.',
+            ),
+            click.option(
+                "--schedule", metavar="NAME", help="Of the pipeline, such as zb1p.  [default: 1f1b]"
+            ),
+            click.option(
+                "--microbatches", type=click.IntRange(1), help="Into how many to cut the batch."
+            ),
         ]
     ):
         command = decorate(command)
@@ -116,16 +127,48 @@ def _model_options(command: _Command) -> _Command:
 
 
 def _make_plan(
-    model: str, batch: int | None, seq: int | None, dtype: str | None, **options: Any
+    model: str,
+    batch: int | None,
+    seq: int | None,
+    dtype: str | None,
+    pipeline: str | None,
+    schedule: str | None,
+    microbatches: int | None,
+    **options: Any,
 ) -> Plan:
     from fxzero.sources import load_model
 
+    asked = _pipeline(pipeline, schedule, microbatches)
     source = load_model(model, batch=batch, seq=seq, dtype=dtype)
     if "transformers" in sys.modules:  # its advice on configurations is not about the plan
         sys.modules["transformers"].logging.set_verbosity_error()
     from fxzero.forecast import plan
 
-    return plan(source.model, source.args, kwargs=source.kwargs, name=source.name, **options)
+    return plan(
+        source.model,
+        source.args,
+        kwargs=source.kwargs,
+        name=source.name,
+        pipeline=asked,
+        **options,
+    )
+
+
+def _pipeline(stages: str | None, schedule: str | None, microbatches: int | None) -> Any:
+    """What the options that are about pipelines come to."""
+    from fxzero.errors import UsageError
+    from fxzero.pipelining.request import Pipeline
+
+    details: dict[str, Any] = {"schedule": schedule, "microbatches": microbatches}
+    given = {name: value for name, value in details.items() if value is not None}
+    if stages is None or stages == "auto":
+        if given:
+            name = next(iter(given))
+            raise UsageError(f"--{name} is of a pipeline: give --pipeline STAGES")
+        return stages
+    if not stages.isdecimal():
+        raise UsageError(f'--pipeline {stages}: give the number of stages, or "auto"')
+    return Pipeline(stages=int(stages), **given)
 
 
 def _code(plan: Plan) -> int:

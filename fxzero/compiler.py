@@ -26,11 +26,14 @@ from torch import nn
 from fxzero import _torch
 from fxzero.capture import capture, check_devices
 from fxzero.errors import RecompileLimitError, UsageError, unknown_option
+from fxzero.forecast import without_pipeline
 from fxzero.graph import describe_all
-from fxzero.mesh import resolve_mesh
+from fxzero.mesh import Mesh, resolve_mesh
 from fxzero.microbatches import Batch, Call, choose_count, loss_of
 from fxzero.options import Options, call_arguments, check_options, model_device
-from fxzero.pipelining.request import AUTO, check_pipeline, ranks_along
+from fxzero.pipelining.automatic import agree_on_pipeline
+from fxzero.pipelining.forecast import Forecaster
+from fxzero.pipelining.request import AUTO, Pipeline, check_pipeline, ranks_along
 from fxzero.pipelining.training import PipelinedModel
 from fxzero.planner import Planner
 from fxzero.plans import Plan
@@ -79,7 +82,9 @@ def compile(
         mesh: a DeviceMesh with a dimension "dp", or "dp_replicate" and "dp_shard"; None: all
             processes (those of torchrun are connected, if nobody has yet), or one device.
         pipeline: into how many stages to cut the model, or a ``fxzero.Pipeline``; then only
-            ``model.step`` trains it, with the whole batch on every rank of a pipeline.
+            ``model.step`` trains it, with the whole batch on every rank of a pipeline.  Or "auto":
+            a pipeline where that is faster or alone fits; every rank then has data of its own, and
+            ``model.step`` trains them together.
         zero: 0: parameters whole on every rank; 1: sharded, with whole gradients; 2: gradients
             sharded too; 3: parameters gathered again for the backward; "auto": 2 or 3 for each
             parameter, as the budget asks.
@@ -104,11 +109,12 @@ def compile(
         raise unknown_option(next(iter(unknown)), _OPTIONS, where="fxzero.compile")
     if not isinstance(model, nn.Module):
         raise UsageError(f"fxzero.compile needs an nn.Module, not {type(model).__name__}")
-    request = check_pipeline(pipeline)
-    if request == AUTO:
-        raise UsageError("not yet")
+    asked = check_pipeline(pipeline)
+    example = None if example_inputs is None else call_arguments(example_inputs)
+    if asked == AUTO and example is None:
+        raise UsageError('pipeline="auto" is chosen before the first step: give example_inputs')
     device = model_device(model)
-    ranks = resolve_mesh(mesh, device, ranks_along(request))
+    ranks = resolve_mesh(mesh, device, ranks_along(asked))
     options = check_options(
         device=device,
         memory_budget=memory_budget,
@@ -125,31 +131,49 @@ def compile(
     )
     if isinstance(plan, (str, Path)):
         plan = Plan.load(plan)
-    if plan is not None and request is not None:
+    if plan is not None and asked is not None:
         raise UsageError("a pipeline cannot follow a given plan: each of its stages has its own")
     options.precision.keep(model)
     agree_on_values(model, ranks)
+    view, loss = eager_view(model), functools.partial(loss_of, loss_fn=loss_fn)
+    joins = asked == AUTO and "pp" not in ranks.sizes
+    if asked == AUTO and example is not None:
+        asked, ranks = _choose_pipeline(view, example, loss, options, ranks)
+        options = options.on(ranks)
     state = _State(options, plan, loss_fn)
-    if request is not None:
-        loss = functools.partial(loss_of, loss_fn=loss_fn)
-        state.pipeline = PipelinedModel(request, options, ranks, loss)
-        if example_inputs is not None:  # before what is left is sharded
-            args, kwargs = call_arguments(example_inputs)
-            state.pipeline.prepare(model, eager_view(model), Batch.of(args, kwargs))
+    batch = None
+    if isinstance(asked, Pipeline):
+        state.pipeline = PipelinedModel(asked, options, ranks, loss, joins=joins)
+        if example is not None:  # before what is left is sharded
+            batch = Batch.of(*example).times(ranks.sizes["pp"] if joins else 1)
+            state.pipeline.prepare(model, view, batch)
     state.ranks = connect(model, ranks.data, options.sharding)
     original = type(model)._fxzero_original if isinstance(model, CompiledModule) else type(model)
     vars(model)["_fxzero"] = state
     model.__class__ = _compiled_class(original)
-    if state.pipeline is not None and example_inputs is not None:
-        args, kwargs = call_arguments(example_inputs)
-        state.pipeline.settle(model, eager_view(model), Batch.of(args, kwargs), state.ranks)
-    elif example_inputs is not None:
-        args, kwargs = call_arguments(example_inputs)
+    if state.pipeline is not None and batch is not None:
+        state.pipeline.settle(model, eager_view(model), batch, state.ranks)
+    elif example is not None:
+        args, kwargs = example
         if options.microbatches != 1:
             batch = Batch.of(args, kwargs)
             args, kwargs = next(batch.cut(state.microbatches_for(model, batch)))
         state.step_for(model, args, kwargs)
     return model
+
+
+def _choose_pipeline(
+    model: nn.Module,
+    example: Call,
+    loss: Callable[[Any], torch.Tensor],
+    options: Options,
+    mesh: Mesh,
+) -> tuple[Pipeline | None, Mesh]:
+    """What ``pipeline="auto"`` comes to, and the mesh for it."""
+    name = type(model).__name__
+    forecaster = Forecaster(model, loss, options, name)
+    plain = functools.partial(without_pipeline, model, *example, options, name)
+    return agree_on_pipeline(forecaster, Batch.of(*example), mesh, plain)
 
 
 class CompiledModule(nn.Module):

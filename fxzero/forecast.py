@@ -77,8 +77,7 @@ def plan(
     device = model_device(model)
     request = check_pipeline(pipeline)
     ranks = planned_mesh(mesh, devices, device, ranks_along(request))
-    options_on = functools.partial(
-        check_options,
+    options = check_options(
         device=device,
         memory_budget=memory_budget,
         optimizer=optimizer,
@@ -89,12 +88,12 @@ def plan(
         offload=offload,
         zero=zero,
         precision=precision,
+        mesh=ranks,
         microbatches=microbatches,
     )
-    options = options_on(mesh=ranks)
     called = name or type(model).__name__
     if request is None:
-        return _without_pipeline(
+        return without_pipeline(
             model, args, keywords, options, called, accumulates=accumulate, sweep=sweep
         )
     batch, loss = Batch.of(args, keywords), functools.partial(loss_of, loss_fn=loss_fn)
@@ -102,13 +101,15 @@ def plan(
     if isinstance(request, Pipeline):
         count = request.microbatches_of(batch, ranks.sizes.get("pp", 1), options.microbatches)
         return forecaster.plan(Setting(request, batch, count, ranks, options))
-    plain = None
-    if "pp" not in ranks.sizes:
-        plain = _without_pipeline(model, args, keywords, options, called)
-    return choose_pipeline(forecaster, batch, ranks, lambda mesh: options_on(mesh=mesh), plain)
+    return choose_pipeline(
+        forecaster,
+        batch,
+        ranks,
+        lambda: without_pipeline(model, args, keywords, options, called),
+    )
 
 
-def _without_pipeline(
+def without_pipeline(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],

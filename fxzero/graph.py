@@ -28,8 +28,8 @@ class InputRole:
     """What a placeholder is.
 
     Attributes:
-        kind: "parameter", "buffer", "input", "tangent", or "gradient": that of a parameter, as it
-            is before the step.
+        kind: "parameter", "buffer", "input", "tangent"; "gradient": that of a parameter, as it is
+            before the step; or "gathered": a sharded parameter as it is when whole.
         name: qualified name of a parameter (also of a gradient's) or buffer; "" otherwise.
         index: position among the model's flat inputs (input) or flat outputs (tangent); else -1.
     """

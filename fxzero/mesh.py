@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fxzero.errors import UsageError, unknown_option
 
@@ -57,6 +57,11 @@ class Sharding:
     def axes(self) -> tuple[Axis, ...]:
         """Everything that gradients are averaged over."""
         return (*((self.shard,) if self.shard else ()), *self.replicate)
+
+    @property
+    def gathers_once(self) -> bool:
+        """Whether what is gathered is kept, so that micro-batches of a step may share it."""
+        return self.shards > 1 and self.zero in (1, 2)
 
     @property
     def ranks(self) -> int:
@@ -104,6 +109,15 @@ class Mesh:
         if not names:
             return Mesh({})
         return Mesh({name: self.sizes[name] for name in names}, self.devices[names])
+
+    def in_pipelines(self, ranks: int) -> Mesh:
+        """The same processes in pipelines of so many ranks each; all of them call this."""
+        made = DeviceMesh(
+            self.devices.device_type,
+            self.devices.mesh.reshape(ranks, -1),
+            mesh_dim_names=("pp", "dp"),
+        )
+        return resolve_mesh(made, self.devices.device_type, lambda _: ranks)
 
     @cached_property
     def groups(self) -> dict[str, str]:

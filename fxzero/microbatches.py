@@ -88,13 +88,18 @@ class Batch:
 
     def times(self, count: int) -> Batch:
         """The batch of as many examples ``count`` times over, for plans."""
-        leaves = [
-            leaf.repeat(count, *(1 for _ in leaf.shape[1:]))
-            if leaf.ndim and len(leaf) == self.size
-            else leaf
-            for leaf in self.leaves
-        ]
-        return Batch(tuple(leaves), self.structure, count * self.size)
+        return self.joined(lambda leaf: leaf.repeat(count, *(1 for _ in leaf.shape[1:])), count)
+
+    def joined(self, join: Callable[[torch.Tensor], torch.Tensor], count: int) -> Batch:
+        """The batch of ``count`` batches.
+
+        Args:
+            join: from a tensor with a row for each example to the one of all batches.
+        """
+        leaves = tuple(
+            join(leaf) if leaf.ndim and len(leaf) == self.size else leaf for leaf in self.leaves
+        )
+        return Batch(leaves, self.structure, count * self.size)
 
     def counts(self) -> list[int]:
         """Into how many micro-batches of one size the batch can be cut."""

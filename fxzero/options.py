@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,11 @@ class Options:
     precision: Precision = field(default_factory=Precision)
     sharding: Sharding = field(default_factory=Sharding)
     microbatches: int | str = 1
+
+    def on(self, mesh: Mesh) -> Options:
+        """The same on other ranks."""
+        sharding = mesh.sharding(self.sharding.zero, self.precision.reduce)
+        return dataclasses.replace(self, sharding=sharding)
 
 
 def check_options(

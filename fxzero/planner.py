@@ -204,8 +204,8 @@ class GraphPlanner:
         writes_buffers: whether the graph updates buffers itself, or returns their new values.
         reduces: whether it averages gradients over the ranks.
         accumulates: whether it adds them to gradients that exist.
-        is_stage: whether it is a stage of a pipeline, whose outputs are sent away, and which no
-            loss outside follows.
+        is_stage: whether it is a stage of a pipeline, whose outputs are sent away, which no loss
+            outside follows, and which runs for several micro-batches in a step.
         unapplied: what the caller could not apply; more is found here, and all of it is an error
             under ``strict`` and a note in the Plan otherwise.
         sweep: number of points between the ends of the Plan's curve.
@@ -234,6 +234,7 @@ class GraphPlanner:
             sharding=options.sharding,
             reduces=reduces,
             accumulates=accumulates,
+            gathers=not (is_stage and options.sharding.gathers_once),
         )
         chosen = select(skipped_passes(), preparation)
         plain = tuple(item for item in chosen if item.name != "accumulate")

@@ -38,6 +38,7 @@ class Ranks:
         agreement: what they settle before they run anything.
         syncing: whether gradients are averaged; False inside ``no_sync``.
         local: ids of whole parameters whose gradient was left unreduced.
+        gathered: by id and dtype, parameters that micro-batches of the step under way share.
         steps: how many training steps were begun.
     """
 
@@ -46,6 +47,7 @@ class Ranks:
     agreement: Agreement
     syncing: bool = True
     local: set[int] = field(default_factory=set)
+    gathered: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
     steps: int = 0
 
     def pending(self, parameter: torch.Tensor) -> torch.Tensor | None:
@@ -59,6 +61,13 @@ class Ranks:
     def any_pending(self, parameters: Iterable[torch.Tensor]) -> bool:
         """Whether an accumulation is under way."""
         return any(self.pending(p) is not None for p in parameters if p.requires_grad)
+
+    def whole(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A parameter of all ranks' parts, gathered when the step under way asks first for it."""
+        key = id(parameter), dtype
+        if key not in self.gathered:
+            self.gathered[key] = self.shards.gather(parameter, dtype)
+        return self.gathered[key]
 
     def step(self, *, reduces: bool, syncs: bool | None = None) -> StepParameters:
         """The parameters of one step.

@@ -136,9 +136,13 @@ class Shards:
         rows = _torch.local_tensor(parameter).shape[0]
         return self.cut(part if rows == part.shape[0] else part[:rows], parameter)
 
-    def gather(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The whole parameter, on every rank; all ranks must ask for it."""
-        part = self.part(parameter).detach()
+    def gather(self, parameter: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The whole parameter, on every rank; all ranks must ask for it.
+
+        Args:
+            dtype: in which it travels, and is returned; None: its own.
+        """
+        part = self.part(parameter).detach().to(dtype or parameter.dtype)
         if not is_cut(parameter):
             return part
         whole = all_gather(part, self._axis.size, self.mesh.groups[self._axis.name])

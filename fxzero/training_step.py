@@ -291,6 +291,8 @@ class TrainingStep:
         if role.name in self._captured.constants:
             constant = self._captured.constants[role.name]
             return lambda leaves: constant
+        if role.kind == "gathered":
+            return self._gathered_source(role)
         owner, _, attribute = role.name.rpartition(".")
         if not owner:
             return self._root_source(attribute)
@@ -304,6 +306,15 @@ class TrainingStep:
             return tensor
 
         return read
+
+    def _gathered_source(self, role: InputRole) -> Source:
+        """A parameter that is gathered once for all micro-batches of a step."""
+        ranks, split = self.ranks, self._decided.emitted.split
+        assert ranks is not None
+        part = self._source(InputRole("parameter", role.name))
+        nodes = split.forward.graph.find_nodes(op="placeholder")
+        dtype = list(nodes)[split.inputs.index(role)].meta["val"].dtype
+        return lambda leaves: ranks.whole(part(leaves), dtype)
 
     def _root_source(self, attribute: str) -> Source:
         """The model itself is asked, weakly: a step must not keep it alive, and it may change."""

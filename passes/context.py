@@ -19,6 +19,8 @@ class PassContext:
         sharding: how parameters and gradients are spread over ranks.
         reduces: whether gradients are averaged over the ranks, or left for a later step to.
         accumulates: whether gradients are added to those that exist.
+        gathers: whether the graph gathers parameters itself, or is given what a step has gathered
+            for all of its micro-batches.
     """
 
     decisions: Decisions = field(default_factory=Decisions)
@@ -27,3 +29,4 @@ class PassContext:
     sharding: Sharding = field(default_factory=Sharding)
     reduces: bool = True
     accumulates: bool = False
+    gathers: bool = True

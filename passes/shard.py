@@ -5,12 +5,16 @@ the first use an all-gather makes it whole; behind each gradient a reduce-scatte
 the ranks and leaves the rank's part.  Where a parameter is whole on every rank, its gradient is
 averaged by an all-reduce.
 
+A graph that runs once for each of several micro-batches may be given whole parameters besides their
+parts, gathered once for all of them: it has no gathers then.
+
 A gather is an operator like any other: that the backward does it again (ZeRO-3) or reads what the
 forward gathered (ZeRO-2) is a decision of the plan.  In stage 1 gradients stay whole until the
 backward ends.
 
-Invariant: afterwards no node but a cast and the gather reads a sharded placeholder, every gather
-and reduction has one wait, and each gradient has the shape and dtype of its placeholder.
+Invariant: afterwards no node but a cast and the gather reads a sharded placeholder (or none, where
+what is gathered is given), every gather and reduction has one wait, and each gradient has the shape
+and dtype of its placeholder.
 
     w [8, 4]:  t(w); ...; dw = mm(...)        w [2, 4]:  g = all_gather(w, 4, "dp"); u = wait(g)
     output:    [loss, dw]               ->               t(u); ...; dw = mm(...)
@@ -20,12 +24,14 @@ and reduction has one wait, and each gradient has the shape and dtype of its pla
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
 from fxzero import _torch
 from fxzero.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
-from fxzero.graph import TrainGraph
+from fxzero.graph import InputRole, TrainGraph
 from fxzero.mesh import Sharding
 from fxzero.passes.context import PassContext
 from fxzero.passes.writer import Writer, renew_views
@@ -47,9 +53,11 @@ def shard_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
     placeholders = dict(graph.pairs())
     results = list(graph.results)
     whole = {role: node.meta["val"] for role, node in placeholders.items()}
+    inputs = list(graph.inputs)
     for role, node in placeholders.items():
-        if role.kind == "parameter" and sharding.shards > 1 and may_shard(whole[role]):
-            rewrite.gather(node)
+        is_cut = role.kind == "parameter" and sharding.shards > 1 and may_shard(whole[role])
+        if is_cut and rewrite.cut(node, context.gathers):
+            inputs.append(InputRole("gathered", role.name))
     if context.reduces:
         for index, (result, value) in enumerate(graph.result_pairs()):
             of = result.of
@@ -60,7 +68,7 @@ def shard_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
     (output,) = graph.graph.find_nodes(op="output")
     output.args = (tuple(results),)
     graph.graph.lint()
-    return graph
+    return replace(graph, inputs=tuple(inputs))
 
 
 def left_whole(graph: TrainGraph, sharding: Sharding) -> list[str]:
@@ -82,8 +90,15 @@ class _Rewrite:
         self.order = {node: index for index, node in enumerate(graph.graph.nodes)}
         (self.output,) = graph.graph.find_nodes(op="output")
 
-    def gather(self, parameter: fx.Node) -> None:
-        """Lets everything that reads a parameter read what is gathered from its parts."""
+    def cut(self, parameter: fx.Node, gathers: bool) -> bool:
+        """Lets everything that reads a parameter read what is gathered from its parts.
+
+        Args:
+            gathers: whether that is done here.
+
+        Returns:
+            Whether there is a placeholder for it, behind all others.
+        """
         whole, axis = parameter.meta["val"], self.sharding.shard
         assert axis is not None
         rows = padded_rows(whole.shape[0], axis.size)
@@ -95,7 +110,7 @@ class _Rewrite:
         users = sorted(parameter.users, key=self.order.__getitem__)
         users = [user for user in users if user is not self.output]
         if not users:
-            return
+            return False
         source, users_value = parameter, whole
         if (cast := _narrowing_cast(users)) is not None:
             # What travels is as narrow as what is computed.
@@ -104,16 +119,25 @@ class _Rewrite:
             users[0].prepend(cast)
             with mode:
                 cast.meta = {**cast.meta, "val": part.to(cast.meta["val"].dtype)}
-        writer = Writer(self.graph, users[0])
-        arguments = (source, axis.size, axis.name)
-        gathered = writer.call(ALL_GATHER, arguments, f"{parameter.name}_gathered")
-        result = writer.wait(gathered)
-        if rows * axis.size > whole.shape[0]:
-            result = writer.call(_ATEN.slice.Tensor, (result, 0, 0, whole.shape[0]))
+        if gathers:
+            writer = Writer(self.graph, users[0])
+            arguments = (source, axis.size, axis.name)
+            gathered = writer.call(ALL_GATHER, arguments, f"{parameter.name}_gathered")
+            result = writer.wait(gathered)
+            if rows * axis.size > whole.shape[0]:
+                result = writer.call(_ATEN.slice.Tensor, (result, 0, 0, whole.shape[0]))
+        else:
+            with self.graph.graph.inserting_after(self.graph.placeholders[-1]):
+                result = self.graph.graph.placeholder(f"{parameter.name}_gathered")
+            with mode:
+                result.meta = {"val": torch.empty_like(users_value)}
         stale = storage_identity(users_value)
         for user in users:
             user.replace_input_with(source, result)
         renew_views(result, stale)
+        if source is not parameter and not source.users:
+            self.graph.graph.erase_node(source)
+        return not gathers
 
     def reduce(self, gradient: fx.Node, parameter: fx.Node, whole: torch.Tensor) -> fx.Node:
         """The gradient's average over the ranks, cut as the parameter is."""

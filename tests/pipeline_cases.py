@@ -95,6 +95,24 @@ def by_pipeline(name, clip=None, steps=STEPS, sizes=None, options=None, first=Fa
     return losses, norms, kept, trained.in_flight, scheduled
 
 
+def by_choice(name, budget, steps=STEPS):
+    """(losses, norms, what this rank keeps, the pipeline) of ranks with rows of their own."""
+    model, args, kwargs, loss = build(name)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine, named = list(Batch.of(args, kwargs).cut(world))[rank]
+    options = {"inner": "eager", "zero": 0, "memory_budget": budget, "loss_fn": loss}
+    model = fxzero.compile(model, mine or named, pipeline="auto", optimizer="sgd", **options)
+    trained = [p for p in model.parameters() if p.requires_grad and not p.is_meta]
+    optimizer = torch.optim.SGD(trained, lr=0.05)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses.append(model.step(*mine, **named).item())
+        optimizer.step()
+    kept = {n: whole(t) for n, t in model.state_dict().items() if not t.is_meta}
+    return losses, [], kept, model.plan.pipeline
+
+
 def whole(tensor):
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return tensor.detach().clone()
@@ -116,9 +134,10 @@ def differences(answers, expected):
     return max(largest)
 
 
-def measured_peak(name, budget=None, dtype=None, **pipeline):
+def measured_peak(name, budget=None, sizes=None, zero="auto", **pipeline):
     """(measured, planned) peak of a step of this rank, and its loss."""
     model, args, kwargs, loss = build(name)
+    mesh = sizes and init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     model = fxzero.compile(
         model,
         args or kwargs,
@@ -126,6 +145,8 @@ def measured_peak(name, budget=None, dtype=None, **pipeline):
         loss_fn=loss,
         inner="eager",
         memory_budget=budget,
+        mesh=mesh,
+        zero=zero,
     )
     mine = [p for p in model.parameters() if p.requires_grad and not p.is_meta]
     optimizer = torch.optim.AdamW(mine, lr=1e-3)

@@ -191,7 +191,7 @@ def test_an_unknown_option_is_refused_with_the_nearest_name(
         ({"inner": "egger"}, "inner: unknown option 'egger'; did you mean 'eager'?"),
         ({"recompute": "all"}, "recompute='all' must be one of 'auto', 'none', 'full', or a func"),
         ({"zero": 4}, 'zero=4 must be 0, 1, 2, 3 or "auto"'),
-        ({"pipeline": "auto"}, "pipeline='auto' must be a number of stages or a fxzero.Pipeline"),
+        ({"pipeline": "best"}, "pipeline='best' must be a number of stages, a fxzero.Pipeline or"),
         ({"offload": 1}, "offload=1 must be True or False"),
     ],
 )

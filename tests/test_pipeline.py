@@ -19,6 +19,7 @@ from torch import nn
 
 import fxzero
 from fxzero.errors import UsageError
+from fxzero.microbatches import Batch
 from fxzero.pipelining.schedules import NAMES
 from fxzero.sharding import stand_in
 
@@ -146,7 +147,8 @@ def test_a_budget_holds_for_all_that_is_in_flight(pool):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("zero", "schedule", "first"), [(0, "zb1p", False), (1, "1f1b", True), (3, "zbv", True)]
+    ("zero", "schedule", "first"),
+    [(0, "zb1p", False), (1, "1f1b", True), (2, "zb1p", False), (3, "zbv", True)],
 )
 def test_pipelines_beside_each_other_share_the_work_of_sharding(expected, zero, schedule, first):
     """Two pipelines of two ranks with the same data; in one case cut at the first step."""
@@ -155,6 +157,42 @@ def test_pipelines_beside_each_other_share_the_work_of_sharding(expected, zero, 
         answers = run(four, "mlp", schedule, clip=0.05, **given)
     assert differences(answers, expected("mlp", clip=0.05)) <= 1e-6
     assert answers[0][2].keys() == answers[1][2].keys() != answers[2][2].keys()
+
+
+@pytest.mark.slow
+def test_budgets_of_pipelines_that_share_the_work_of_sharding(expected):
+    """Every rank keeps to its plan, and so to the budget, at the same losses."""
+    given = {"sizes": {"pp": 2, "dp": 2}, "name": "gpt2", "schedule": "1f1b"}
+    given |= {"microbatches": MICROBATCHES}
+    with Pool(4) as four:
+        for zero in (1, 2, 3):
+            free = four.run("pipeline_cases:measured_peak", timeout=280, zero=zero, **given)
+            for measured, planned, _ in free:
+                assert 0.9 * planned <= measured <= planned
+            budget = int(0.85 * max(planned for _, planned, _ in free))
+            tight = four.run(
+                "pipeline_cases:measured_peak", timeout=280, zero=zero, budget=budget, **given
+            )
+            for measured, planned, losses in tight:
+                assert measured <= planned <= budget
+                assert losses == pytest.approx(free[0][2], abs=1e-6)
+            ours = run(four, "gpt2", "1f1b", sizes=given["sizes"], options={"zero": zero})
+            assert differences(ours, expected("gpt2")) <= 1e-6
+
+
+@pytest.mark.slow
+def test_ranks_choose_together_whether_to_pipeline(pool, expected):
+    """What fits without a pipeline has none; else each rank's rows are trained together."""
+    model, args, _, _ = build("mlp")
+    half = next(Batch.of(args, {}).cut(2))[0]
+    options = {"devices": 2, "zero": 0, "inner": "eager", "optimizer": "sgd"}
+    needed = fxzero.plan(model, half, **options).minimum_budget
+    choices = pool.run("pipeline_cases:by_choice", name="mlp", budget=2 * needed)
+    assert [pipeline for *_, pipeline in choices] == [None, None]
+    answers = pool.run("pipeline_cases:by_choice", name="mlp", budget=needed - 2048)
+    chosen = answers[0][3]
+    assert chosen.ranks == 2
+    assert differences(answers, by_accumulation("mlp", chosen.microbatches)) <= 1e-6
 
 
 def test_what_a_pipeline_refuses():

@@ -192,7 +192,7 @@ def test_the_report_names_the_mesh():
         ({"zero": True}, 'zero=True must be 0, 1, 2, 3 or "auto"'),
         ({"mesh": {"tp": 2}}, "mesh: unknown option 'tp'"),
         ({"mesh": {"dp": 0}}, "mesh: dp must be a number of ranks, at least 1, not 0"),
-        ({"mesh": {"pp": 2}}, 'mesh has "pp" of 2 ranks, but this version plans no pipelines'),
+        ({"mesh": {"pp": 2}}, 'mesh has "pp" of 2 ranks, but there is no pipeline'),
         ({"mesh": {"dp": 2, "dp_shard": 2}}, 'mesh has "dp" beside its parts'),
         ({"mesh": "dp"}, "mesh='dp': expected \"dp=16\""),
         ({"mesh": {"dp": 4}, "devices": 8}, "mesh has 4 ranks, devices=8"),

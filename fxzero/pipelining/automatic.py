@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from fxzero.agreement import Agreement
 from fxzero.errors import UsageError
 from fxzero.mesh import Mesh
 from fxzero.microbatches import Batch
-from fxzero.options import Options
 from fxzero.pipelining.forecast import Forecaster, Setting
 from fxzero.pipelining.request import Pipeline
 from fxzero.plans import Alternative, Plan
@@ -45,45 +45,41 @@ def choose_pipeline(
     forecaster: Forecaster,
     batch: Batch,
     mesh: Mesh,
-    options_on: Callable[[Mesh], Options],
-    plain: Plan | None,
+    plain: Callable[[], Plan],
 ) -> Plan:
     """The fastest plan that fits, with a pipeline or without; the smallest if nothing fits.
 
     Args:
         batch: what one rank gets; with "pp" in the mesh what one pipeline gets.
         mesh: of all ranks.  Pipelines take ranks of its "dp", if they have no dimension yet.
-        options_on: the options for a mesh.
-        plain: the plan without a pipeline; None: there has to be one.
+        plain: makes the plan without a pipeline.
+
+    Raises:
+        UsageError: the mesh has "pp", but the batch cannot be cut for it.
     """
-    promises = sorted(
-        _promises(forecaster, batch, mesh, options_on), key=lambda promise: promise.seconds
-    )
+    promises = sorted(_promises(forecaster, batch, mesh), key=lambda promise: promise.seconds)
     planned: list[Plan] = []
     for promise in promises:
         fitting = [plan.step_seconds for plan in planned if plan.fits]
         if len(planned) == _PLANNED or (fitting and min(fitting) <= promise.seconds):
             break
         planned.append(forecaster.plan(promise.setting))
-    every = [plan for plan in (plain, *planned) if plan is not None]
+    every = planned if "pp" in mesh.sizes else [plain(), *planned]
     if not every:
         raise UsageError(
             f'pipeline="auto": {mesh.sizes.get("pp", 1)} ranks have no pipeline of this batch\n'
             "  give a batch that can be cut into micro-batches"
         )
-    best = min(every, key=_rank)
-    return _explained(best, every, plain)
+    return _explained(min(every, key=_rank), every)
 
 
 def _rank(plan: Plan) -> tuple[bool, float]:
     return not plan.fits, plan.step_seconds if plan.fits else plan.minimum_budget
 
 
-def _promises(
-    forecaster: Forecaster, batch: Batch, mesh: Mesh, options_on: Callable[[Mesh], Options]
-) -> Iterator[_Promise]:
+def _promises(forecaster: Forecaster, batch: Batch, mesh: Mesh) -> Iterator[_Promise]:
     for ranks, arranged in _meshes(mesh):
-        options = options_on(arranged)
+        options = forecaster.options.on(arranged)
         whole = batch if "pp" in mesh.sizes else batch.times(ranks)
         for name in _SCHEDULES:
             for parts in _PARTS:
@@ -91,11 +87,9 @@ def _promises(
                 if whole.size % setting.microbatches:
                     continue
                 try:
-                    choice = forecaster.choose(setting)
+                    yield _Promise(forecaster.promised(setting), setting)
                 except UsageError:  # no such schedule of so few micro-batches, or no such cuts
                     continue
-                schedule = choice.schedule(name, ranks, setting.microbatches)
-                yield _Promise(choice.simulated(schedule).step_seconds, setting)
 
 
 def _meshes(mesh: Mesh) -> Iterator[tuple[int, Mesh]]:
@@ -110,12 +104,10 @@ def _meshes(mesh: Mesh) -> Iterator[tuple[int, Mesh]]:
             yield ranks, Mesh({name: size for name, size in sizes.items() if size > 1})
 
 
-def _explained(best: Plan, every: Sequence[Plan], plain: Plan | None) -> Plan:
+def _explained(best: Plan, every: Sequence[Plan]) -> Plan:
     """The best plan with the others as alternatives, and why they were not taken."""
     others = [plan for plan in every if plan is not best]
     notes = [f'pipeline="auto": {_outcome(best, plan)}' for plan in others]
-    if plain is None:
-        notes.append('pipeline="auto": the mesh asks for a pipeline')
     alternatives = tuple(
         Alternative(_called(plan), plan.peak_bytes, plan.step_seconds, plan.fits) for plan in others
     )
@@ -143,3 +135,25 @@ def _called(plan: Plan) -> str:
     return (
         f"{pipeline.schedule} on {pipeline.ranks} ranks with {pipeline.microbatches} micro-batches"
     )
+
+
+def agree_on_pipeline(
+    forecaster: Forecaster, batch: Batch, mesh: Mesh, plain: Callable[[], Plan]
+) -> tuple[Pipeline | None, Mesh]:
+    """What the first of some ranks that run chooses, and all of them in its mesh.
+
+    Args: those of ``choose_pipeline``.
+    """
+    if mesh.size == 1:
+        return None, mesh
+
+    def choose() -> tuple[str, int, int] | None:
+        found = choose_pipeline(forecaster, batch, mesh, plain).pipeline
+        return None if found is None else (found.schedule, found.microbatches, found.ranks)
+
+    answer = Agreement(mesh).of_first(choose)
+    if answer is None:
+        return None, mesh
+    schedule, microbatches, ranks = answer
+    request = Pipeline(schedule=schedule, microbatches=microbatches)
+    return request, mesh if "pp" in mesh.sizes else mesh.in_pipelines(ranks)

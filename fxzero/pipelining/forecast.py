@@ -10,7 +10,7 @@ then take, with their recompute and collectives, is simulated once more: that is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -97,39 +97,68 @@ class Forecaster:
             self._choosers[size] = Chooser(exports, self.options, self.costs)
         return self._choosers[size].under(setting.options)
 
-    def choose(self, setting: Setting) -> Choice:
-        """Where to cut the model."""
-        request, ranks = setting.request, setting.ranks
-        return self.chooser(setting).choose(
-            request.schedule,
-            ranks,
-            request.stages_on(ranks),
-            setting.microbatches,
-            modules=request.cuts,
-            held=tensor_bytes(setting.batch.leaves),
-        )
+    def promised(self, setting: Setting) -> float:
+        """The modelled seconds of a step."""
+        choice = next(_choices(self.chooser(setting), setting))
+        return choice.simulated(_scheduled(choice, setting)).step_seconds
 
     def plan(self, setting: Setting) -> Plan:
         """The plan of all ranks.
 
         Its status is "infeasible", and it is that of the smallest peak, where nothing fits.
         """
-        return _Forecast(self, setting, self.choose(setting)).plan
+        plans = []
+        for choice in _choices(chooser := self.chooser(setting), setting):
+            plans.append(_Forecast(chooser, setting, choice, self.name).plan)
+            if plans[-1].fits:
+                break
+        return min(plans, key=lambda plan: (not plan.fits, plan.minimum_budget))
+
+
+def fitting_choice(chooser: Chooser, setting: Setting) -> Choice:
+    """Where to cut the model: the first choice whose ranks all fit, or the last one."""
+    for choice in _choices(chooser, setting):
+        if setting.options.memory_budget is None:
+            break
+        if _Forecast(chooser, setting, choice, chooser.exports.name).fits:
+            break
+    return choice
+
+
+def _choices(chooser: Chooser, setting: Setting) -> Iterator[Choice]:
+    request, ranks = setting.request, setting.ranks
+    return chooser.choices(
+        request.schedule,
+        ranks,
+        request.stages_on(ranks),
+        setting.microbatches,
+        modules=request.cuts,
+        held=tensor_bytes(setting.batch.leaves),
+    )
+
+
+def _scheduled(choice: Choice, setting: Setting) -> Schedule:
+    return choice.schedule(setting.request.schedule, setting.ranks, setting.microbatches)
 
 
 class _Forecast:
     """The plan of one choice of cuts."""
 
-    def __init__(self, model: Forecaster, setting: Setting, choice: Choice) -> None:
-        self.model, self.setting, self.choice = model, setting, choice
-        self.options = setting.options
-        self.stages = model.chooser(setting).exports.cut(choice.cuts)
-        self.schedule = self._scheduled(choice)
+    def __init__(self, chooser: Chooser, setting: Setting, choice: Choice, name: str) -> None:
+        self.setting, self.choice, self.name = setting, choice, name
+        self.costs, self.options = chooser.costs, setting.options
+        self.stages = chooser.exports.cut(choice.cuts)
+        self.schedule = _scheduled(choice, setting)
         self._planners: dict[int, tuple[Planner, tuple[int, ...]]] = {}
 
-    def _scheduled(self, choice: Choice) -> Schedule:
-        setting = self.setting
-        return choice.schedule(setting.request.schedule, setting.ranks, setting.microbatches)
+    @property
+    def fits(self) -> bool:
+        """Whether all ranks keep to the budget."""
+        budget = self.options.memory_budget
+        try:
+            return all(planner.within(budget) for planner in self._ranks.values())
+        except BudgetError:
+            return False
 
     @cached_property
     def plan(self) -> Plan:
@@ -140,7 +169,7 @@ class _Forecast:
         stated = planners[worst].stated(found[worst], budget)
         choice, schedule = self._priced(found)
         played = choice.simulated(schedule)
-        seconds = played.step_seconds + self._late_reduction(choice)
+        seconds = played.step_seconds + self._around(choice)
         free = {rank: planner.free for rank, planner in planners.items()}
         work = [_work(rank.stages.values(), schedule.microbatches) for rank in found.values()]
         return replace(
@@ -184,7 +213,7 @@ class _Forecast:
             planner = Planner(
                 captured.graph,
                 replace(self.options, memory_budget=None),
-                self.model.name,
+                self.name,
                 reduces=reduces_usually(self.options.sharding),
                 accumulates=True,
                 is_stage=True,
@@ -210,11 +239,11 @@ class _Forecast:
             for stage, found in rank.stages.items():
                 times[stage] = self._times(found.emitted, times[stage])
         choice = replace(self.choice, times=tuple(times))
-        return choice, self._scheduled(choice)
+        return choice, _scheduled(choice, self.setting)
 
     def _times(self, emitted: Emitted, known: StageTimes) -> StageTimes:
         """What a stage's graphs take."""
-        split, price = emitted.split, self.model.costs.price
+        split, price = emitted.split, self.costs.price
         forward = elapsed([split.forward.graph], price).step
         backward = elapsed([split.backward.graph], price).step
         if not self.schedule.splits_backward:
@@ -228,18 +257,22 @@ class _Forecast:
         )
         return StageTimes(forward, first, second)
 
-    def _late_reduction(self, choice: Choice) -> float:
-        """Seconds that ranks wait for gradients that are averaged behind the last micro-batch."""
-        sharding, link = self.options.sharding, self.model.costs.hardware
-        if reduces_usually(sharding):
-            return 0.0
+    def _around(self, choice: Choice) -> float:
+        """Seconds of collectives before the first micro-batch and behind the last.
+
+        Weights that are gathered once, and gradients that are averaged at last: the last backward
+        hides some of that.
+        """
+        sharding, link = self.options.sharding, self.costs.hardware
         weights = self.stages.routes.weight_bytes
         mine = map(self.schedule.stages_of, range(self.schedule.ranks))
         largest = max(sum(weights[stage] for stage in stages) for stages in mine)
-        rounds = 2 if sharding.zero == 0 else 1
-        received = rounds * largest * (sharding.ranks - 1) / sharding.ranks
-        hidden = max(times.input_gradient + times.weight_gradient for times in choice.times)
-        return max(link.latency + received / link.network - hidden, 0.0)
+        once = link.latency + largest * (sharding.ranks - 1) / sharding.ranks / link.network
+        seconds = once if sharding.gathers_once else 0.0
+        if not reduces_usually(sharding):
+            hidden = max(times.input_gradient + times.weight_gradient for times in choice.times)
+            seconds += max((2 if sharding.zero == 0 else 1) * once - hidden, 0.0)
+        return seconds
 
     @cached_property
     def _summary(self) -> ModelSummary:
@@ -252,7 +285,7 @@ class _Forecast:
         ]
         leaves = self.stages.exports.exported.leaves
         return ModelSummary(
-            name=self.model.name,
+            name=self.name,
             parameters=sum(p.numel() for p in parameters),
             parameter_bytes=tensor_bytes(parameters),
             trainable_bytes=tensor_bytes(p for p in parameters if p.requires_grad),
@@ -288,7 +321,7 @@ class _Forecast:
             points.append(
                 CurvePoint(
                     max(rank.peak_bytes for rank in ranks.values()),
-                    choice.simulated(schedule).step_seconds + self._late_reduction(choice),
+                    choice.simulated(schedule).step_seconds + self._around(choice),
                     max(each.recompute_seconds for each in work),
                     max(each.recompute_flops for each in work),
                 )

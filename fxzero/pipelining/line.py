@@ -70,6 +70,16 @@ class Line:
         if self.size > 1:
             dist.all_reduce(tensor, group=self.group if places is None else self.some[places])
 
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of all ranks' tensors, which have one shape."""
+        if self.size == 1:
+            return tensor
+        every = [
+            torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in self.members
+        ]
+        dist.all_gather(every, tensor.contiguous(), group=self.group)
+        return torch.cat(every)
+
     def tell(self, tensor: torch.Tensor, place: int) -> torch.Tensor:
         """The tensor of one rank, on all."""
         if self.size > 1:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, reduce
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -134,7 +135,11 @@ class Chooser:
             self.bytes_across[cut] / link.network
         )
 
-    def choose(
+    def choose(self, *given: Any, **named: Any) -> Choice:
+        """The cuts whose step takes the least time, by the model; arguments are ``choices``'s."""
+        return next(self.choices(*given, **named))
+
+    def choices(
         self,
         name: str,
         ranks: int,
@@ -142,8 +147,10 @@ class Chooser:
         microbatches: int,
         modules: Sequence[str] = (),
         held: int = 0,
-    ) -> Choice:
-        """The cuts whose step takes the least time, by the model.
+    ) -> Iterator[Choice]:
+        """The cuts whose step takes the least time, by the model; then those that need the least.
+
+        Where a budget is tight, the first may turn out not to fit.
 
         Args:
             name: of the schedule.
@@ -161,9 +168,13 @@ class Chooser:
             )
         search = _Search(self, name, ranks, stages, microbatches)
         if modules:
-            return search.played(named_cuts(self.exports, modules), None)[1]
+            yield search.played(named_cuts(self.exports, modules), None)[1]
+            return
         budget = self.options.memory_budget
-        return search.best(None if budget is None else budget - held)
+        best = search.best(None if budget is None else budget - held)
+        yield best
+        if budget is not None and (other := search.smallest()).cuts != best.cuts:
+            yield other
 
     @cached_property
     def bounds(self) -> list[int]:
@@ -208,7 +219,7 @@ class _Search:
             return self._seconds(start, stop) + _recompute([(stage, in_flight)], share)[0]
 
         seconds, choice = self._fastest(within, room)
-        return choice if seconds < _NEVER else self._smallest()
+        return choice if seconds < _NEVER else self.smallest()
 
     def _fastest(self, seconds: Seconds, room: int | None) -> tuple[float, Choice]:
         """The best of the best partitions by the simulator; infinite seconds if there is none."""
@@ -252,7 +263,7 @@ class _Search:
                 if all(a < b for a, b in pairwise(edges)):
                     yield tuple(self.bounds[at] for at in other)
 
-    def _smallest(self) -> Choice:
+    def smallest(self) -> Choice:
         """The cuts of the smallest need, for a budget that none is known to fit."""
 
         def need(start: int, stop: int, in_flight: int) -> float:

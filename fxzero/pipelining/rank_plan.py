@@ -6,7 +6,7 @@ share of what each can give up, the least that makes the rank fit:
 
     share 0    every stage as if it were free       peak 900 MiB
     share 1    every stage at its smallest          peak 400 MiB
-    budget 600 MiB    ->    share 0.63
+    budget 600 MiB    ->    share 0.6
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from fxzero.plans import Phase, Plan, Rank, Value
 from fxzero.runtime import Executable
 from fxzero.units import format_bytes
 
-_ROUNDS = 6
+# How often to look for a share, and what share of the budget is close enough to it.
+_ROUNDS, _CLOSE = 5, 0.98
 # Micro-batches more, for messages that nobody is certain to have read.
 _ON_THEIR_WAY = 2
 _Waiting = tuple[int, Kind]
@@ -116,14 +117,18 @@ class RankPlanner(Generic[Step]):
         best = self.smallest
         if best.peak_bytes > budget:
             raise self._refusal(budget)
-        low, high = 0.0, 1.0
+        low, high = (0.0, self.free.peak_bytes), (1.0, best.peak_bytes)
         for _ in range(_ROUNDS):
-            share = (low + high) / 2
+            if best.peak_bytes >= _CLOSE * budget:
+                break
+            # As if peaks fell evenly between the two.
+            step = (low[1] - budget) / (low[1] - high[1])
+            share = low[0] + step * (high[0] - low[0])
             found = self._tightened(share)
             if found.peak_bytes <= budget:
-                best, high = found, share
+                best, high = found, (share, found.peak_bytes)
             else:
-                low = share
+                low = share, found.peak_bytes
         return best
 
     def _tightened(self, share: float) -> RankPlan[Step]:
@@ -136,7 +141,8 @@ class RankPlanner(Generic[Step]):
     def _rehearsed(self, stages: Mapping[int, Step]) -> RankPlan[Step]:
         """With the bytes of the whole rank, the optimizer's step included."""
         parts = {stage: Part(step.emitted.split, step.executable) for stage, step in stages.items()}
-        static = _static_bytes(stages) + _shared_bytes(stages, self.schedule, self.routes)
+        sizes = _static_bytes(stages)
+        static = sum(sizes.values()) + _shared_bytes(stages, self.schedule, self.routes)
         held = static + self.held + _arriving_bytes(self.schedule, self.rank, self.routes)
         held += _SCALARS * self.schedule.microbatches
         few = representative(self.schedule, self.rank)
@@ -148,10 +154,12 @@ class RankPlanner(Generic[Step]):
             for phase in step.plan.phases
             if phase.name == "optimizer step"
         ]
-        return RankPlan(stages, working, static + self.held + max(beyond, default=0))
+        updating = static - sizes.get("gathered", 0) + self.held + max(beyond, default=0)
+        return RankPlan(stages, working, updating)
 
     def _refusal(self, budget: int) -> BudgetError:
-        peak, static = self.smallest.peak_bytes, _static_bytes(self.smallest.stages)
+        peak = self.smallest.peak_bytes
+        static = sum(_static_bytes(self.smallest.stages).values())
         return BudgetError(
             budget_bytes=budget,
             required_bytes=peak,
@@ -246,19 +254,28 @@ def reduces_usually(sharding: Sharding) -> bool:
     return sharding.ranks == 1 or sharding.zero not in (0, 1)
 
 
-def _static_bytes(stages: Mapping[int, Planned]) -> int:
-    """Weights, buffers, gradients and optimizer states; weights that stages share count once."""
+def _static_bytes(stages: Mapping[int, Planned]) -> dict[str, int]:
+    """Weights, buffers, gradients and optimizer states; weights that stages share count once.
+
+    Those that are gathered for a step's micro-batches are gone in the optimizer's step.  Gradients
+    that are added up whole stand beside the reduced ones of earlier steps.
+    """
     found: dict[tuple[str, str], int] = {}
-    states = 0
+    sizes = {"optimizer": 0}
     for step in stages.values():
         split = step.emitted.split
-        states += step.emitted.timeline.fixed.get("optimizer", 0)
+        sizes["optimizer"] += step.emitted.timeline.fixed.get("optimizer", 0)
         nodes = split.forward.graph.find_nodes(op="placeholder")
         for role, node in zip(split.inputs, nodes, strict=True):
             if role.kind != "input":
                 found[role.kind, role.name] = node.meta["val"].untyped_storage().nbytes()
-        found |= {("gradient", name): size for name, size in _existing(split)}
-    return sum(found.values()) + states
+        for name, size in _existing(split):
+            found["gradient", name] = size
+            if (part := found["parameter", name]) < size:
+                found["reduced gradient", name] = part
+    for (kind, _), size in found.items():
+        sizes[kind] = sizes.get(kind, 0) + size
+    return sizes
 
 
 def _shared_bytes(stages: Mapping[int, Planned], schedule: Schedule, routes: Routes) -> int:

@@ -29,6 +29,7 @@ from fxzero.graph import describe_all
 from fxzero.mesh import Mesh
 from fxzero.microbatches import Batch
 from fxzero.options import Options, model_device
+from fxzero.pipelining.forecast import Setting, fitting_choice
 from fxzero.pipelining.frozen import FrozenStage
 from fxzero.pipelining.line import Line
 from fxzero.pipelining.outline import outline
@@ -92,14 +93,19 @@ class PipelinedModel:
     Args:
         mesh: of all ranks; the pipeline's are along "pp".
         loss: from what the model returns to the scalar that is trained.
+        joins: whether every rank has data of its own, which a pipeline trains together.
 
     Attributes:
         in_flight: the most micro-batches that each stage of this rank had between its forward and
             its backward in the last step.
     """
 
-    def __init__(self, request: Pipeline, options: Options, mesh: Mesh, loss: Loss) -> None:
+    def __init__(
+        self, request: Pipeline, options: Options, mesh: Mesh, loss: Loss, joins: bool = False
+    ) -> None:
         self.request = request
+        self.mesh = mesh
+        self.joins = joins
         self.options = options
         self.ranks: Ranks | None = None
         self.loss = loss
@@ -134,6 +140,8 @@ class PipelinedModel:
             )
             (wanted,) = self.agreement.on_step(described, [accumulates], f"step {self.steps}")
             accumulates = any(wanted)
+        if self.joins:
+            batch = batch.joined(self.line.gather, self.line.size)
         prepared = self.prepare(model, view, batch)
         if prepared.steps is None:
             self._check_batch(batch)
@@ -228,7 +236,7 @@ class PipelinedModel:
             lambda: Exports(view, args, kwargs, loss=self.loss, precision=self.options.precision),
             lambda exports: exports.digest,
         )
-        choice = self._choose(exports, count, tensor_bytes(batch.leaves))
+        choice = self._choose(exports, count, batch)
         stages = exports.cut(choice.cuts)
         schedule = choice.schedule(self.request.schedule, self.line.size, count)
         mine = schedule.stages_of(self.line.rank)
@@ -243,26 +251,15 @@ class PipelinedModel:
         shared = shared_weights(stages.routes, schedule)
         return _Prepared(choice, stages.routes, schedule, captures, shared, frozen)
 
-    def _choose(self, exports: Exports, microbatches: int, held: int) -> Choice:
-        """Where the first rank cuts the model.
-
-        Args:
-            held: bytes of the batch.
-        """
-        request = self.request
+    def _choose(self, exports: Exports, microbatches: int, batch: Batch) -> Choice:
+        """Where the first rank cuts the model."""
 
         def choose() -> str:
             device = model_device(exports.exported.model)
             costs = cost_model(device, fused=self.options.inner == "inductor")
-            choice = Chooser(exports, self.options, costs).choose(
-                request.schedule,
-                self.line.size,
-                request.stages_on(self.line.size),
-                microbatches,
-                modules=request.cuts,
-                held=held,
-            )
-            return choice.to_json()
+            chooser = Chooser(exports, self.options, costs)
+            setting = Setting(self.request, batch, microbatches, self.mesh, self.options)
+            return fitting_choice(chooser, setting).to_json()
 
         if self.prepared:
             return next(iter(self.prepared.values())).choice
@@ -310,8 +307,12 @@ class PipelinedModel:
             return self._run_stage(prepared, model, stage, kinds[microbatch], given)
 
         runner = Runner(schedule, routes, transport, leaves, run)
-        with self._shared_added_up(prepared, model):
-            losses = runner.run()
+        try:
+            with self._shared_added_up(prepared, model):
+                losses = runner.run()
+        finally:
+            if self.ranks is not None:
+                self.ranks.gathered.clear()
         self.in_flight = runner.most_in_flight
         nothing = torch.zeros((), dtype=routes.loss, device=self.device)
         loss = torch.stack(losses).sum() if losses else nothing
