@@ -123,13 +123,13 @@ SHARED = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "schedule"),
-    [("mlp", "zb1p"), ("tied", "1f1b"), ("unet", "zbv"), ("mlp", "interleaved1f1b")],
+    [("mlp", "zb1p"), ("tied", "1f1b"), ("unet", "zbv"), ("unet", "interleaved1f1b")],
 )
 def test_a_rank_needs_what_is_planned(pool, name, schedule):
     """In flight, waiting for weight gradients, on their way, and with weights that others share."""
     given = {"name": name, "schedule": schedule, "microbatches": MICROBATCHES}
     for measured, planned, _ in pool.run("pipeline_cases:measured_peak", **given):
-        assert 0.95 * planned - 256 <= measured <= planned
+        assert planned - 256 <= measured <= planned
 
 
 @pytest.mark.slow
@@ -160,24 +160,24 @@ def test_pipelines_beside_each_other_share_the_work_of_sharding(expected, zero, 
 
 
 @pytest.mark.slow
-def test_budgets_of_pipelines_that_share_the_work_of_sharding(expected):
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.exhaustive), 2, 3])
+def test_budgets_of_pipelines_that_share_the_work_of_sharding(expected, zero):
     """Every rank keeps to its plan, and so to the budget, at the same losses."""
     given = {"sizes": {"pp": 2, "dp": 2}, "name": "gpt2", "schedule": "1f1b"}
     given |= {"microbatches": MICROBATCHES}
     with Pool(4) as four:
-        for zero in (1, 2, 3):
-            free = four.run("pipeline_cases:measured_peak", timeout=280, zero=zero, **given)
-            for measured, planned, _ in free:
-                assert 0.9 * planned <= measured <= planned
-            budget = int(0.85 * max(planned for _, planned, _ in free))
-            tight = four.run(
-                "pipeline_cases:measured_peak", timeout=280, zero=zero, budget=budget, **given
-            )
-            for measured, planned, losses in tight:
-                assert measured <= planned <= budget
-                assert losses == pytest.approx(free[0][2], abs=1e-6)
-            ours = run(four, "gpt2", "1f1b", sizes=given["sizes"], options={"zero": zero})
-            assert differences(ours, expected("gpt2")) <= 1e-6
+        free = four.run("pipeline_cases:measured_peak", timeout=280, zero=zero, **given)
+        for measured, planned, _ in free:
+            assert 0.9 * planned <= measured <= planned
+        budget = int(0.85 * max(planned for _, planned, _ in free))
+        tight = four.run(
+            "pipeline_cases:measured_peak", timeout=280, zero=zero, budget=budget, **given
+        )
+        for measured, planned, losses in tight:
+            assert measured <= planned <= budget
+            assert losses == pytest.approx(free[0][2], abs=1e-6)
+        ours = run(four, "gpt2", "1f1b", sizes=given["sizes"], options={"zero": zero})
+        assert differences(ours, expected("gpt2")) <= 1e-6
 
 
 @pytest.mark.slow

@@ -143,8 +143,7 @@ class RankPlanner(Generic[Step]):
         parts = {stage: Part(step.emitted.split, step.executable) for stage, step in stages.items()}
         sizes = _static_bytes(stages)
         static = sum(sizes.values()) + _shared_bytes(stages, self.schedule, self.routes)
-        held = static + self.held + _arriving_bytes(self.schedule, self.rank, self.routes)
-        held += _SCALARS * self.schedule.microbatches
+        held = static + self.held + _SCALARS * self.schedule.microbatches
         few = representative(self.schedule, self.rank)
         working = rehearse_rank(few, self.rank, self.routes, parts, held)
         # Beyond what is there throughout, an optimizer needs memory for what it computes.
@@ -293,18 +292,3 @@ def _existing(split: Split) -> Iterator[tuple[str, int]]:
     _, existing, _ = split.backward_inputs()
     for position, node in zip(split.accumulated, existing, strict=True):
         yield split.inputs[position].name, node.meta["val"].untyped_storage().nbytes()
-
-
-def _arriving_bytes(schedule: Schedule, rank: int, routes: Routes) -> int:
-    """The largest message of each other rank, which may be there before it is asked for."""
-    largest: dict[int, int] = {}
-    for value in routes.passed.values():
-        source = schedule.placement[value.stage]
-        for reader in value.readers:
-            target = schedule.placement[reader]
-            if source != target:
-                if target == rank:
-                    largest[source] = max(largest.get(source, 0), value.bytes)
-                if source == rank and value.trains:
-                    largest[target] = max(largest.get(target, 0), value.bytes)
-    return sum(largest.values())

@@ -7,23 +7,24 @@ counts them).  Weights, their gradients and optimizer states, and the batch, are
 
     F0.0 F0.1 B0.0 ...    what two forwards left, and the first backward beside it
 
-Others may be slow to read what was sent: it counts until it is certain that they have.
+Messages count as ``Mailbox`` keeps them: what was sent until it is certain that it was read, what
+comes from where it is let in, early if it was sent before what is waited for.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
 
 from fxzero import _torch
 from fxzero.passes.partition import Split
 from fxzero.pipelining.schedules import Action, Kind, Schedule
 from fxzero.pipelining.stages import Routes
-from fxzero.pipelining.transport import Message, Unread, sent_by
+from fxzero.pipelining.transport import Mailbox, Message, sent_by
 from fxzero.rehearsal import Counter, example_of
 from fxzero.runtime import Executable
 
@@ -82,8 +83,7 @@ class _Play:
         self.executables = {
             stage: _without_kernels(part.executable) for stage, part in parts.items()
         }
-        self.here: dict[Message, torch.Tensor] = {}
-        self.unread = Unread(schedule)
+        self.mail = Mailbox(schedule, routes, rank)
         self.saved: dict[tuple[int, int], list[Any]] = {}
         self.received: dict[tuple[int, int], list[torch.Tensor]] = {}
         self.waiting: dict[tuple[int, int], list[Any]] = {}
@@ -106,14 +106,13 @@ class _Play:
         names = iter(ports.received)
         count = len(ports.leaves)
         received, arguments = [], []
-        nodes = split.forward.graph.find_nodes(op="placeholder")
-        for role, node, value in zip(split.inputs, nodes, self.static[stage], strict=True):
+        for role, value in zip(split.inputs, self.static[stage], strict=True):
             if role.kind != "input" or role.index < count:
                 arguments.append(value)
                 continue
             name = next(names)
             message = Message(name, False, self.routes.passed[name].stage, stage, action.microbatch)
-            received.append(self._arrived(message, node))
+            received.append(self.mail.receive(message))
             arguments.append(received[-1])
         results = self.executables[stage].forward(arguments)
         outputs, self.saved[key] = results[: split.output_count], results[split.output_count :]
@@ -133,11 +132,7 @@ class _Play:
         sent = self.routes.ports[stage].sent
         for output, node in zip(split.tangents, split.backward_inputs()[2], strict=True):
             if output < len(sent):
-                readers = self.routes.passed[sent[output]].readers
-                for reader in reversed(readers):
-                    message = Message(sent[output], True, reader, stage, action.microbatch)
-                    found = self._arrived(message, node)
-                tangents.append(found)
+                tangents.append(self._gradient(sent[output], action))
             else:
                 tangents.append(example_of(node))
         arguments = [*self.saved.pop(key), *self.existing[stage], *tangents]
@@ -161,24 +156,19 @@ class _Play:
         if halves is not None:
             halves.finish(self.waiting.pop((action.stage, action.microbatch)))
 
-    def _arrived(self, message: Message, node: fx.Node) -> torch.Tensor:
-        found = self.here.pop(message, None)
-        if found is not None:
-            return found
-        if self.schedule.placement[message.source] != self.rank:
-            self.unread.heard(message)
-        return example_of(node)
+    def _gradient(self, name: str, action: Action) -> torch.Tensor:
+        """The sum of what a value's readers send back."""
+        found = [
+            self.mail.receive(Message(name, True, reader, action.stage, action.microbatch))
+            for reader in reversed(self.routes.passed[name].readers)
+        ]
+        return functools.reduce(torch.add, found)
 
     def _send(self, action: Action, values: Mapping[str, Any]) -> None:
-        """Keeps what stages of the same rank will read, and for a while what leaves."""
         for message in sent_by(action, self.routes):
             value = values.get(message.value)
-            if value is None:
-                continue
-            if self.schedule.placement[message.target] == self.rank:
-                self.here[message] = value
-            else:
-                self.unread.add(message, value)
+            if value is not None:
+                self.mail.send(message, value)
 
 
 def _static(split: Split) -> list[torch.Tensor]:

@@ -81,16 +81,12 @@ class Unread:
         return [item for read_at, item in items if read_at <= now]
 
 
-class Transport:
-    """One rank's messages in one step."""
+class Mailbox:
+    """One rank's messages in one step, however they travel."""
 
-    def __init__(
-        self, schedule: Schedule, routes: Routes, line: Line, device: torch.device
-    ) -> None:
-        rank = line.rank
-        self.placement = schedule.placement
+    def __init__(self, schedule: Schedule, routes: Routes, rank: int) -> None:
+        self.placement, self.rank = schedule.placement, rank
         self.passed: Mapping[str, Passed] = routes.passed
-        self.line, self.rank, self.device = line, rank, device
         self.here: dict[Message, torch.Tensor] = {}
         self.unread = Unread(schedule)
         self.expected: dict[int, deque[Message]] = {}
@@ -108,9 +104,7 @@ class Transport:
             self.here[message] = tensor
             return
         tensor = tensor.contiguous()
-        group = self.line.between(self.rank, target)
-        work = dist.isend(tensor, self.line.members[target], group=group)
-        self.unread.add(message, (work, tensor))
+        self.unread.add(message, (self._start_sending(target, tensor), tensor))
 
     def receive(self, message: Message) -> torch.Tensor:
         """Waits for a message."""
@@ -119,7 +113,7 @@ class Transport:
             self._await_next(source)
         if source != self.rank:
             for work, _ in self.unread.heard(message):
-                work.wait()
+                self._wait(work)
             self._expect(source, _AHEAD)
         return self.here.pop(message)
 
@@ -127,13 +121,13 @@ class Transport:
         """Waits until all that was sent has left."""
         for items in self.unread.items.values():
             for _, (work, _) in items:
-                work.wait()
+                self._wait(work)
             items.clear()
 
     def _await_next(self, source: int) -> None:
         self._expect(source, 1)
         message, work, tensor = self.coming[source].popleft()
-        work.wait()
+        self._wait(work)
         self.here[message] = tensor
 
     def _expect(self, source: int, count: int) -> None:
@@ -142,7 +136,42 @@ class Transport:
         while expected and len(coming) < count:
             message = expected.popleft()
             value = self.passed[message.value]
-            tensor = torch.empty(value.shape, dtype=value.dtype, device=self.device)
-            group = self.line.between(source, self.rank)
-            work = dist.irecv(tensor, self.line.members[source], group=group)
-            coming.append((message, work, tensor))
+            tensor = self._buffer(value)
+            coming.append((message, self._start_receiving(source, tensor), tensor))
+
+    def _buffer(self, value: Passed) -> torch.Tensor:
+        """Where a message will be."""
+        return torch.empty(value.shape, dtype=value.dtype)
+
+    def _start_sending(self, target: int, tensor: torch.Tensor) -> Any:
+        """What ``_wait`` takes."""
+
+    def _start_receiving(self, source: int, tensor: torch.Tensor) -> Any:
+        """What ``_wait`` takes."""
+
+    def _wait(self, work: Any) -> None:
+        """Returns when a message is there, or has left."""
+
+
+class Transport(Mailbox):
+    """Messages between processes."""
+
+    def __init__(
+        self, schedule: Schedule, routes: Routes, line: Line, device: torch.device
+    ) -> None:
+        super().__init__(schedule, routes, line.rank)
+        self.line, self.device = line, device
+
+    def _buffer(self, value: Passed) -> torch.Tensor:
+        return torch.empty(value.shape, dtype=value.dtype, device=self.device)
+
+    def _start_sending(self, target: int, tensor: torch.Tensor) -> Any:
+        line = self.line
+        return dist.isend(tensor, line.members[target], group=line.between(self.rank, target))
+
+    def _start_receiving(self, source: int, tensor: torch.Tensor) -> Any:
+        line = self.line
+        return dist.irecv(tensor, line.members[source], group=line.between(source, self.rank))
+
+    def _wait(self, work: Any) -> None:
+        work.wait()
