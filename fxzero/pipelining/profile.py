@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
+import torch
 from torch import fx
 
 from fxzero import _torch
@@ -110,11 +111,17 @@ def weights_of(row: Row) -> dict[str, list[int]]:
 
 
 def _of_weights(graph: TrainGraph, origin: dict[fx.Node, int]) -> set[fx.Node]:
-    """Nodes of the backward that nothing but gradients of the same operator's weights needs."""
+    """Nodes of the backward that nothing but gradients of the same operator's weights needs.
+
+    Sums over several uses of a weight need them too: those of tied weights.
+    """
     found: set[fx.Node] = set()
+    sums: set[fx.Node] = set()
     for node in reversed(graph.graph.nodes):
         if node in origin and graph.is_backward(node):
-            users = [user for user in node.users if user.op != "output"]
+            users = [user for user in node.users if user.op != "output" and user not in sums]
+            if node.target is torch.ops.aten.add.Tensor and not users:
+                sums.add(node)
             if all(user in found and origin[user] == origin[node] for user in users):
                 found.add(node)
     return found
