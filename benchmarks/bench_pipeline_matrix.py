@@ -186,12 +186,21 @@ def _rank(rank: int, cell: Cell, directory: str) -> None:
         torch.save(asdict(trained), f"{directory}/{rank}.pt")
         dist.barrier()
     except BaseException as error:
-        lines = str(error).strip().splitlines() or [""]
-        text = f"{type(error).__name__}: {lines[0]}"
-        failure = {"time": time.time(), "error": text, "traceback": traceback.format_exc()}
+        failure = {
+            "time": time.time(),
+            "error": _first_line(error),
+            "traceback": traceback.format_exc(),
+        }
         Path(directory, f"{rank}.json").write_text(json.dumps(failure))
         os._exit(1)
     os._exit(0)
+
+
+def _first_line(error: BaseException) -> str:
+    """Of what was raised, and of what that came from if it says no more than that it failed."""
+    lines = str(error).strip().splitlines() or [""]
+    text = f"{type(error).__name__}: {lines[0]}"
+    return f"{text} {_first_line(error.__cause__)}" if error.__cause__ else text
 
 
 def _train(modules: Iterable[nn.Module], step: Callable[[], float | None]) -> Trained:
