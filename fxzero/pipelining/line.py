@@ -60,9 +60,14 @@ class Line:
         return len(self.members)
 
     def connect(self, places: tuple[int, ...]) -> None:
-        """Makes a process group of some ranks, all of which call this; others may."""
-        if places not in self.some and self.rank in places:
-            ranks = [self.members[place] for place in places]
+        """Makes a process group of some ranks; all of them and all others call this, in one order.
+
+        Torch names a group by its ranks and by how many groups the process has: each rank makes
+        one, those outside a group of their own, lest ranks wait for each other under two names.
+        """
+        if places not in self.some:
+            mine = places if self.rank in places else (self.rank,)
+            ranks = [self.members[place] for place in mine]
             self.some[places] = dist.new_group(ranks, use_local_synchronization=True)
 
     def add_up(self, tensor: torch.Tensor, places: tuple[int, ...] | None = None) -> None:
