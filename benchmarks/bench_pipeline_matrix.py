@@ -47,7 +47,7 @@ from fxzero.pipelining.schedules import NAMES, TWO_STAGES_A_RANK
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 _STEPS, _RATE, _MICROBATCHES, _TOLERANCE = 3, 0.05, 4, 1e-6
-_LIMITS = {"eager": 120, "inductor": 300}
+_LIMITS = {"eager": 120, "inductor": 600}
 _GRACE = 5  # seconds that other ranks have to end after the first that failed
 _BY = ("fxzero", "torch")
 _INNER = ("eager", "inductor")
@@ -160,17 +160,19 @@ def _in_processes(cell: Cell, expected: Trained, context: Any) -> dict[str, Any]
             time.sleep(0.1)
             if any(process.exitcode for process in ranks):
                 deadline = min(deadline, time.monotonic() + _GRACE)
-        codes = [process.exitcode for process in ranks]
+        codes = [process.exitcode for process in ranks]  # others fail when the first is killed
+        failed = [json.loads(path.read_text()) for path in Path(directory).glob("*.json")]
         for process in ranks:
             process.kill()
             process.join()
-        failed = [json.loads(path.read_text()) for path in Path(directory).glob("*.json")]
+        dead = [rank for rank, code in enumerate(codes) if code is not None and code < 0]
+        if dead:
+            died = f"a rank dies of {signal.Signals(-codes[dead[0]]).name}"
+            said = Path(directory, f"{dead[0]}.err").read_text()
+            return {"error": f"{died}: {' '.join(re.findall('what.*', said))}", "stderr": said}
         if failed:
             first = min(failed, key=lambda failure: failure["time"])
             return {"error": first["error"], "traceback": first["traceback"]}
-        dead = [code for code in codes if code is not None and code < 0]
-        if dead:
-            return {"error": f"a rank dies: {signal.Signals(-dead[0]).name}"}
         if any(code is None for code in codes):
             return {"error": f"hangs (more than {limit} s)"}
         return _compare([torch.load(f"{directory}/{r}.pt") for r in range(cell.ranks)], expected)
@@ -179,6 +181,7 @@ def _in_processes(cell: Cell, expected: Trained, context: Any) -> dict[str, Any]
 def _rank(rank: int, cell: Cell, directory: str) -> None:
     """Trains, writes down what became of it, and ends without taking anything down in order."""
     torch.set_num_threads(1)
+    os.dup2(os.open(f"{directory}/{rank}.err", os.O_CREAT | os.O_WRONLY), sys.stderr.fileno())
     try:
         store = dist.FileStore(f"{directory}/store", cell.ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=cell.ranks)
@@ -261,18 +264,37 @@ def _by_torch(cell: Cell) -> Trained:
     whole = stages if cell.schedule in TWO_STAGES_A_RANK else stages[0]
     schedule = _UPSTREAM[cell.schedule](whole, cell.microbatches, loss_fn=recipe.loss)
 
+    args, kwargs = _given(stages, inputs)
+
     def step() -> float | None:
         losses: list[Tensor] = []
-        given = inputs if 0 in mine else ()
         if count - 1 not in mine:
-            schedule.step(*given)
+            schedule.step(*args, **kwargs)
             return None
-        schedule.step(*given, target=target, losses=losses)
+        schedule.step(*args, target=target, losses=losses, **kwargs)
         return torch.stack(losses).mean().item()
 
     trained = _train(modules, step)
     tensors = {name.replace("model.", "", 1): value for name, value in trained.tensors.items()}
     return Trained(trained.losses, tensors)
+
+
+def _given(
+    stages: list[Any], inputs: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """What torch wants from this rank: args for the first stage, keywords for others."""
+    args: tuple[Tensor, ...] = ()
+    kwargs = {}
+    for stage in stages:
+        whole = [node for node in stage.node.graph.nodes if node.op == "placeholder"]
+        values = dict(zip(whole, inputs, strict=True))
+        own = [node for node in stage.submod.graph.nodes if node.op == "placeholder"]
+        if stage.is_first:
+            args = tuple(values[node] for node in stage.node.args)
+        else:
+            pairs = zip(own, stage.node.args, strict=True)
+            kwargs |= {inner.name: values[node] for inner, node in pairs if node in values}
+    return args, kwargs
 
 
 def _compare(answers: list[dict[str, Any]], expected: Trained) -> dict[str, Any]:
@@ -335,8 +357,9 @@ def _write(record: dict[Cell, dict[str, Any]], output: Path) -> None:
 
 
 def _alike(error: str) -> str:
-    """An error without the numbers of ranks and shapes, and not too long."""
-    return re.sub(r"\d+(, \d+)*", "N", error.replace("`", ""))[:160]
+    """An error without what differs between ranks, shapes and stages."""
+    short = re.split(r", but stage| \(\[|, but one was| \[\d+\.\d+", error)[0]
+    return re.sub(r"\d+", "N", re.sub(r"/\S*/", "", short.replace("`", "")))[:130]
 
 
 if __name__ == "__main__":
