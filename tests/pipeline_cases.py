@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import fxzero
+from fxzero.agreement import Agreement
 from fxzero.mesh import Mesh
 from fxzero.microbatches import Batch
 from fxzero.pipelining.line import Line
@@ -207,8 +208,10 @@ def loss_of_another_dtype():
 
 def sums_over_some(ranks, groups):
     """What the numbers of a rank's place come to in each group of places that it belongs to."""
-    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("pp",))
-    line = Line.of(Mesh({"pp": ranks}, mesh))
+    dist.new_group([0])  # of a user's own
+    mesh = Mesh({"pp": ranks}, init_device_mesh("cpu", (ranks,), mesh_dim_names=("pp",)))
+    assert Agreement(mesh).on_step("the same", [True], "step 1") == [[1] * ranks]
+    line = Line.of(mesh)
     for places in groups:
         line.connect(places)
     sums = {}
