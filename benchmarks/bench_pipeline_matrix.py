@@ -341,6 +341,7 @@ def _write(record: dict[Cell, dict[str, Any]], output: Path) -> None:
             else:
                 line.append(_verdict(found).partition(" (")[0])
         cells.append(tuple(line))
+    cells.append(("right, of those run", "", *map(_right, list(zip(*cells[1:], strict=True))[2:])))
     harness.show(cells)
     notes = [f"{number}. `{text}`" for text, number in errors.items()]
     print(*notes, sep="\n")
@@ -354,6 +355,12 @@ def _write(record: dict[Cell, dict[str, Any]], output: Path) -> None:
     path.with_suffix(".md").write_text(
         harness.markdown(cells) + "\nErrors:\n\n" + "\n".join(notes) + "\n"
     )
+
+
+def _right(texts: tuple[str, ...]) -> str:
+    """How many cells of a column are."""
+    run = [text for text in texts if text not in ("none", "not run")]
+    return f"{sum(text.startswith('OK') for text in run)} of {len(run)}"
 
 
 def _alike(error: str) -> str:
