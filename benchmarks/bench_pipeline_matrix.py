@@ -348,7 +348,10 @@ def _write(record: dict[Cell, dict[str, Any]], output: Path) -> None:
     data = {
         "versions": harness.versions(),
         "machine": harness.machine("cpu"),
-        "cells": [asdict(cell) | found for cell, found in record.items()],
+        "cells": [
+            asdict(cell) | {key: found[key] for key in found if key not in ("traceback", "stderr")}
+            for cell, found in record.items()
+        ],
     }
     path = output / f"{datetime.date.today()}-pipeline-matrix.json"
     path.write_text(json.dumps(data, indent=1) + "\n")
@@ -365,8 +368,9 @@ def _right(texts: tuple[str, ...]) -> str:
 
 def _alike(error: str) -> str:
     """An error without what differs between ranks, shapes and stages."""
-    short = re.split(r", but stage| \(\[|, but one was| \[\d+\.\d+", error)[0]
-    return re.sub(r"\d+", "N", re.sub(r"/\S*/", "", short.replace("`", "")))[:130]
+    short = re.split(r", but stage| \(\[|, but one was| \[\d+\.\d+|\. Found", error)[0]
+    short = re.sub(r"Schedule\w+ schedule", "schedule", short.replace("`", ""))
+    return re.sub(r"\d+", "N", re.sub(r"/\S*/", "", short))[:130]
 
 
 if __name__ == "__main__":
