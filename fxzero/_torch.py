@@ -234,6 +234,13 @@ def default_store() -> Any:
     return _get_default_store()
 
 
+def groups_of_this_process() -> int:
+    """How many process groups it is in; a part of the names of those that their members make."""
+    from torch.distributed.distributed_c10d import _world
+
+    return len(_world.pg_names)
+
+
 def fake_mode_of(tensors: Sequence[Any]) -> FakeTensorMode | None:
     """The mode that made the first fake tensor among ``tensors``."""
     for tensor in tensors:

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,12 +18,11 @@ import torch.distributed as dist
 
 from fxzero import _torch
 from fxzero.errors import DivergenceError, FxzeroError, PeerError, first_line
+from fxzero.groups import PATIENCE, make_group
 from fxzero.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
-# How long a rank waits for the others to reach the same step, or to plan.
-_PATIENCE = timedelta(minutes=30)
 # Seconds in which ranks are to notice a failure that one of them has noticed.
 _ANSWER = 2.0
 # What the errors of failed collectives say.
@@ -37,9 +35,7 @@ class Agreement:
 
     def __init__(self, mesh: Mesh) -> None:
         ranks = mesh.devices.mesh.flatten().tolist()
-        self.group = dist.new_group(
-            ranks, backend="gloo", timeout=_PATIENCE, use_local_synchronization=True
-        )
+        self.group = make_group(ranks, backend="gloo", timeout=PATIENCE)
         self.rank = dist.get_rank()
         self.store = _torch.default_store()
         self.first = ranks[0]

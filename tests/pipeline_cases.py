@@ -14,7 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import fxzero
+from fxzero.agreement import Agreement
+from fxzero.mesh import Mesh
 from fxzero.microbatches import Batch
+from fxzero.pipelining.line import Line
 
 STEPS = 3
 
@@ -222,6 +225,23 @@ def loss_of_another_dtype():
     model = fxzero.compile(model, pipeline=fxzero.Pipeline(2, microbatches=2), inner="eager")
     loss = model.step(x)
     return str(loss.dtype), loss.item(), expected
+
+
+def sums_over_some(ranks, groups):
+    """What the numbers of a rank's place come to in each group of places that it belongs to."""
+    dist.new_group([0])  # of a user's own
+    mesh = Mesh({"pp": ranks}, init_device_mesh("cpu", (ranks,), mesh_dim_names=("pp",)))
+    assert Agreement(mesh).on_step("the same", [True], "step 1") == [[1] * ranks]
+    line = Line.of(mesh)
+    for places in groups:
+        line.connect(places)
+    sums = {}
+    for places in groups:
+        if line.rank in places:
+            number = torch.tensor(10**line.rank)
+            line.add_up(number, places)
+            sums[places] = number.item()
+    return sums
 
 
 def different_batches(sizes=None):

@@ -239,6 +239,17 @@ def test_ranks_of_a_pipeline_have_the_same_batch(pool):
 
 
 @pytest.mark.slow
+def test_weights_of_overlapping_groups_of_ranks():
+    """T5 shares embeddings and position biases; ranks are in different numbers of groups."""
+    groups = [(0, 1), (0, 3), (1, 2), (1, 2, 3)]
+    sums = {(0, 1): 11, (0, 3): 1001, (1, 2): 110, (1, 2, 3): 1110}
+    with Pool(4) as four:
+        answers = four.run("pipeline_cases:sums_over_some", ranks=4, groups=groups)
+    for rank, found in enumerate(answers):
+        assert found == {places: total for places, total in sums.items() if rank in places}
+
+
+@pytest.mark.slow
 def test_a_loss_of_another_dtype(pool):
     for dtype, loss, expected in pool.run("pipeline_cases:loss_of_another_dtype"):
         assert dtype == "torch.bfloat16"

@@ -279,6 +279,17 @@ def test_local_tensor_is_the_part_of_this_rank_and_other_tensors_themselves() ->
         dist.destroy_process_group()
 
 
+def test_groups_of_a_process_are_those_it_is_in() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert _torch.groups_of_this_process() == 1
+        dist.new_group([0], use_local_synchronization=True)
+        assert _torch.groups_of_this_process() == 2
+    finally:
+        dist.destroy_process_group()
+    assert _torch.groups_of_this_process() == 0
+
+
 def test_the_default_store_is_that_of_the_group() -> None:
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)

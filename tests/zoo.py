@@ -112,6 +112,9 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(widths[0], 3, 1)
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(self.predict(image), target)
+
+    def predict(self, image: Tensor) -> Tensor:
         x, skips = self.stem(image), []
         for block in self.down:
             skips.append(block(x))
@@ -119,7 +122,7 @@ class UNet(nn.Module):
         x = self.middle(x)
         for block in self.up:
             x = block(torch.cat([F.interpolate(x, scale_factor=2.0), skips.pop()], dim=1))
-        return F.mse_loss(self.head(x), target)
+        return self.head(x)
 
 
 # A small causal language model, and variations of it that each stress one thing

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fxzero.groups import make_group
 from fxzero.mesh import Mesh
 
 
@@ -37,7 +38,7 @@ class Line:
             return cls()
         group = mesh.devices.get_group("pp")
         members = tuple(dist.get_process_group_ranks(group))
-        back = dist.new_group(list(members), use_local_synchronization=True)
+        back = make_group(members)
         return cls(members, members.index(dist.get_rank()), group, back)
 
     @staticmethod
@@ -62,8 +63,7 @@ class Line:
     def connect(self, places: tuple[int, ...]) -> None:
         """Makes a process group of some ranks, all of which call this; others may."""
         if places not in self.some and self.rank in places:
-            ranks = [self.members[place] for place in places]
-            self.some[places] = dist.new_group(ranks, use_local_synchronization=True)
+            self.some[places] = make_group([self.members[place] for place in places])
 
     def add_up(self, tensor: torch.Tensor, places: tuple[int, ...] | None = None) -> None:
         """Sums a tensor over all ranks, or over some that have called ``connect``, in place."""

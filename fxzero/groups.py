@@ -1,0 +1,46 @@
+"""Process groups that their members make, whatever other groups each of them is in.
+
+Torch names a group that only its members make by their ranks and by how many groups the process is
+in already.  Members that are in different numbers of groups, of the user's or of ours, would wait
+for each other under different names, so they first make these numbers equal.
+
+    rank 0, in 3 groups:                                  new_group([0, 1])
+    rank 1, in 2 groups:  a group of its own,             new_group([0, 1])
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from fxzero import _torch
+
+# How many groups of the same ranks were made; equal on all of them.
+_made: Counter[tuple[int, ...]] = Counter()
+# How long a rank waits for the others: to come here, to reach the same step, or to plan.
+PATIENCE = timedelta(minutes=30)
+
+
+def make_group(ranks: Sequence[int], **options: Any) -> Any:
+    """A process group of some ranks, all of which call this, with options of ``new_group``."""
+    _level(tuple(ranks))
+    return dist.new_group(list(ranks), use_local_synchronization=True, **options)
+
+
+def _level(ranks: tuple[int, ...]) -> None:
+    """Brings this process into as many groups as any of the ranks is in."""
+    store, me = _torch.default_store(), dist.get_rank()
+    place = f"fxzero/groups/{ranks}/{_made[ranks]}"
+    _made[ranks] += 1
+    store.set(f"{place}/{me}", str(_torch.groups_of_this_process()))
+    if me == ranks[0]:
+        keys = [f"{place}/{rank}" for rank in ranks]
+        store.wait(keys, PATIENCE)
+        store.set(place, str(max(int(store.get(key)) for key in keys)))
+    store.wait([place], PATIENCE)
+    for _ in range(int(store.get(place)) - _torch.groups_of_this_process()):
+        dist.new_group([me], backend="gloo", use_local_synchronization=True)
