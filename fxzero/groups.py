@@ -10,7 +10,6 @@ for each other under different names, so they first make these numbers equal.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -19,8 +18,6 @@ import torch.distributed as dist
 
 from fxzero import _torch
 
-# How many groups of the same ranks were made; equal on all of them.
-_made: Counter[tuple[int, ...]] = Counter()
 # How long a rank waits for the others: to come here, to reach the same step, or to plan.
 PATIENCE = timedelta(minutes=30)
 
@@ -34,11 +31,12 @@ def make_group(ranks: Sequence[int], **options: Any) -> Any:
 def _level(ranks: tuple[int, ...]) -> None:
     """Brings this process into as many groups as any of the ranks is in."""
     store, me = _torch.default_store(), dist.get_rank()
-    place = f"fxzero/groups/{ranks}/{_made[ranks]}"
-    _made[ranks] += 1
-    store.set(f"{place}/{me}", str(_torch.groups_of_this_process()))
+    place = f"fxzero groups {ranks}"
+    number = store.add(f"{place} of {me}", 1)  # of groups of the same ranks, equal on all of them
+    place = f"{place} {number}"
+    store.set(f"{place} {me}", str(_torch.groups_of_this_process()))
     if me == ranks[0]:
-        keys = [f"{place}/{rank}" for rank in ranks]
+        keys = [f"{place} {rank}" for rank in ranks]
         store.wait(keys, PATIENCE)
         store.set(place, str(max(int(store.get(key)) for key in keys)))
     store.wait([place], PATIENCE)
