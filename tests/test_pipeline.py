@@ -160,6 +160,29 @@ def test_pipelines_beside_each_other_share_the_work_of_sharding(expected, zero, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "dualpipev"])
+def test_fewer_micro_batches_than_stages(pool, schedule):
+    given = {"name": "mlp", "schedule": schedule, "microbatches": 1}
+    answers = pool.run("pipeline_cases:by_pipeline", **given)
+    assert differences(answers, by_accumulation("mlp", 1)) <= 1e-6
+
+
+def test_a_stage_without_parameters():
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Linear(4, 8), nn.GELU(), nn.Softmax(1), nn.Linear(8, 1), nn.Flatten(0)
+    )
+    eager, x = copy.deepcopy(layers), torch.randn(4, 4)
+    asked = fxzero.Pipeline(cuts=("1", "3"), microbatches=2, schedule="zb1p")
+    model = fxzero.compile(layers, x, pipeline=asked, loss_fn=torch.Tensor.mean, inner="eager")
+    assert [stage.weight_bytes for stage in model.plan.pipeline.stages] == [160, 0, 36]
+    assert model.step(x) == pytest.approx(eager(x).mean().item(), abs=1e-6)
+    eager(x).mean().backward()
+    for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.exhaustive), 2, 3])
 def test_budgets_of_pipelines_that_share_the_work_of_sharding(expected, zero):
     """Every rank keeps to its plan, and so to the budget, at the same losses."""

@@ -90,15 +90,15 @@ def _pipeline(plan: Plan, width: int) -> Iterator[str]:
     yield wording.pipeline_text(pipeline)
     columns = ("forward", "input", "weight", "in flight", "sends", "weights")
     places = max(len("begins at"), *(len(wording.begins(stage)) for stage in pipeline.stages))
-    places = min(places, width - 14 - 11 * len(columns))
-    yield f" stage  rank  {'begins at':<{places}}" + "".join(f"{name:>11}" for name in columns)
+    places = min(places, width - 14 - 10 * len(columns))
+    yield f" stage  rank  {'begins at':<{places}}" + "".join(f"{name:>10}" for name in columns)
     for index, stage in enumerate(pipeline.stages):
         seconds = (stage.forward_seconds, stage.input_seconds, stage.weight_seconds)
         cells = [*map(format_seconds, seconds), str(stage.in_flight)]
         cells += [format_bytes(stage.sent_bytes), format_bytes(stage.weight_bytes)]
-        place = _shorten(wording.begins(stage), places)
+        place = _end(wording.begins(stage), places)
         yield f" {index:>5}  {stage.rank:>4}  {place:<{places}}" + "".join(
-            f"{cell:>11}" for cell in cells
+            f"{cell:>10}" for cell in cells
         )
     for rank, line in enumerate(wording.time_lines(pipeline, width - 10)):
         yield f" {rank:>5}  {line}"
@@ -194,6 +194,11 @@ def _shorten(text: str, width: int) -> str:
         return text
     kept = width - 3
     return f"{text[: kept // 2]}...{text[len(text) - kept + kept // 2 :]}"
+
+
+def _end(text: str, width: int) -> str:
+    """Cut at the start: the end of a module's name tells modules apart."""
+    return text if len(text) <= width else f"...{text[3 - width :]}"
 
 
 def _clip(text: str, width: int) -> str:

@@ -91,7 +91,7 @@ def time_legend(pipeline: PipelinePlan) -> str:
     """'F forward  B backward  . waiting; small letters: the rank's second stage'."""
     kinds = "  ".join(f"{letter} {text}" for letter, text in turn_kinds(pipeline).items())
     several = len(pipeline.stages) > pipeline.ranks
-    return f"{kinds}  . waiting" + ("; small letters: a further stage" if several else "")
+    return f"{kinds}  . waiting" + ("; small letters: next stage" if several else "")
 
 
 def solved(plan: Plan) -> str:
