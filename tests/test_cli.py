@@ -92,6 +92,9 @@ def test_the_set_of_commands_and_options_is_this() -> None:
         "devices",
         "mesh",
         "zero",
+        "pipeline",
+        "schedule",
+        "microbatches",
     }  # fmt: skip
     found = {
         name: {parameter.name for parameter in command.params}
@@ -130,7 +133,7 @@ def test_plan_prints_the_report_and_returns_0_where_it_fits(
         calls.append((model, args, options))
         return gpt_plan()
 
-    stub("fxzero.planner", plan=plan)
+    stub("fxzero.forecast", plan=plan)
     result = run("plan", FACTORY, "--memory-budget", "22GiB", "--optimizer", "sgd")
     assert (result.code, result.out, result.err) == (0, f"{gpt_plan()}\n", "")
     ((model, args, options),) = calls
@@ -146,6 +149,7 @@ def test_plan_prints_the_report_and_returns_0_where_it_fits(
         "objective": "time",
         "offload": False,
         "accumulate": False,
+        "pipeline": None,
         "devices": None,
         "mesh": None,
         "zero": "auto",
@@ -156,7 +160,7 @@ def test_plan_prints_the_report_and_returns_0_where_it_fits(
 def test_a_plan_that_does_not_fit_is_printed_and_returns_3(
     run: Callable[..., Ran], stub: Stub
 ) -> None:
-    stub("fxzero.planner", plan=lambda *_, **__: gpt_plan(budget=MiB, status="infeasible"))
+    stub("fxzero.forecast", plan=lambda *_, **__: gpt_plan(budget=MiB, status="infeasible"))
     for command in ("plan", "explain"):
         result = run(command, FACTORY)
         assert result.code == 3
@@ -164,7 +168,7 @@ def test_a_plan_that_does_not_fit_is_printed_and_returns_3(
 
 
 def test_plan_writes_json_and_html(run: Callable[..., Ran], stub: Stub, tmp_path: Path) -> None:
-    stub("fxzero.planner", plan=lambda *_, **__: gpt_plan())
+    stub("fxzero.forecast", plan=lambda *_, **__: gpt_plan())
     json, html = tmp_path / "plan.json", tmp_path / "plan.html"
     result = run("plan", FACTORY, "--json", json, "--html", html)
     assert result.code == 0
@@ -176,14 +180,14 @@ def test_plan_writes_json_and_html(run: Callable[..., Ran], stub: Stub, tmp_path
 def test_a_file_that_cannot_be_written_is_a_usage_error(
     run: Callable[..., Ran], stub: Stub, tmp_path: Path
 ) -> None:
-    stub("fxzero.planner", plan=lambda *_, **__: gpt_plan())
+    stub("fxzero.forecast", plan=lambda *_, **__: gpt_plan())
     result = run("plan", FACTORY, "--json", tmp_path / "missing" / "plan.json")
     assert result.code == 2
     assert "cannot write" in result.err
 
 
 def test_explain_prints_reasons(run: Callable[..., Ran], stub: Stub) -> None:
-    stub("fxzero.planner", plan=lambda *_, **__: gpt_plan())
+    stub("fxzero.forecast", plan=lambda *_, **__: gpt_plan())
     result = run("explain", FACTORY)
     assert result.code == 0
     assert "input of a matmul, 2.0-2.9 ms to compute again" in result.out
@@ -218,7 +222,7 @@ def test_exit_code_and_one_message_for_every_error(
         raise error
 
     monkeypatch.delenv("FXZERO_DEBUG", raising=False)
-    stub("fxzero.planner", plan=plan)
+    stub("fxzero.forecast", plan=plan)
     result = run("plan", FACTORY)
     assert (result.code, result.out) == (code, "")
     assert str(error) in result.err
@@ -233,7 +237,7 @@ def test_debug_shows_the_traceback(
         raise RuntimeError("inside")
 
     monkeypatch.setenv("FXZERO_DEBUG", "1")
-    stub("fxzero.planner", plan=plan)
+    stub("fxzero.forecast", plan=plan)
     assert "Traceback" in run("plan", FACTORY).err
 
 
@@ -244,7 +248,7 @@ def test_a_bug_names_its_reproducer(run: Callable[..., Ran], stub: Stub) -> None
     def plan(*_: Any, **__: Any) -> Plan:
         raise error
 
-    stub("fxzero.planner", plan=plan)
+    stub("fxzero.forecast", plan=plan)
     assert "with /tmp/fxzero-1, which `fxzero replay` runs again" in run("plan", FACTORY).err
 
 
