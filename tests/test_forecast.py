@@ -161,17 +161,18 @@ def test_a_budget_is_met_by_recompute_or_named(schedule):
 def test_cuts_under_a_budget_are_the_best_of_all_cuts():
     """Against every cut into two stages, each with the recompute that its ranks need."""
     model = of_uneven()
-    free = model.choose("1f1b", 2, 2, 8)
+    free = next(model.choices("1f1b", 2, 2, 8))
     needs = []
     search = _Search(model, "1f1b", 2, 2, 8)
     for stage, (start, stop) in enumerate(itertools.pairwise((0, *free.cuts, len(model.row.work)))):
-        held = search._stage(start, stop)
+        held = search.stage(start, stop)
         needs.append(int((held.static + (2 - stage) * held.saved + held.working)[0]))
     changed = 0
     for share in (0.95, 0.85, 0.75, 0.65, 0.5):
         room = int(share * max(needs))
         best = min(search.played((cut,), room)[0] for cut in model.row.cuts)
-        found = model.under(Options(optimizer="sgd", memory_budget=room)).choose("1f1b", 2, 2, 8)
+        within = model.under(Options(optimizer="sgd", memory_budget=room))
+        found = next(within.choices("1f1b", 2, 2, 8))
         seconds = found.simulated(found.schedule("1f1b", 2, 8)).step_seconds
         if best < float("inf"):
             assert seconds == pytest.approx(best)
@@ -184,13 +185,13 @@ def test_what_no_budget_fits_is_cut_where_the_largest_need_is_least():
     search = _Search(model, "1f1b", 2, 2, 8)
 
     def need(cut):
-        stages = [search._stage(0, cut), search._stage(cut, len(model.row.work))]
+        stages = [search.stage(0, cut), search.stage(cut, len(model.row.work))]
         return max(
             float((stage.static + held * stage.saved + stage.working).min())
             for stage, held in zip(stages, (2, 1), strict=True)
         )
 
-    (cut,) = model.choose("1f1b", 2, 2, 8).cuts
+    (cut,) = next(model.choices("1f1b", 2, 2, 8)).cuts
     assert need(cut) == min(map(need, model.row.cuts))
 
 

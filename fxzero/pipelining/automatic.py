@@ -86,6 +86,7 @@ def _promises(forecaster: Forecaster, batch: Batch, mesh: Mesh) -> Iterator[_Pro
                 setting = Setting(Pipeline(schedule=name), whole, ranks * parts, arranged, options)
                 if whole.size % setting.microbatches:
                     continue
+                forecaster.chooser(setting)  # raises what is wrong with the model
                 try:
                     yield _Promise(forecaster.promised(setting), setting)
                 except UsageError:  # no such schedule of so few micro-batches, or no such cuts

@@ -30,6 +30,7 @@ from fxzero.passes.pipeline import PREPARATION
 from fxzero.pipelining.cutting import Row
 from fxzero.pipelining.profile import Profile, origins, weights_of
 from fxzero.planner import GraphPlanner
+from fxzero.solver.problem import Problem
 from fxzero.solver.schedule import Schedule
 
 # Budgets that the solver is asked for between the smallest peak and no recompute.
@@ -150,6 +151,11 @@ class _Level:
             self.saved[at[problem.maker[storage]]] += problem.bytes[storage]
         for index, _ in schedule.recompute:
             self.seconds[at[index]] += problem.operators[index].seconds
+        self._note_forward(schedule, problem, at)
+        self._note_backward(schedule, problem, position)
+
+    def _note_forward(self, schedule: Schedule, problem: Problem, at: Sequence[int]) -> None:
+        """What is there besides what is saved while forward operators run."""
         made = np.zeros(problem.forward_steps + 1, dtype=np.int64)
         for storage in schedule.saved:
             made[problem.operators[problem.maker[storage]].position] += problem.bytes[storage]
@@ -157,6 +163,11 @@ class _Level:
         for operator, place in zip(problem.operators, at, strict=True):
             if not operator.fetches and operator.position < len(besides):
                 self._note(place, besides[operator.position])
+
+    def _note_backward(
+        self, schedule: Schedule, problem: Problem, position: Mapping[str, int]
+    ) -> None:
+        """The same of the backward, where what is saved lives to its last read."""
         waiting = np.zeros(len(schedule.backward) + 1, dtype=np.int64)
         for life in schedule.lives:
             if life.start == 0:

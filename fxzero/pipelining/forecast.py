@@ -156,9 +156,11 @@ class _Forecast:
         """Whether all ranks keep to the budget."""
         budget = self.options.memory_budget
         try:
-            return all(planner.within(budget) for planner in self._ranks.values())
+            for planner in self._ranks.values():
+                planner.within(budget)
         except BudgetError:
             return False
+        return True
 
     @cached_property
     def plan(self) -> Plan:

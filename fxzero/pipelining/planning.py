@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, reduce
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -135,10 +134,6 @@ class Chooser:
             self.bytes_across[cut] / link.network
         )
 
-    def choose(self, *given: Any, **named: Any) -> Choice:
-        """The cuts whose step takes the least time, by the model; arguments are ``choices``'s."""
-        return next(self.choices(*given, **named))
-
     def choices(
         self,
         name: str,
@@ -201,6 +196,7 @@ class _Search:
             bounds = [0, *chooser.row.cuts, len(chooser.row.work)]
         self.bounds = bounds
         self.played = cache(self._play)
+        self.stage = cache(self._stage)
 
     def best(self, room: int | None) -> Choice:
         """The fastest that fits, as far as is known.
@@ -214,7 +210,7 @@ class _Search:
 
         def within(start: int, stop: int, in_flight: int) -> float:
             """With what a stage recomputes to fit its share of the rank's room."""
-            stage = self._stage(self.bounds[start], self.bounds[stop])
+            stage = self.stage(self.bounds[start], self.bounds[stop])
             share = room * self.ranks // self.stages
             return self._seconds(start, stop) + _recompute([(stage, in_flight)], share)[0]
 
@@ -267,7 +263,7 @@ class _Search:
         """The cuts of the smallest need, for a budget that none is known to fit."""
 
         def need(start: int, stop: int, in_flight: int) -> float:
-            stage = self._stage(self.bounds[start], self.bounds[stop])
+            stage = self.stage(self.bounds[start], self.bounds[stop])
             return float((stage.static + in_flight * stage.saved + stage.working).min())
 
         (cuts,) = self._partitions(need, _MANY, 1)
@@ -306,7 +302,7 @@ class _Search:
         schedule = choice.schedule(self.name, self.ranks, self.microbatches)
         found = [0.0] * self.stages
         for mine in map(schedule.stages_of, range(self.ranks)):
-            held = [(self._stage(*spans[stage]), schedule.in_flight(stage)) for stage in mine]
+            held = [(self.stage(*spans[stage]), schedule.in_flight(stage)) for stage in mine]
             for stage, seconds in zip(mine, _recompute(held, room), strict=True):
                 found[stage] = seconds
         return tuple(found)
