@@ -83,7 +83,9 @@ def test_reports_draw_the_schedule(of_mlp, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "zero", [1, *(pytest.param(zero, marks=pytest.mark.exhaustive) for zero in (0, 2, 3))]
+)
 def test_more_ranks_beside_a_pipeline_share_its_weights(of_mlp, zero):
     """What is whole is gathered once for all micro-batches, not once for each in flight."""
     plan = planned("mlp", pipeline=pipeline(), devices=4, zero=zero)
@@ -108,7 +110,10 @@ def test_few_micro_batches_stand_for_many(name, ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb1p", "zbv"])
+@pytest.mark.parametrize(
+    "schedule",
+    ["zbv", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("gpipe", "1f1b", "zb1p"))],
+)
 def test_few_micro_batches_need_as_much_as_all(monkeypatch, schedule):
     options = {"pipeline": fxzero.Pipeline(schedule=schedule, microbatches=16), "mesh": {"pp": 2}}
     few = planned("mlp", **options)
@@ -138,7 +143,10 @@ def of_uneven(**options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "interleaved1f1b"])
+@pytest.mark.parametrize(
+    "schedule",
+    ["zb1p", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("1f1b", "interleaved1f1b"))],
+)
 def test_a_budget_is_met_by_recompute_or_named(schedule):
     def planned_within(budget):
         asked = fxzero.Pipeline(schedule=schedule, microbatches=8)
