@@ -162,7 +162,10 @@ class Rank:
 
 @dataclass(frozen=True)
 class Phase:
-    """The peak of one part of the step: "forward", "backward", "optimizer step"."""
+    """The peak of one part of the step: "forward", "backward", "optimizer step".
+
+    Ranks of a pipeline have a "forward and backward".
+    """
 
     name: str
     peak_bytes: int
@@ -271,7 +274,8 @@ class Plan:
         host_bytes: most bytes that offloaded values take in host memory at once.
         graph_digest: which graph the decisions belong to.
         curve: what ``pareto()`` returns.
-        timeline: (position, bytes) after each change, over forward then backward; thinned.
+        timeline: (position, bytes) after each change, over forward then backward; thinned.  Empty
+            for a pipeline.
         pipeline: its stages and their schedule; None: there is no pipeline.
         notes: what could not be applied, and assumptions that the numbers rest on.
     """

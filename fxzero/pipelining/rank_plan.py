@@ -198,6 +198,7 @@ class RankPlanner(Generic[Step]):
                 Phase("forward and backward", found.working_bytes),
                 Phase("optimizer step", found.updating_bytes),
             ),
+            timeline=(),  # that of one micro-batch would show neither the peak nor the step
             notes=(*plan.notes, note),
         )
 
