@@ -87,9 +87,7 @@ def compile_split(
 
 
 def _compile_halves(split: Split, inner: str) -> Halves:
-    inputs = [i for i, role in enumerate(split.inputs) if role.kind == "input"]
-    early = [at for i in inputs if (at := split.gradients[i]) is not None]
-    parts = split_backward(split.backward, early)
+    parts = split_backward(split.backward, split.input_gradients)
     return Halves(
         first=compile_graph(parts.input_part, inner, backward=True),
         second=compile_graph(parts.weight_part, inner, backward=True),
@@ -97,7 +95,7 @@ def _compile_halves(split: Split, inner: str) -> Halves:
         second_takes=parts.weight_takes,
         first_returns=parts.input_returns,
         second_returns=parts.weight_returns,
-        inputs=tuple(inputs),
+        inputs=tuple(i for i, role in enumerate(split.inputs) if role.kind == "input"),
     )
 
 

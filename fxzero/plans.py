@@ -255,6 +255,15 @@ class PipelinePlan:
         """How many ranks the stages lie on."""
         return 1 + max(stage.rank for stage in self.stages)
 
+    @property
+    def end(self) -> float:
+        """When the last turn ends."""
+        return max((turn.end for turn in self.turns), default=0.0)
+
+    def is_further(self, turn: Turn) -> bool:
+        """Whether a turn is of another stage than the first of its rank."""
+        return any(stage.rank == turn.rank for stage in self.stages[: turn.stage])
+
 
 @dataclass(frozen=True)
 class Plan:

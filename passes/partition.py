@@ -51,6 +51,12 @@ class Split:
     gradients: tuple[int | None, ...]
     mutated: tuple[str, ...]
 
+    @property
+    def input_gradients(self) -> list[int]:
+        """Positions of the gradients of inputs, in their order; not of parameters."""
+        pairs = zip(self.inputs, self.gradients, strict=True)
+        return [at for role, at in pairs if role.kind == "input" and at is not None]
+
     def backward_inputs(self) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
         """The backward's placeholders: saved values, existing gradients, tangents."""
         nodes = list(self.backward.graph.find_nodes(op="placeholder"))

@@ -10,9 +10,10 @@ then take, with their recompute and collectives, is simulated once more: that is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -48,6 +49,10 @@ class StageForecast:
     plan: Plan
     emitted: Emitted
     executable: Executable
+
+
+_Ranks = Mapping[int, RankPlan[StageForecast]]
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -164,33 +169,47 @@ class _Forecast:
 
     @cached_property
     def plan(self) -> Plan:
+        """With the peak of the rank that needs most, and the work of the one that has most."""
         budget, planners = self.options.memory_budget, self._ranks
         found = {rank: _within_or_smallest(each, budget) for rank, each in planners.items()}
-        smallest = {rank: planner.smallest for rank, planner in planners.items()}
-        worst = max(found, key=lambda rank: found[rank].peak_bytes)
-        stated = planners[worst].stated(found[worst], budget)
+        stated = {rank: each.stated(found[rank], budget) for rank, each in planners.items()}
         choice, schedule = self._priced(found)
         played = choice.simulated(schedule)
-        seconds = played.step_seconds + self._around(choice)
-        free = {rank: planner.free for rank, planner in planners.items()}
-        work = [_work(rank.stages.values(), schedule.microbatches) for rank in found.values()]
+        smallest = self._point({rank: each.smallest for rank, each in planners.items()})
+        free = self._point({rank: each.free for rank, each in planners.items()})
+        worst = max(stated.values(), key=lambda plan: plan.peak_bytes)
         return replace(
-            stated,
+            worst,
             model=self._summary,
-            minimum_budget=max(rank.peak_bytes for rank in smallest.values()),
-            unplanned_peak_bytes=max(rank.peak_bytes for rank in free.values()),
-            step_seconds=seconds,
-            recompute_seconds=max(each.recompute_seconds for each in work),
-            recompute_flops=max(each.recompute_flops for each in work),
-            transfer_seconds=max(each.transfer_seconds for each in work),
-            communication_seconds=max(each.communication_seconds for each in work),
-            exposed_seconds=max(each.exposed_seconds for each in work),
-            request=replace(stated.request, mesh=dict(self.setting.mesh.sizes)),
-            ranks=self._every_rank({r: planners[r].stated(found[r], budget) for r in found}),
+            minimum_budget=smallest.peak_bytes,
+            unplanned_peak_bytes=free.peak_bytes,
+            step_seconds=played.step_seconds + self._around(choice),
+            recompute_seconds=self._most(found, lambda plan: plan.recompute_seconds),
+            recompute_flops=self._most(found, lambda plan: plan.recompute_flops),
+            transfer_seconds=self._most(found, lambda plan: plan.transfer_seconds),
+            communication_seconds=self._most(found, lambda plan: plan.communication_seconds),
+            exposed_seconds=self._most(found, lambda plan: plan.exposed_seconds),
+            request=replace(worst.request, mesh=dict(self.setting.mesh.sizes)),
+            ranks=self._every_rank(stated),
             alternatives=(),
-            curve=self._curve((smallest, free)),
+            curve=(smallest, free) if free.peak_bytes > smallest.peak_bytes else (free,),
             graph_digest=self.stages.exports.digest,
             pipeline=outline(choice, schedule, played, self.stages.routes),
+        )
+
+    def _most(self, ranks: _Ranks, of: Callable[[Plan], Number]) -> Number:
+        """What the stages of the rank that has most of it come to in a step."""
+        totals = [sum(of(stage.plan) for stage in rank.stages.values()) for rank in ranks.values()]
+        return self.schedule.microbatches * max(totals)
+
+    def _point(self, ranks: _Ranks) -> CurvePoint:
+        """A way to plan the ranks: its peak and what its step costs."""
+        choice, schedule = self._priced(ranks)
+        return CurvePoint(
+            max(rank.peak_bytes for rank in ranks.values()),
+            choice.simulated(schedule).step_seconds + self._around(choice),
+            self._most(ranks, lambda plan: plan.recompute_seconds),
+            self._most(ranks, lambda plan: plan.recompute_flops),
         )
 
     @cached_property
@@ -234,7 +253,7 @@ class _Forecast:
         )
         return StageForecast(decided.plan, decided.emitted, executable)
 
-    def _priced(self, ranks: dict[int, RankPlan[StageForecast]]) -> tuple[Choice, Schedule]:
+    def _priced(self, ranks: _Ranks) -> tuple[Choice, Schedule]:
         """The choice with the times of what was planned, and its schedule."""
         times = list(self.choice.times)
         for rank in ranks.values():
@@ -251,9 +270,7 @@ class _Forecast:
         if not self.schedule.splits_backward:
             late = min(known.weight_gradient, backward)
             return StageTimes(forward, backward - late, late)
-        inputs = [i for i, role in enumerate(split.inputs) if role.kind == "input"]
-        early = [at for i in inputs if (at := split.gradients[i]) is not None]
-        parts = split_backward(split.backward, early)
+        parts = split_backward(split.backward, split.input_gradients)
         first, second = (
             elapsed([part.graph], price).step for part in (parts.input_part, parts.weight_part)
         )
@@ -313,45 +330,6 @@ class _Forecast:
                     )
                     found.append(Rank(len(found), held, {"parameter": held}))
         return tuple(found)
-
-    def _curve(self, ends: Sequence[dict[int, RankPlan[StageForecast]]]) -> tuple[CurvePoint, ...]:
-        """From the smallest peak to no recompute."""
-        points = []
-        for ranks in ends:
-            choice, schedule = self._priced(ranks)
-            work = [_work(rank.stages.values(), schedule.microbatches) for rank in ranks.values()]
-            points.append(
-                CurvePoint(
-                    max(rank.peak_bytes for rank in ranks.values()),
-                    choice.simulated(schedule).step_seconds + self._around(choice),
-                    max(each.recompute_seconds for each in work),
-                    max(each.recompute_flops for each in work),
-                )
-            )
-        first, last = points
-        return (first, last) if last.peak_bytes > first.peak_bytes else (last,)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What a rank does in a step besides the model's own operators, each once."""
-
-    recompute_seconds: float
-    recompute_flops: int
-    transfer_seconds: float
-    communication_seconds: float
-    exposed_seconds: float
-
-
-def _work(stages: Iterable[StageForecast], microbatches: int) -> _Work:
-    plans = [stage.plan for stage in stages]
-    return _Work(
-        microbatches * sum(plan.recompute_seconds for plan in plans),
-        microbatches * sum(plan.recompute_flops for plan in plans),
-        microbatches * sum(plan.transfer_seconds for plan in plans),
-        microbatches * sum(plan.communication_seconds for plan in plans),
-        microbatches * sum(plan.exposed_seconds for plan in plans),
-    )
 
 
 def _within_or_smallest(

@@ -30,7 +30,7 @@ from fxzero.pipelining.places import hinted_cuts, module_at, named_cuts, narrow_
 from fxzero.pipelining.profile import profile
 from fxzero.pipelining.schedules import Schedule, StageTimes, make_schedule
 from fxzero.pipelining.simulation import Simulation, simulate
-from fxzero.pipelining.stages import Exports
+from fxzero.pipelining.stages import Exports, tensors_of
 
 # How many of the best cuts the simulator plays.
 _CANDIDATES = 8
@@ -113,11 +113,7 @@ class Chooser:
     @cached_property
     def footprint(self) -> Footprint:
         """What the model's stages hold."""
-        forward = self.exports.exported.forward
-        tensors = {
-            **dict(forward.named_buffers(remove_duplicate=False)),
-            **dict(forward.named_parameters(remove_duplicate=False)),
-        }
+        tensors = tensors_of(self.exports.exported.forward)
         return Footprint(self.row, tensors, self.options, self._levels)
 
     @cached_property

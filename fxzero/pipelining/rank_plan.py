@@ -131,6 +131,11 @@ class RankPlanner(Generic[Step]):
                 low = share, found.peak_bytes
         return best
 
+    @cached_property
+    def _few(self) -> Schedule:
+        """What is rehearsed of the schedule."""
+        return representative(self.schedule, self.rank)
+
     def _tightened(self, share: float) -> RankPlan[Step]:
         budgets = {}
         for stage, step in self.free.stages.items():
@@ -144,8 +149,7 @@ class RankPlanner(Generic[Step]):
         sizes = _static_bytes(stages)
         static = sum(sizes.values()) + _shared_bytes(stages, self.schedule, self.routes)
         held = static + self.held + _SCALARS * self.schedule.microbatches
-        few = representative(self.schedule, self.rank)
-        working = rehearse_rank(few, self.rank, self.routes, parts, held)
+        working = rehearse_rank(self._few, self.rank, self.routes, parts, held)
         # Beyond what is there throughout, an optimizer needs memory for what it computes.
         beyond = [
             phase.peak_bytes - sum(step.emitted.timeline.fixed.values())

@@ -141,11 +141,7 @@ class _Play:
             gradients, self.waiting[key] = executable.halves.begin(arguments)
         else:
             gradients = dict(enumerate(executable.backward(arguments)))
-        inputs = [
-            gradients.get(at)
-            for role, at in zip(split.inputs, split.gradients, strict=True)
-            if role.kind == "input" and at is not None
-        ]
+        inputs = [gradients.get(at) for at in split.input_gradients]
         del self.received[key]
         received = self.routes.ports[stage].received
         trained = [name for name in received if self.routes.passed[name].trains]

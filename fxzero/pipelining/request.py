@@ -101,9 +101,10 @@ def check_pipeline(pipeline: Any) -> Pipeline | str | None:
     Raises:
         UsageError: neither of these, nor a number of stages, nor a ``Pipeline``.
     """
-    if pipeline is None or pipeline == AUTO or isinstance(pipeline, Pipeline):
-        found: Pipeline | str | None = pipeline
-        return found
+    if pipeline is None or isinstance(pipeline, Pipeline):
+        return pipeline
+    if pipeline == AUTO:
+        return AUTO
     if _is_count(pipeline):
         return Pipeline(stages=pipeline) if pipeline > 1 else None
     raise UsageError(

@@ -250,10 +250,15 @@ def _finish(module: fx.GraphModule, trained: frozenset[str]) -> tuple[int, ...]:
     return trains
 
 
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers under all of their names."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**dict(module.named_buffers(remove_duplicate=False)), **dict(parameters)}
+
+
 def _weight_bytes(module: fx.GraphModule) -> int:
     """Bytes of the parameters and buffers that a stage reads."""
-    tensors = dict(module.named_parameters(remove_duplicate=False))
-    tensors |= dict(module.named_buffers(remove_duplicate=False))  # type: ignore[arg-type]
+    tensors = tensors_of(module)
     names = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
     return sum(tensors[name].nbytes for name in names if name in tensors)
 

@@ -36,7 +36,6 @@ def render(plan: Plan) -> str:
             offloaded=fold(plan.offloaded),
             chart=_chart(plan),
             lanes=_lanes(plan.pipeline) if plan.pipeline else (),
-            lanes_end=_end(plan.pipeline) if plan.pipeline else 0.0,
         )
     )
     # Character references also carry what no encoding can, such as a lone surrogate.
@@ -142,16 +141,13 @@ class _Turn:
 
 def _lanes(pipeline: PipelinePlan) -> list[list[_Turn]]:
     """What each rank computes when."""
-    end = _end(pipeline) or 1.0
-    firsts: dict[int, int] = {}
-    for index, stage in enumerate(pipeline.stages):
-        firsts.setdefault(stage.rank, index)
+    end = pipeline.end or 1.0
     lanes: list[list[_Turn]] = [[] for _ in range(pipeline.ranks)]
     for turn in pipeline.turns:
         lanes[turn.rank].append(
             _Turn(
                 turn.kind,
-                turn.stage != firsts[turn.rank],
+                pipeline.is_further(turn),
                 f"{turn.kind}{turn.stage}.{turn.microbatch}: {format_seconds(turn.start)} to "
                 f"{format_seconds(turn.end)}",
                 _percent(turn.start, end),
@@ -159,10 +155,6 @@ def _lanes(pipeline: PipelinePlan) -> list[list[_Turn]]:
             )
         )
     return lanes
-
-
-def _end(pipeline: PipelinePlan) -> float:
-    return max((turn.end for turn in pipeline.turns), default=0.0)
 
 
 def _ticks(top: float) -> range:

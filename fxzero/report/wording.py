@@ -65,13 +65,10 @@ def begins(stage: PipelineStage) -> str:
 
 def time_lines(pipeline: PipelinePlan, width: int) -> Iterator[str]:
     """A character for each moment of each rank: 'FFFF..FFBBBBBB'; lower case: a further stage."""
-    end = max((turn.end for turn in pipeline.turns), default=0.0)
+    end = pipeline.end
     lines = [["."] * width for _ in range(pipeline.ranks)]
-    firsts: dict[int, int] = {}
-    for index, stage in enumerate(pipeline.stages):
-        firsts.setdefault(stage.rank, index)
     for turn in pipeline.turns if end else ():
-        letter = turn.kind if turn.stage == firsts[turn.rank] else turn.kind.lower()
+        letter = turn.kind.lower() if pipeline.is_further(turn) else turn.kind
         start, stop = (round(width * at / end) for at in (turn.start, turn.end))
         lines[turn.rank][start:stop] = letter * (stop - start)
     for line in lines:
