@@ -31,7 +31,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 FXZERO := $(PY) \
   -c "import sys; from fxzero.cli import main; sys.argv[0] = 'fxzero'; sys.exit(main())"
 
-.PHONY: help demo demo-distributed test test-quick test-all lint bench bench-gpu clean
+.PHONY: help demo demo-distributed test test-kernels test-quick test-all lint bench bench-gpu clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) \
@@ -44,13 +44,17 @@ demo-distributed: $(READY)  ## train it on two processes of this machine, sharde
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node 2 \
 	  examples/train_gpt.py --zero 3 --inner eager --steps 10
 
-test: $(READY)  ## run the tests that need no CUDA device, but for the rest of large matrices
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not cuda and not exhaustive" $(PYTEST_ARGS)
+test: $(READY) test-kernels  ## run the tests that need no CUDA device, but for the rest of large matrices
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not cuda and not exhaustive and not interpreter" $(PYTEST_ARGS)
+
+# Triton decides when it is imported whether kernels are interpreted, so these have their own process.
+test-kernels: $(READY)  ## run kernels in Triton's interpreter
+	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -m interpreter $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-quick: $(READY)  ## the same without the slow ones
-	$(PYTEST) -n $(WORKERS) -m "not slow and not cuda and not exhaustive" $(PYTEST_ARGS)
+	$(PYTEST) -n $(WORKERS) -m "not slow and not cuda and not exhaustive and not interpreter" $(PYTEST_ARGS)
 
-test-all: $(READY)  ## run every test, one at a time; those marked cuda are skipped without a device
+test-all: $(READY) test-kernels  ## run every test, one at a time; those marked cuda are skipped without a device
 	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(READY)  ## ruff check, ruff format --check, mypy

@@ -25,7 +25,22 @@ settings.register_profile("fxzero", deadline=None, derandomize=True)
 settings.load_profile("fxzero")
 
 
+# Triton reads it when it is imported: one process cannot serve both kinds of tests.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "interpreter" in item.path.parts:
+            item.add_marker("interpreter")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    interpreted = item.get_closest_marker("interpreter") is not None
+    if interpreted and not _INTERPRETED:
+        pytest.skip("runs kernels in Triton's interpreter: make test-kernels")
+    if _INTERPRETED and not interpreted:
+        pytest.skip("kernels are interpreted here: run it without TRITON_INTERPRET")
     if item.get_closest_marker("cuda") is not None:
         import torch
 

@@ -1,0 +1,1 @@
+"""Optimizers of one launch a step, with masters, moments and rounding as asked."""
