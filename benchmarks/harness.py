@@ -149,16 +149,17 @@ def run(case: Case, variants: Sequence[Variant], rounds: int) -> list[Row]:
 
 
 def seconds_in_turn(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Wall-clock times of each step on all ranks of the process group, one a round."""
+    """Wall-clock times of each step, on all ranks of the process group if any, one a round."""
+    together = dist.barrier if dist.is_initialized() else lambda: None
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
-        if dist.get_rank() == 0:
+        if not dist.is_initialized() or dist.get_rank() == 0:
             _progress(f"round {number + 1} of {rounds}")
         for name, step in steps.items():
-            dist.barrier()
+            together()
             start = time.perf_counter()
             step()
-            dist.barrier()
+            together()
             times[name].append(time.perf_counter() - start)
     return times
 

@@ -31,10 +31,10 @@ _HOME = {
     "UsageError": "fxzero.errors",
 }
 
-_MODULES = ("checkpoint",)
+_MODULES = ("checkpoint", "optim")
 
 if TYPE_CHECKING:
-    from fxzero import checkpoint
+    from fxzero import checkpoint, optim
     from fxzero.clipping import clip_grad_norm_
     from fxzero.compiler import compile
     from fxzero.errors import (
@@ -71,6 +71,7 @@ __all__ = [
     "explain",
     "measure",
     "name",
+    "optim",
     "plan",
 ]
 

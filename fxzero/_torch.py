@@ -227,6 +227,75 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return local
 
 
+def fused_adamw(
+    weights: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    firsts: Sequence[torch.Tensor],
+    seconds: Sequence[torch.Tensor],
+    step: torch.Tensor,
+    *,
+    lr: float | torch.Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    """One step of AdamW for tensors of one dtype, in place; ``step`` is 1 in the first."""
+    torch._fused_adamw_(
+        list(weights),
+        list(gradients),
+        list(firsts),
+        list(seconds),
+        [],
+        [step] * len(weights),
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=maximize,
+    )
+
+
+def fused_sgd(
+    weights: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    buffers: Sequence[torch.Tensor],
+    *,
+    first_step: bool,
+    lr: float | torch.Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    """One step of SGD with momentum for tensors of one dtype, in place."""
+    torch._fused_sgd_(
+        list(weights),
+        list(gradients),
+        list(buffers),
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=lr,
+        dampening=dampening,
+        nesterov=nesterov,
+        maximize=maximize,
+        is_first_step=first_step,
+    )
+
+
+def scale_all(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiplies tensors by a scalar, in place."""
+    torch._foreach_mul_(list(tensors), factor)
+
+
+def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copies each source to its target."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
 def default_store() -> Any:
     """The store that the default process group met over."""
     from torch.distributed.distributed_c10d import _get_default_store

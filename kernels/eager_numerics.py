@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_QUIET = 0x40
+_NAN = 0x7FC0  # of bfloat16
 _WORD, _HALF = 0xFFFFFFFF, 0xFFFF
 _MULTIPLIERS, _WEYL = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+_ROUNDS = 7
 
 
 def split(x: Tensor, high: Tensor, low: Tensor) -> None:
@@ -46,9 +46,7 @@ def stochastic_bfloat16(x: Tensor, random: Tensor, high: Tensor) -> None:
 def _keep_nan(x: Tensor, high: Tensor) -> None:
     """A carry may have made a NaN a number."""
     if bool(x.sum().isnan()):  # one pass, where a mask would take several
-        upper = (x.view(torch.int32) >> 16).to(torch.int16) | _QUIET
-        patterns = high.view(torch.int16)
-        patterns.copy_(torch.where(x.isnan(), upper, patterns))
+        high.view(torch.int16).masked_fill_(x.isnan(), _NAN)
 
 
 def random_bits(seed: int, step: int, first: int, count: int, device: torch.device) -> Tensor:

@@ -11,14 +11,16 @@ same functions for tensors, equal to the bit.
 High is the master rounded to nearest, so low is what to add, between -2**15 and 2**15 - 1; both
 together are the master, bit for bit.  With 8 bits of low the master has 16 bits of mantissa.
 
-Random bits are Philox4x32-10 (Salmon et al., SC 2011) of an element's index in the whole model, so
-that no result depends on how the model is cut into shards.
+Random bits are Philox4x32 of an element's index in the whole model, so that no result depends on
+how the model is cut into shards.  Seven rounds are the fewest that pass BigCrush (Salmon et al.,
+SC 2011, table 2).
 """
 
 import triton
 import triton.language as tl
 
-_QUIET: tl.constexpr = tl.constexpr(0x40)  # the bit of bfloat16 that keeps a NaN one
+_NAN: tl.constexpr = tl.constexpr(0x7FC0)  # of bfloat16
+_ROUNDS: tl.constexpr = tl.constexpr(7)
 _INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 
 
@@ -41,10 +43,9 @@ def _bfloat16_of(upper):
 
 
 @triton.jit
-def _or_nan(upper, bits):
-    """``upper``, or a NaN where ``bits`` are one of float32: a carry may have made it a number."""
-    is_nan = (bits & 0x7FFFFFFF) > _INFINITY
-    return tl.where(is_nan, (bits >> 16) | _QUIET, upper)
+def _or_nan(upper, x):
+    """``upper``, or a NaN where ``x`` is one: a carry may have made it a number."""
+    return tl.where(x != x, _NAN, upper)
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def nearest_bfloat16(x):
     """A float32 rounded to the nearest bfloat16, ties to even."""
     bits = bits_of(x)
     upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return _bfloat16_of(_or_nan(upper, bits))
+    return _bfloat16_of(_or_nan(upper, x))
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def stochastic_bfloat16(x, random):
         random: 16 random bits for each element, as uint32.
     """
     bits = bits_of(x)
-    return _bfloat16_of(_or_nan((bits + random) >> 16, bits))
+    return _bfloat16_of(_or_nan((bits + random) >> 16, x))
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def split(x, LOW_BITS: tl.constexpr):
     """A float32 as a bfloat16 and an int16 (LOW_BITS = 16) or an int8 (8) of what that has lost."""
     bits = bits_of(x)
     rounded = bits if LOW_BITS == 16 else (bits + 0x80) & 0xFFFFFF00
-    upper = _or_nan((rounded + 0x8000) >> 16, bits)
+    upper = _or_nan((rounded + 0x8000) >> 16, x)
     low = rounded.to(tl.int32, bitcast=True).to(tl.int16)
     if LOW_BITS == 8:
         low = (low >> 8).to(tl.int8)
@@ -123,7 +124,7 @@ def _philox(seed, step, counter):
     lower = (counter & 0xFFFFFFFF).to(tl.uint32)
     upper = (counter >> 32).to(tl.uint32)
     steps = tl.zeros_like(lower) + step.to(tl.uint32)
-    return tl.philox(seed, lower, upper, steps, tl.zeros_like(lower))
+    return tl.philox(seed, lower, upper, steps, tl.zeros_like(lower), _ROUNDS)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """One step of an optimizer over all parameters in one launch: AdamW, SGD with momentum, Lion.
 
 A program updates a block of one parameter.  Parameters and gradients are where they are; states
-lie in arenas, one of each kind, in which a parameter begins at a multiple of ``ALIGNMENT``.  What
+lie in arenas, one of each kind, in which a parameter begins at a multiple of 256
+elements.  What
 a program needs stands in a row of a table in device memory:
 
     block 17:  parameter's address | gradient's address | place in arenas | index in the model
@@ -21,9 +22,7 @@ import triton.language as tl
 from fxzero.kernels import moments, numerics
 
 BLOCK, QUANTIZED_BLOCK = 1024, 2048
-ALIGNMENT = 256
-COLUMNS = 8
-SCALARS = 16
+COLUMNS, SCALARS = 8, 16
 
 _COLUMNS: tl.constexpr = tl.constexpr(COLUMNS)
 _SCALARS: tl.constexpr = tl.constexpr(SCALARS)
@@ -54,8 +53,8 @@ def update(
 
     Args:
         blocks: int64 [programs, 8], as above.
-        scalars: float32 [parameters, 16], as the rule reads them; the last is the number of the
-            step that this is, 1 for the first.
+        scalars: float32 [parameters, 16], as the rule reads them; the last two are the sign of
+            gradients and the number of the step that this is, 1 for the first.
         control: float32 [2]: what to multiply gradients by, and whether to leave all as it is.
         seed: int64 [1], of stochastic rounding.
         lows: int16 or int8 arena of what bfloat16 weights have lost.
@@ -76,7 +75,7 @@ def update(
     index = tl.load(row + 3)
     whole = tl.load(row + 5) != 0
     values = scalars + tl.load(row + 6) * _SCALARS
-    factor = tl.load(control)
+    factor = tl.load(control) * tl.load(values + _SCALARS - 2)
     if whole:
         weights = tl.multiple_of(weights, 16)
         gradients = tl.multiple_of(gradients, 16)
@@ -193,7 +192,8 @@ def _store_nearest(pointers, x, mask):
 def adamw(weight, gradient, first, second, values, EXACT: tl.constexpr):
     """AdamW (Loshchilov and Hutter, ICLR 2019), in the order of torch's fused kernels.
 
-    Scalars: 1 - lr * decay, 1 - beta1, beta2, 1 - beta2, lr / correction1, sqrt(correction2), eps.
+    Scalars: 1 - lr * decay, 1 - beta1, beta2, 1 - beta2, lr / correction1,
+    1 / sqrt(correction2), eps.
     """
     weight = weight * tl.load(values)
     first = first + (gradient - first) * tl.load(values + 1)

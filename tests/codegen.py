@@ -67,6 +67,7 @@ def compile_for(
     *,
     capability: int = 90,
     warps: int = 4,
+    fusion: bool = False,
 ) -> MachineCode:
     """Machine code of a kernel.
 
@@ -75,6 +76,7 @@ def compile_for(
             are multiples of 16 bytes.
         constants: values of those that are ``tl.constexpr``.
         capability: of the device, 90 for sm_90.
+        fusion: whether a product and a sum may become one instruction, which rounds once.
     """
     names = list(arguments)
     aligned = {
@@ -82,7 +84,7 @@ def compile_for(
     }
     signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(kernel, signature, dict(constants), aligned)
-    options = {"num_warps": warps, "enable_fp_fusion": False}
+    options = {"num_warps": warps, "enable_fp_fusion": fusion}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

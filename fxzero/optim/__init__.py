@@ -1,1 +1,13 @@
-"""Optimizers of one launch a step, with masters, moments and rounding as asked."""
+"""Optimizers of one launch a step: fxzero.optim.AdamW, SGD and Lion.
+
+    optimizer = fxzero.optim.AdamW(model.parameters(), lr=3e-4, moments="int8")
+
+Each is a ``torch.optim.Optimizer``: closures, groups, schedulers, ``state_dict`` and ``GradScaler``
+work as they do with torch's, with parameters sharded by fxzero or FSDP2, too.
+"""
+
+from fxzero.optim.adamw import AdamW
+from fxzero.optim.lion import Lion
+from fxzero.optim.sgd import SGD
+
+__all__ = ["SGD", "AdamW", "Lion"]

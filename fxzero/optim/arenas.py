@@ -1,0 +1,251 @@
+"""States of an optimizer side by side in memory, and where each parameter's begin.
+
+    arena of exp_avg, float32    | layer1.weight | layer1.bias | layer2.weight | ...
+    arena of low, int16          | layer1.weight | layer1.bias | ...
+
+An arena has the parameters of one form on one device.  ``optimizer.state`` holds views into it, of
+the parameter's shape and spread over ranks as it is, so that checkpoints see what they know from
+any optimizer; states that were put there from elsewhere are copied in at the next step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from fxzero import _torch
+from fxzero.errors import UsageError
+from fxzero.optim.forms import Form
+
+LOW, SCALE = "low_bits", "_scale"
+# Of places in arenas that kernels read, in elements.
+ALIGNMENT = 256
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter in an arena.
+
+    Attributes:
+        group: number of its ``param_groups``.
+        place: where its states begin, in elements.
+        elements: of this rank's part.
+        index: of its first element among all of the optimizer's, as if none was cut.
+        row: its number in the arena.
+    """
+
+    parameter: Tensor
+    group: int
+    place: int
+    elements: int
+    index: int
+    row: int
+
+    @property
+    def weight(self) -> Tensor:
+        """This rank's part as one dimension, the memory that the model reads."""
+        return flat(local(self.parameter))
+
+
+@dataclass(frozen=True)
+class Arena:
+    """States of all parameters of one form.
+
+    Attributes:
+        moments: names of the moments, which are the keys of ``tensors`` beside those of low bits
+            and scales.
+        tensors: the arenas by what they hold, one-dimensional.
+        steps: float32 [members], how many steps each has had.
+        views: what ``optimizer.state`` has of each member.
+    """
+
+    form: Form
+    moments: tuple[str, ...]
+    members: tuple[Member, ...]
+    tensors: Mapping[str, Tensor]
+    steps: Tensor
+    views: tuple[State, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.steps.device
+
+    @property
+    def pairs(self) -> Iterator[tuple[Member, State]]:
+        """Members with their views."""
+        return zip(self.members, self.views, strict=True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    part: Tensor = _torch.local_tensor(tensor)
+    return part
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A tensor as one dimension in the order of its memory, without a copy.
+
+    Raises:
+        UsageError: its memory has holes.
+    """
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    if _is_dense(tensor):
+        return tensor.as_strided((tensor.numel(),), (1,))
+    raise UsageError(
+        f"a parameter of shape {list(tensor.shape)} and strides {list(tensor.stride())} is part of "
+        "another tensor's memory\n  give the optimizer the whole tensor, or a contiguous one"
+    )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda x: x[1]):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def first_indices(parameters: Iterable[Tensor]) -> dict[int, int]:
+    """By ``id``: where each parameter's elements begin if all lie one after the other, whole."""
+    found, index = {}, 0
+    for parameter in parameters:
+        found[id(parameter)] = index + _offset(parameter)
+        index += -(-parameter.numel() // 8) * 8
+    return found
+
+
+def _offset(parameter: Tensor) -> int:
+    """Where this rank's part begins in the whole parameter; -1 where it is not one run of it."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    cut = [i for i, p in enumerate(parameter.placements) if not isinstance(p, Replicate)]
+    if not cut:
+        return 0
+    if len(cut) > 1 or parameter.placements[cut[0]] != Shard(0):
+        return -(2**62)
+    mesh = parameter.device_mesh
+    rows = -(-parameter.shape[0] // mesh.size(cut[0]))
+    first = min(mesh.get_local_rank(cut[0]) * rows, parameter.shape[0])
+    return int(first * math.prod(parameter.shape[1:]))
+
+
+def gradient_of(member: Member) -> Tensor:
+    """This rank's part of a parameter's gradient as one dimension, in the parameter's order.
+
+    Raises:
+        UsageError: a sparse gradient.
+    """
+    parameter, gradient = member.parameter, member.parameter.grad
+    assert gradient is not None
+    if gradient.is_sparse:
+        raise UsageError(
+            f"the gradient of a parameter of shape {list(parameter.shape)} is sparse\n"
+            "  make its nn.Embedding with sparse=False, or use torch.optim.SparseAdam for it"
+        )
+    part, weight = local(gradient), local(parameter)
+    if part.stride() != weight.stride():
+        part = torch.empty_strided(
+            weight.shape, weight.stride(), dtype=part.dtype, device=part.device
+        ).copy_(part)
+    return flat(part)
+
+
+def build(
+    form: Form,
+    moments: tuple[str, ...],
+    parameters: list[tuple[int, Tensor]],
+    index: Mapping[int, int],
+    alignment: int,
+) -> Arena:
+    """An arena of zeros for parameters, given with the numbers of their groups.
+
+    Args:
+        index: by ``id``, where their elements begin among all.
+        alignment: elements that each one's place is a multiple of.
+    """
+    members, size = [], 0
+    for row, (group, parameter) in enumerate(parameters):
+        elements = local(parameter).numel()
+        members.append(Member(parameter, group, size, elements, index[id(parameter)], row))
+        size += -(-elements // alignment) * alignment
+    device = local(parameters[0][1]).device
+    tensors = {}
+    if form.low is not None:
+        tensors[LOW] = torch.zeros(size, dtype=form.low, device=device)
+    for name in moments:
+        dtype = form.moments
+        if form.quantum:
+            dtype = torch.int8 if name == moments[0] else torch.uint8
+            tensors[name + SCALE] = torch.zeros(size // form.quantum, device=device)
+        tensors[name] = torch.zeros(size, dtype=dtype, device=device)
+    steps = torch.zeros(len(members), device=device)
+    views = tuple(
+        {"step": steps[m.row]} | {name: _view(name, t, m, form) for name, t in tensors.items()}
+        for m in members
+    )
+    return Arena(form, moments, tuple(members), tensors, steps, views)
+
+
+def _view(name: str, tensor: Tensor, member: Member, form: Form) -> Tensor:
+    """A parameter's part of an arena, in its shape; scales have one column for each quantum."""
+    parameter, part = member.parameter, local(member.parameter)
+    if not name.endswith(SCALE):
+        inner = tensor.as_strided(part.shape, part.stride(), member.place)
+        return _spread(inner, parameter, parameter.shape, parameter.stride())
+    columns = math.prod(part.shape[1:]) // form.quantum
+    start, rows = member.place // form.quantum, part.shape[0]
+    inner = tensor[start : start + rows * columns].view(rows, columns)
+    return _spread(inner, parameter, torch.Size((parameter.shape[0], columns)), (columns, 1))
+
+
+def _spread(part: Tensor, parameter: Tensor, shape: torch.Size, stride: Any) -> Tensor:
+    """A rank's part as a tensor that is spread as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return part
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=shape, stride=tuple(stride)
+    )
+
+
+def adopt(arena: Arena, member: Member, state: State | None) -> None:
+    """Copies a state that was loaded or set from elsewhere into the arena; None: that of no step.
+
+    Raises:
+        UsageError: it was made by an optimizer that keeps other things.
+    """
+    own = arena.views[member.row]
+    if not state:
+        state = {name: torch.zeros_like(local(view)) for name, view in own.items()}
+    if not own.keys() - {LOW} <= state.keys():
+        raise UsageError(
+            f"the state of a parameter of shape {list(member.parameter.shape)} has "
+            f"{', '.join(sorted(state))}; this optimizer keeps {', '.join(sorted(own))}\n"
+            "  load it into an optimizer with the same master_bits and moments"
+        )
+    for name, view in own.items():
+        if name not in state:
+            local(view).zero_()
+        elif name == "step":
+            view.fill_(float(state[name]))
+        else:
+            _check(name, view, state[name])
+            local(view).copy_(local(state[name]))
+
+
+def _check(name: str, own: Tensor, other: Tensor) -> None:
+    floats = own.is_floating_point() and other.is_floating_point()
+    if own.shape != other.shape or not (floats or own.dtype == other.dtype):
+        raise UsageError(
+            f"{name} is {other.dtype} {list(other.shape)} in the state, {own.dtype} "
+            f"{list(own.shape)} in this optimizer"
+        )

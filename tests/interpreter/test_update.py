@@ -1,0 +1,154 @@
+"""The optimizers' kernel in Triton's interpreter: equal to numpy's float32 to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optimizer_cases as cases
+import pytest
+import torch
+from torch import Tensor
+
+from fxzero.optim import SGD, AdamW, Lion
+from fxzero.optim.arenas import build
+from fxzero.optim.forms import Numerics
+from fxzero.optim.launch import LaunchedUpdate
+from fxzero.optim.rule import Control
+
+_NOTHING = Control(None, None, None)
+_OPTIMIZERS: dict[str, Any] = {
+    "adamw": (AdamW, {"lr": 1e-2}, cases.adamw),
+    "lion": (Lion, {"lr": 1e-3, "weight_decay": 0.1}, cases.lion),
+    "sgd": (SGD, {"lr": 0.1, "weight_decay": 0.1, "nesterov": True}, cases.sgd),
+}
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    return tensor.detach().contiguous().view(kind)
+
+
+def _same(ours: Tensor, expected: Tensor, what: str) -> None:
+    assert ours.dtype == expected.dtype, what
+    assert torch.equal(_bits(ours.flatten()), _bits(expected)), what
+
+
+@pytest.mark.parametrize("form", cases.FORMS)
+@pytest.mark.parametrize("name", _OPTIMIZERS)
+def test_a_step_is_that_of_numpy_to_the_bit(name: str, form: str) -> None:
+    make, options, reference_of = _OPTIMIZERS[name]
+    dtype, numerics = cases.FORMS[form]
+    owned = cases.parameters(dtype)
+    optimizer = make(owned, backend="triton", seed=3, **options, **numerics)
+    rule, kept = (
+        optimizer.rule,
+        Numerics.of(
+            numerics.get("master_bits"),
+            numerics.get("stochastic_rounding", False),
+            numerics.get("moments"),
+        ),
+    )
+    expected, index = [], 0
+    for p in owned:
+        expected.append(cases.Reference.of(p, kept.form(p), index, 3, rule.moments))
+        index += -(-p.numel() // 8) * 8
+    for step in range(1, 5):
+        cases.give_gradients(owned, step)
+        optimizer.step()
+        columns = rule.scalars(optimizer.param_groups[0], torch.tensor([step]).double())
+        scalars = [float(c) for c in columns]
+        for p, reference in zip(owned, expected, strict=True):
+            reference.step(p.grad.flatten(), step, rule.moments, reference_of(scalars))
+            _same(p, reference.weight, f"weight of {list(p.shape)} in step {step}")
+            for key, value in reference.state.items():
+                _same(optimizer.state[p][key], value, f"{key} of {list(p.shape)} in step {step}")
+
+
+@pytest.mark.parametrize("form", [f for f in cases.FORMS if "nearest" not in f])
+def test_shards_are_updated_as_the_whole_is(form: str) -> None:
+    dtype, numerics = cases.FORMS[form]
+    kept = Numerics.of(
+        numerics.get("master_bits"),
+        numerics.get("stochastic_rounding", False),
+        numerics.get("moments"),
+    )
+    group = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
+    (whole,) = cases.parameters(dtype, ((37, 128),))
+    kind = kept.form(whole)
+    results = []
+    for count in (1, 2, 4):
+        rows = -(-37 // count)
+        parts = [part.detach().clone() for part in whole.detach().split(rows)]
+        for rank, part in enumerate(parts):
+            part.requires_grad_()
+            index = {id(part): 40 + rank * rows * 128}
+            arena = build(kind, AdamW.rule.moments, [(0, part)], index, 256)
+            update = LaunchedUpdate(arena, AdamW.rule, 5)
+            for step in range(3):
+                cases.give_gradients([whole], step)
+                gradient = whole.grad.split(rows)[rank].flatten()
+                update(arena.members, [gradient], _NOTHING, [group])
+        results.append(torch.cat([part.detach() for part in parts]))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_step_without_finite_gradients_changes_nothing() -> None:
+    owned = cases.parameters(torch.bfloat16)
+    optimizer = AdamW(owned, backend="triton", moments="int8", master_bits=24)
+    cases.give_gradients(owned, 1)
+    optimizer.step()
+    before = [p.detach().clone() for p in owned]
+    states = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in owned]
+    owned[0].grad[0] = float("inf")
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    for p, weight, state in zip(owned, before, states, strict=True):
+        assert torch.equal(p, weight)
+        assert all(torch.equal(optimizer.state[p][k], v) for k, v in state.items())
+    optimizer.found_inf = torch.tensor(0.0)
+    cases.give_gradients(owned, 2)
+    optimizer.step()
+    assert all(optimizer.state[p]["step"] == 2 for p in owned)
+
+
+def test_a_gradient_that_is_not_a_number_is_seen_in_bfloat16() -> None:
+    owned = cases.parameters(torch.bfloat16, ((64, 64),))
+    optimizer = AdamW(owned, backend="triton", moments="float32")
+    owned[0].grad_dtype = torch.float32
+    owned[0].grad = torch.zeros(64, 64)
+    owned[0].grad.view(torch.int32)[3, 4] = 0x7FFFFFFF
+    optimizer.step()
+    assert owned[0][3, 4].isnan()
+    assert owned[0].isnan().sum() == 1
+
+
+def test_scales_of_gradients_are_read_by_the_kernel() -> None:
+    plain, scaled = cases.parameters(torch.float32), cases.parameters(torch.float32)
+    for owned, scale in ((plain, 1.0), (scaled, 8.0)):
+        optimizer = AdamW(owned, backend="triton")
+        for step in range(2):
+            cases.give_gradients(owned, step)
+            for p in owned:
+                p.grad *= scale
+            if scale != 1:
+                optimizer.grad_scale = torch.tensor([16.0])
+                optimizer.scale_next_step(torch.tensor(2.0))
+            optimizer.step()
+    assert all(map(torch.equal, plain, scaled))
+
+
+def test_nothing_is_compiled_or_built_again_while_memory_stays() -> None:
+    owned = cases.parameters(torch.float32)
+    optimizer = AdamW(owned, backend="triton")
+    cases.give_gradients(owned, 0)
+    tables = []
+    for _ in range(3):
+        optimizer.step()
+        (update,) = optimizer._updates
+        tables.append(update._tables[torch.float32][1])
+    assert tables[0] is tables[1]
+    assert tables[1] is tables[2]
+    owned[0].grad = owned[0].grad.clone()
+    optimizer.step()
+    assert update._tables[torch.float32][1] is not tables[0]

@@ -1,0 +1,141 @@
+"""Parameters, forms and an independent reference for tests of optimizers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fxzero.kernels import eager_moments, eager_numerics
+from fxzero.optim.forms import Form
+
+SHAPES = ((33, 128), (7,), (64, 256), (1,), (9, 33), (1023,), (16, 64))
+# Options of an optimizer by name, with the dtype of the parameters.
+FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32": (torch.float32, {}),
+    "float32 with bfloat16 moments": (torch.float32, {"moments": "bfloat16"}),
+    "bfloat16 with a whole master": (torch.bfloat16, {}),
+    "bfloat16 with a whole master and float32 moments": (
+        torch.bfloat16,
+        {"moments": "float32"},
+    ),
+    "bfloat16 with 24 bits and int8 moments": (
+        torch.bfloat16,
+        {"master_bits": 24, "moments": "int8"},
+    ),
+    "bfloat16 rounded to nearest": (torch.bfloat16, {"master_bits": 16}),
+    "bfloat16 rounded stochastically": (torch.bfloat16, {"stochastic_rounding": True}),
+    "bfloat16 rounded stochastically with int8 moments": (
+        torch.bfloat16,
+        {"stochastic_rounding": True, "moments": "int8"},
+    ),
+    "float16": (torch.float16, {}),
+}
+
+
+def parameters(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+
+
+def give_gradients(owned: list[Any], step: int) -> None:
+    """Other gradients in each step, some of them zero, of one scale in each row."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in owned:
+        values = torch.randn(parameter.shape, generator=generator)
+        values = torch.where(values.abs() < 0.05, 0.0, values * 0.1)
+        parameter.grad = values.to(parameter.dtype)
+
+
+@dataclass
+class Reference:
+    """One parameter that is updated in numpy's float32, one operation after the other."""
+
+    form: Form
+    index: int
+    seed: int
+    weight: Tensor
+    state: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, weight: Tensor, form: Form, index: int, seed: int, moments: Any) -> Reference:
+        size, state = weight.numel(), {}
+        if form.low is not None:
+            state["low_bits"] = torch.zeros(size, dtype=form.low)
+        for number, name in enumerate(moments):
+            dtype = form.moments
+            if form.quantum:
+                dtype = torch.uint8 if number else torch.int8
+                state[name + "_scale"] = torch.zeros(size // form.quantum)
+            state[name] = torch.zeros(size, dtype=dtype)
+        return cls(form, index, seed, weight.detach().flatten().clone(), state)
+
+    def step(self, gradient: Tensor, number: int, moments: Any, rule: Any) -> None:
+        form, size = self.form, self.weight.numel()
+        weight = torch.empty(size)
+        if form.low is None:
+            weight.copy_(self.weight)
+        else:
+            eager_numerics.join(self.weight, self.state["low_bits"], weight)
+        cpu = torch.device("cpu")
+        random = eager_numerics.random_bits(self.seed, number, self.index, size, cpu)
+        loaded = [self._load(name) for name in moments]
+        new, *kept = rule(weight.numpy(), gradient.float().numpy(), *loaded)
+        result = torch.from_numpy(new)
+        if form.low is not None:
+            eager_numerics.split(result, self.weight, self.state["low_bits"])
+        elif form.stochastic:
+            eager_numerics.stochastic_bfloat16(result, random, self.weight)
+        else:
+            self.weight.copy_(result)
+        for turn, (name, moment) in enumerate(zip(moments, kept, strict=True)):
+            if form.quantum:
+                bits = random >> 8 if turn else random & 0xFF
+                scales = self.state[name + "_scale"]
+                x = torch.from_numpy(moment)
+                eager_moments.encode(x, bits, form.quantum, self.state[name], scales)
+            else:
+                self.state[name].copy_(torch.from_numpy(moment))
+
+    def _load(self, name: str) -> Any:
+        stored = self.state[name]
+        if not self.form.quantum:
+            return stored.float().numpy()
+        out = torch.empty(stored.numel())
+        eager_moments.decode(stored, self.state[name + "_scale"], self.form.quantum, out)
+        return out.numpy()
+
+
+def adamw(scalars: Any) -> Any:
+    keep, toward1, beta2, toward2, size, root, eps = (np.float32(x) for x in scalars)
+
+    def rule(w: Any, g: Any, m: Any, v: Any) -> Any:
+        m = m + (g - m) * toward1
+        v = v * beta2 + toward2 * g * g
+        return w * keep - size * m / (np.sqrt(v) * root + eps), m, v
+
+    return rule
+
+
+def lion(scalars: Any) -> Any:
+    keep, beta1, toward1, beta2, toward2, lr = (np.float32(x) for x in scalars)
+
+    def rule(w: Any, g: Any, m: Any) -> Any:
+        sign = np.sign(m * beta1 + g * toward1)
+        return w * keep - sign * lr, m * beta2 + g * toward2
+
+    return rule
+
+
+def sgd(scalars: Any) -> Any:
+    decay, momentum, taken, lr, nesterov = (np.float32(x) for x in scalars)
+
+    def rule(w: Any, g: Any, m: Any) -> Any:
+        g = g + w * decay
+        m = m * momentum + g * taken
+        return w - (g + m * momentum if nesterov else m) * lr, m
+
+    return rule
