@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxzero.kernels import eager_moments, eager_numerics
-from fxzero.optim.forms import Form
+from fxzero import optim
+from fxzero.kernels import eager_moments, eager_numerics, eager_update
+from fxzero.optim.forms import Form, Numerics
 
 SHAPES = ((33, 128), (7,), (64, 256), (1,), (9, 33), (1023,), (16, 64))
 # Options of an optimizer by name, with the dtype of the parameters.
@@ -95,8 +96,10 @@ class Reference:
             if form.quantum:
                 bits = random >> 8 if turn else random & 0xFF
                 scales = self.state[name + "_scale"]
-                x = torch.from_numpy(moment)
-                eager_moments.encode(x, bits, form.quantum, self.state[name], scales)
+                x, root = torch.from_numpy(moment), eager_update.exact_root if turn else None
+                codes, scale = eager_moments.encoded(x, bits, form.quantum, root)
+                self.state[name].copy_(codes)
+                scales.copy_(scale)
             else:
                 self.state[name].copy_(torch.from_numpy(moment))
 
@@ -104,9 +107,44 @@ class Reference:
         stored = self.state[name]
         if not self.form.quantum:
             return stored.float().numpy()
-        out = torch.empty(stored.numel())
-        eager_moments.decode(stored, self.state[name + "_scale"], self.form.quantum, out)
-        return out.numpy()
+        scales = self.state[name + "_scale"]
+        return eager_moments.decoded(stored, scales, self.form.quantum).numpy()
+
+
+def check_against_numpy(make: Any, options: dict[str, Any], form: str, rule: Any) -> None:
+    """Four steps whose weights and states must have the bits of the reference."""
+    dtype, numerics = FORMS[form]
+    owned = parameters(dtype)
+    optimizer = make(owned, seed=3, **options, **numerics)
+    moments = optimizer.rule.moments
+    kept = Numerics.of(
+        numerics.get("master_bits"),
+        numerics.get("stochastic_rounding", False),
+        numerics.get("moments"),
+    )
+    expected, index = [], 0
+    for p in owned:
+        expected.append(Reference.of(p, kept.form(p), index, 3, moments))
+        index += -(-p.numel() // 8) * 8
+    for step in range(1, 5):
+        give_gradients(owned, step)
+        optimizer.step()
+        columns = optimizer.rule.scalars(optimizer.param_groups[0], torch.tensor([step]).double())
+        scalars = [float(column) for column in columns]
+        for p, reference in zip(owned, expected, strict=True):
+            reference.step(p.grad.flatten(), step, moments, rule(scalars))
+            where = f"{list(p.shape)} in step {step}"
+            same(p, reference.weight, f"weight of {where}")
+            for key, value in reference.state.items():
+                same(optimizer.state[p][key], value, f"{key} of {where}")
+
+
+def same(ours: Tensor, expected: Tensor, what: str) -> None:
+    """Equal to the bit."""
+    assert ours.dtype == expected.dtype, what
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[ours.element_size()]
+    ours = ours.detach().contiguous().flatten()
+    assert torch.equal(ours.view(kind), expected.view(kind)), what
 
 
 def adamw(scalars: Any) -> Any:
@@ -139,3 +177,10 @@ def sgd(scalars: Any) -> Any:
         return w - (g + m * momentum if nesterov else m) * lr, m
 
     return rule
+
+
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "adamw": (optim.AdamW, {"lr": 1e-2}, adamw),
+    "lion": (optim.Lion, {"lr": 1e-3, "weight_decay": 0.1}, lion),
+    "sgd": (optim.SGD, {"lr": 0.1, "weight_decay": 0.1, "nesterov": True}, sgd),
+}

@@ -26,7 +26,7 @@ class _AdamWRule:
         size, root = lr / first, second.rsqrt()
         return keep, 1 - beta1, beta2, 1 - beta2, size, root, group["eps"]
 
-    def apply(
+    def fused(
         self,
         group: Group,
         weights: Sequence[Tensor],

@@ -39,6 +39,7 @@ class Member:
         elements: of this rank's part.
         index: of its first element among all of the optimizer's, as if none was cut.
         row: its number in the arena.
+        contiguous: whether its memory is in the order of its indices.
     """
 
     parameter: Tensor
@@ -47,10 +48,16 @@ class Member:
     elements: int
     index: int
     row: int
+    contiguous: bool
+
+    @property
+    def address(self) -> int:
+        """Of this rank's part, the memory that the model reads."""
+        return int(local(self.parameter).data_ptr())
 
     @property
     def weight(self) -> Tensor:
-        """This rank's part as one dimension, the memory that the model reads."""
+        """This rank's part as one dimension, the same memory."""
         return flat(local(self.parameter))
 
 
@@ -139,24 +146,27 @@ def _offset(parameter: Tensor) -> int:
 
 
 def gradient_of(member: Member) -> Tensor:
-    """This rank's part of a parameter's gradient as one dimension, in the parameter's order.
+    """This rank's part of a parameter's gradient, in the order of the parameter's memory.
 
     Raises:
         UsageError: a sparse gradient.
     """
-    parameter, gradient = member.parameter, member.parameter.grad
-    assert gradient is not None
-    if gradient.is_sparse:
+    assert member.parameter.grad is not None
+    gradient = local(member.parameter.grad)
+    if gradient.layout is not torch.strided:
         raise UsageError(
-            f"the gradient of a parameter of shape {list(parameter.shape)} is sparse\n"
+            f"the gradient of a parameter of shape {list(member.parameter.shape)} is sparse\n"
             "  make its nn.Embedding with sparse=False, or use torch.optim.SparseAdam for it"
         )
-    part, weight = local(gradient), local(parameter)
-    if part.stride() != weight.stride():
-        part = torch.empty_strided(
-            weight.shape, weight.stride(), dtype=part.dtype, device=part.device
-        ).copy_(part)
-    return flat(part)
+    if member.contiguous and gradient.is_contiguous():
+        return gradient
+    weight = local(member.parameter)
+    if gradient.stride() == weight.stride():
+        return gradient
+    ordered = torch.empty_strided(
+        weight.shape, weight.stride(), dtype=gradient.dtype, device=gradient.device
+    )
+    return ordered.copy_(gradient)
 
 
 def build(
@@ -175,7 +185,9 @@ def build(
     members, size = [], 0
     for row, (group, parameter) in enumerate(parameters):
         elements = local(parameter).numel()
-        members.append(Member(parameter, group, size, elements, index[id(parameter)], row))
+        straight = local(parameter).is_contiguous()
+        first = index[id(parameter)]
+        members.append(Member(parameter, group, size, elements, first, row, straight))
         size += -(-elements // alignment) * alignment
     device = local(parameters[0][1]).device
     tensors = {}

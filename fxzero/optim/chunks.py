@@ -1,66 +1,104 @@
-"""An optimizer's step by torch's operators, in chunks that stay in the processor's cache.
+"""An optimizer's step on a CPU.
 
-Where weights and moments are of one dtype, torch's fused kernel gets all of them at once.
-Otherwise a chunk goes through float32 scratch:
+Where weights, gradients and moments are of one dtype, torch's fused kernel gets all of them, if it
+has one.  Otherwise chunks of an arena go through one loop of generated code, or, in small arenas,
+through torch's operators.  Small parameters share a chunk: their states lie side by side, and one
+concatenation collects them.
 
-    high, low -> weight     codes -> moments     rule     weight -> high, low     moments -> codes
-
-Small parameters share a chunk: their states lie side by side, and one concatenation collects them.
+    arena         | a | b | c |           d            |
+    chunks        [   a b c   ] [  d  ] [  d  ] [  d  ]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fxzero import _torch
-from fxzero.kernels import eager_moments, eager_numerics
-from fxzero.optim.arenas import LOW, SCALE, Arena, Member
-from fxzero.optim.rule import Control, Group, Rule
+from fxzero.kernels import eager_numerics
+from fxzero.kernels.eager_update import Kind, exact_root, update
+from fxzero.optim.arenas import LOW, SCALE, Arena, Member, flat, local
+from fxzero.optim.generated import Loop, arguments, generate
+from fxzero.optim.rule import SCALARS, Control, Fused, Group, Rule
 
-CHUNK = 1 << 16
-# A kernel's loop over vectors ends before a rest that is computed in another way.  There is never
-# a rest, so an element's result does not depend on how many are beside it.
-_VECTOR = 64
+CHUNK = 1 << 18
+# A compiler takes seconds: arenas of fewer elements do without.
+_WORTH_COMPILING = 1 << 20
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Elements of one parameter in a chunk: ``start`` to ``stop`` of them."""
+    """Elements ``start`` to ``stop`` of one parameter; ``position`` is its gradient's."""
 
     position: int
     member: Member
     start: int
     stop: int
 
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Neighbours in an arena."""
-
-    group: int
-    number: int
-    pieces: tuple[_Piece, ...]
+    @property
+    def index(self) -> int:
+        """Of its first element in the model."""
+        return self.member.index + self.start
 
     @property
     def place(self) -> int:
-        """Where it begins in the arena."""
-        return self.pieces[0].member.place + self.pieces[0].start
+        """Of its first element in the arena."""
+        return self.member.place + self.start
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its elements of what lies in memory as the parameter does."""
+        whole = flat(tensor)
+        return whole if self.size == self.member.elements else whole[self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Neighbours in an arena, of one group and at one step.
+
+    Attributes:
+        held: what a step updates, by name: memory of the parameter or the arena, or scratch.
+        copied: scratch that is filled before, and copied back after, with what it stands for.
+    """
+
+    pieces: tuple[_Piece, ...]
+    held: Mapping[str, Tensor]
+    copied: tuple[tuple[Tensor, list[Tensor]], ...]
 
     @property
-    def size(self) -> int:
-        return sum(piece.stop - piece.start for piece in self.pieces)
+    def member(self) -> Member:
+        return self.pieces[0].member
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Parameters of one group at one step, for a fused kernel."""
+
+    kernel: Fused
+    positions: list[int]
+    member: Member
+    weights: list[Tensor]
+    moments: list[list[Tensor]]
 
 
 class ChunkedUpdate:
-    """Updates an arena by torch's operators."""
+    """Updates an arena on a CPU."""
 
     def __init__(self, arena: Arena, rule: Rule, seed: int) -> None:
-        self.arena, self._rule, self._seed = arena, rule, seed
-        self._scratch: dict[str, Tensor] = {}
+        self.arena, self._rule, self._seed = arena, rule, torch.tensor(seed)
+        self._size = sum(member.elements for member in arena.members)
+        self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._known: object = None
+        self._kind: Kind
+        self._loop: Loop | None = None
+        self._batches: list[_Batch] = []
+        self._chunks: list[_Chunk] = []
 
     def __call__(
         self,
@@ -72,151 +110,191 @@ class ChunkedUpdate:
         if control.found_inf is not None and bool(control.found_inf):
             return
         arena, factor = self.arena, control.factor(self.arena.device)
-        if factor is not None:
-            _torch.scale_all(gradients, factor)
         if len(ready) == len(arena.members):
             arena.steps.add_(1)
         else:
             for member in ready:
                 arena.steps[member.row] += 1
-        if arena.form.plain and all(g.dtype == arena.form.weight for g in gradients):
-            self._update_whole(ready, gradients, groups)
-        else:
-            for chunk in self._chunks(ready):
-                self._update_chunk(chunk, gradients, groups)
-
-    def _update_whole(
-        self, ready: Sequence[Member], gradients: Sequence[Tensor], groups: Sequence[Group]
-    ) -> None:
-        """By the kernels that torch has for one dtype."""
-        arena = self.arena
+        dtypes = {gradient.dtype for gradient in gradients}
+        if len(dtypes) > 1:
+            gradients, dtypes = [gradient.float() for gradient in gradients], {torch.float32}
         numbers = arena.steps.tolist()
+        self._divide(ready, dtypes.pop(), numbers)
+        if self._batches and factor is not None:
+            _torch.scale_all(gradients, factor)
+        for batch in self._batches:
+            given = [gradients[i] for i in batch.positions]
+            step, group = arena.steps[batch.member.row], groups[batch.member.group]
+            batch.kernel(group, batch.weights, given, batch.moments, step)
+        rows: dict[tuple[int, float], Tensor] = {}
+        for chunk in self._chunks:
+            at = chunk.member.group, numbers[chunk.member.row]
+            if at not in rows:
+                rows[at] = self._scalars(groups[at[0]], at[1], factor)
+            self._update(chunk, gradients, rows[at])
+
+    def _scalars(self, group: Group, number: float, factor: Tensor | None) -> Tensor:
+        """A row as ``kernels.update`` reads it, float32 [16]."""
+        columns = self._rule.scalars(group, torch.tensor([number], dtype=torch.float64))
+        row = torch.zeros(SCALARS)
+        for column, value in enumerate(columns):
+            row[column] = value
+        row[-2] = -1.0 if group["maximize"] else 1.0
+        row[-2] *= 1.0 if factor is None else factor
+        row[-1] = number
+        return row
+
+    def _divide(self, ready: Sequence[Member], dtype: torch.dtype, numbers: list[float]) -> None:
+        """Into batches or chunks; they stay while memory and who is at which step do.
+
+        Args:
+            dtype: of gradients.
+        """
+        first = numbers[ready[0].row]
+        known = dtype, [(m.row, numbers[m.row] - first, m.address) for m in ready]
+        if known == self._known:
+            return
+        self._known, self._batches, self._chunks = known, [], []
         alike: dict[tuple[int, float], list[int]] = {}
         for position, member in enumerate(ready):
             alike.setdefault((member.group, numbers[member.row]), []).append(position)
-        for (group, _), positions in alike.items():
-            members = [ready[i] for i in positions]
-            moments = [
-                [arena.tensors[name][m.place : m.place + m.elements] for m in members]
-                for name in arena.moments
-            ]
-            weights = [member.weight for member in members]
-            chosen = [gradients[i] for i in positions]
-            self._rule.apply(groups[group], weights, chosen, moments, arena.steps[members[0].row])
+        form = self.arena.form
+        kernel = self._rule.fused
+        if kernel is not None and form.plain and dtype == form.weight:
+            self._batches = [self._batch(kernel, ready, each) for each in alike.values()]
+            return
+        compiles = self._size >= _WORTH_COMPILING and _torch.has_compiler("cpu")
+        low_bits = 8 * form.low.itemsize if form.low is not None else 0
+        narrow = {form.weight, dtype, form.moments} == {torch.bfloat16}
+        pairs = compiles and low_bits == 16 and narrow
+        self._kind = Kind(self._rule.name, low_bits, form.stochastic, form.quantum, pairs)
+        self._loop = self._generate(dtype) if compiles else None
+        for positions in alike.values():
+            for pieces in _together(_pieces(ready, positions)):
+                self._chunks.append(self._chunk(pieces))
 
-    def _chunks(self, ready: Iterable[Member]) -> Iterator[_Chunk]:
-        """Neighbours of one group that are at one step, at most CHUNK elements at a time."""
-        numbers = self.arena.steps.tolist()
-        pieces: list[_Piece] = []
-        end = -1
-        for position, member in enumerate(ready):
-            for start in range(0, member.elements, CHUNK):
-                stop = min(start + CHUNK, member.elements)
-                piece = _Piece(position, member, start, stop)
-                first = pieces[0] if pieces else piece
-                joins = member.place + start == end and (
-                    (member.group, numbers[member.row])
-                    == (first.member.group, numbers[first.member.row])
-                )
-                filled = member.place + stop - (first.member.place + first.start) > CHUNK
-                if pieces and (filled or not joins):
-                    yield self._chunk(pieces, numbers)
-                    pieces = []
-                pieces.append(piece)
-                end = member.place + stop
-        if pieces:
-            yield self._chunk(pieces, numbers)
+    def _generate(self, gradient: torch.dtype) -> Loop:
+        kind, form, count = self._kind, self.arena.form, len(self.arena.moments)
+        moments = (torch.int8, torch.uint8)[:count] if kind.quantum else (form.moments,) * count
+        low = {0: (), 8: (torch.int8,), 16: (torch.int32,)}[kind.low_bits]
+        dtypes = (form.weight, gradient, *low, *moments)
+        return generate(kind, (torch.int32,) * len(dtypes) if kind.pairs else dtypes, CHUNK)
 
-    def _chunk(self, pieces: list[_Piece], numbers: list[float]) -> _Chunk:
-        member = pieces[0].member
-        return _Chunk(member.group, int(numbers[member.row]), tuple(pieces))
+    def _batch(self, kernel: Fused, ready: Sequence[Member], positions: list[int]) -> _Batch:
+        members = [ready[i] for i in positions]
+        views = [self.arena.views[member.row] for member in members]
+        moments = [[local(view[name]) for view in views] for name in self.arena.moments]
+        weights = [local(member.parameter) for member in members]
+        return _Batch(kernel, positions, members[0], weights, moments)
 
-    def _update_chunk(
-        self, chunk: _Chunk, gradients: Sequence[Tensor], groups: Sequence[Group]
-    ) -> None:
-        """Into scratch, by the rule, and back."""
-        form, place, size = self.arena.form, chunk.place, chunk.size
-        padded = -(-size // _VECTOR) * _VECTOR
-        here = slice(place, place + size)
-        high = self._collected([p.member.weight[p.start : p.stop] for p in chunk.pieces], "high")
-        weight = self._buffer("weight", torch.float32)
-        if form.low is None:
-            weight[:size].copy_(high)
-        else:
-            eager_numerics.join(high, self.arena.tensors[LOW][here], weight[:size])
-        gradient = self._buffer("gradient", torch.float32)
-        parts = [gradients[p.position][p.start : p.stop] for p in chunk.pieces]
-        gradient[:size].copy_(self._collected(parts, "parts"))
-        random = self._random(chunk) if form.stochastic or form.quantum else None
-        moments = [self._load(name, here) for name in self.arena.moments]
-        self._rule.apply(
-            groups[chunk.group],
-            [weight[:padded]],
-            [gradient[:padded]],
-            [[moment[:padded]] for moment in moments],
-            self.arena.steps[chunk.pieces[0].member.row],
-        )
-        if form.low is not None:
-            eager_numerics.split(weight[:size], high, self.arena.tensors[LOW][here])
-        elif form.stochastic:
-            assert random is not None
-            eager_numerics.stochastic_bfloat16(weight[:size], random, high)
-        else:
-            high.copy_(weight[:size])
-        if len(chunk.pieces) > 1:
-            sizes = [p.stop - p.start for p in chunk.pieces]
-            weights = [p.member.weight for p in chunk.pieces]
-            _torch.copy_all(weights, high.split(sizes))
-        for number, (name, moment) in enumerate(zip(self.arena.moments, moments, strict=True)):
-            self._store(name, here, moment[:size], random, number)
+    def _chunk(self, pieces: tuple[_Piece, ...]) -> _Chunk:
+        place, size = pieces[0].place, sum(piece.size for piece in pieces)
+        parts = {"weight": [piece.of(local(piece.member.parameter)) for piece in pieces]}
+        for name, arena in self.arena.tensors.items():
+            divisor = self._divisor(name)
+            parts[name] = [arena[place // divisor : (place + size) // divisor]]
+        held, copied = {}, []
+        for name, tensors in parts.items():
+            held[name] = self._hold(name, tensors)
+            if held[name].data_ptr() != tensors[0].data_ptr():
+                own = held[name].view(tensors[0].dtype) if self._kind.pairs else held[name]
+                copied.append((own[: _count(tensors)], tensors))
+        return _Chunk(pieces, held, tuple(copied))
 
-    def _collected(self, parts: list[Tensor], name: str) -> Tensor:
-        """Parts side by side: the only one itself, or a copy in scratch."""
-        if len(parts) == 1:
-            return parts[0]
-        size = sum(part.numel() for part in parts)
-        buffer = self._buffer(name, parts[0].dtype)[:size]
-        torch.cat(parts, out=buffer)
-        return buffer
+    def _divisor(self, name: str) -> int:
+        """Elements of the model for one of an arena."""
+        return self.arena.form.quantum if name.endswith(SCALE) else 1
+
+    def _hold(self, name: str, tensors: list[Tensor]) -> Tensor:
+        """What a step is given for tensors: the only one itself, or scratch."""
+        first, pairs = tensors[0], self._kind.pairs
+        size = CHUNK // self._divisor(name) if self._loop else _count(tensors)
+        widened = first.dtype == torch.int16 and not pairs
+        even = not pairs or first.storage_offset() % 2 == 0
+        if len(tensors) > 1 or first.numel() != size or widened or not even:
+            first = self._buffer(name, torch.int32 if widened else first.dtype)[:size]
+        return first.view(torch.int32) if pairs else first
 
     def _buffer(self, name: str, dtype: torch.dtype) -> Tensor:
         """Scratch of a chunk's size."""
-        if name not in self._scratch or self._scratch[name].dtype != dtype:
-            self._scratch[name] = torch.zeros(CHUNK, dtype=dtype, device=self.arena.device)
-        return self._scratch[name]
+        if (name, dtype) not in self._scratch:
+            self._scratch[name, dtype] = torch.zeros(CHUNK, dtype=dtype)
+        return self._scratch[name, dtype]
 
-    def _load(self, name: str, here: slice) -> Tensor:
-        """Moments of a chunk in float32."""
-        moment = self._buffer(name, torch.float32)
-        stored, quantum = self.arena.tensors[name][here], self.arena.form.quantum
-        if quantum:
-            scales = self.arena.tensors[name + SCALE][here.start // quantum : here.stop // quantum]
-            eager_moments.decode(stored, scales, quantum, moment[: len(stored)])
+    def _update(self, chunk: _Chunk, gradients: Sequence[Tensor], scalars: Tensor) -> None:
+        """One chunk, in place where its memory allows, otherwise by way of scratch."""
+        taken = [piece.of(gradients[piece.position]) for piece in chunk.pieces]
+        gradient = self._hold("gradient", taken)
+        if gradient.data_ptr() != taken[0].data_ptr():
+            own = gradient.view(taken[0].dtype) if self._kind.pairs else gradient
+            torch.cat(taken, out=own[: _count(taken)])
+        for scratch, tensors in chunk.copied:
+            _collect(tensors, scratch)
+        held, kind = chunk.held, self._kind
+        moments = [held[name] for name in self.arena.moments]
+        scales = [held[name + SCALE] for name in self.arena.moments] if kind.quantum else []
+        weight, low = held["weight"], held.get(LOW)
+        if self._loop is None:
+            random = self._random(chunk, int(scalars[-1])) if kind.random else None
+            update(kind, weight, low, gradient, moments, scales, scalars, random, exact_root)
         else:
-            moment[: len(stored)].copy_(stored)
-        return moment
+            index = self._index(chunk) if kind.random else None
+            given = arguments(weight, low, gradient, moments, scales, scalars, self._seed, index)
+            self._loop(given)
+        for scratch, tensors in chunk.copied:
+            _torch.copy_all(tensors, scratch.split([tensor.numel() for tensor in tensors]))
 
-    def _store(
-        self, name: str, here: slice, moment: Tensor, random: Tensor | None, number: int
-    ) -> None:
-        stored, quantum = self.arena.tensors[name][here], self.arena.form.quantum
-        if quantum:
-            assert random is not None
-            bits = random >> 8 if number else random & 0xFF
-            scales = self.arena.tensors[name + SCALE][here.start // quantum : here.stop // quantum]
-            eager_moments.encode(moment, bits, quantum, stored, scales)
-        else:
-            stored.copy_(moment)
-
-    def _random(self, chunk: _Chunk) -> Tensor:
-        parts = [
-            eager_numerics.random_bits(
-                self._seed,
-                chunk.number,
-                piece.member.index + piece.start,
-                piece.stop - piece.start,
-                self.arena.device,
-            )
+    def _random(self, chunk: _Chunk, number: int) -> Tensor:
+        """16 random bits for each element."""
+        seed, device = int(self._seed), self.arena.device
+        drawn = [
+            eager_numerics.random_bits(seed, number, piece.index, piece.size, device)
             for piece in chunk.pieces
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat(drawn)
+
+    def _index(self, chunk: _Chunk) -> Tensor:
+        """Of each element in the model, int64."""
+        index, start = self._buffer("index", torch.int64), 0
+        for piece in chunk.pieces:
+            torch.arange(
+                piece.index, piece.index + piece.size, out=index[start : start + piece.size]
+            )
+            start += piece.size
+        return index
+
+
+def _pieces(ready: Sequence[Member], positions: Iterable[int]) -> Iterator[_Piece]:
+    """Parameters, cut where the arena is cut into chunks, so that whole chunks need no scratch."""
+    for position in positions:
+        member, start = ready[position], 0
+        while start < member.elements:
+            rest = CHUNK - (member.place + start) % CHUNK
+            stop = min(start + rest, member.elements)
+            yield _Piece(position, member, start, stop)
+            start = stop
+
+
+def _together(pieces: Iterable[_Piece]) -> Iterator[tuple[_Piece, ...]]:
+    """Neighbours in a chunk of the arena."""
+    chosen: list[_Piece] = []
+    for piece in pieces:
+        if chosen:
+            end = chosen[-1].place + chosen[-1].size
+            if end != piece.place or end % CHUNK == 0:
+                yield tuple(chosen)
+                chosen = []
+        chosen.append(piece)
+    if chosen:
+        yield tuple(chosen)
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _collect(tensors: list[Tensor], scratch: Tensor) -> None:
+    if len(tensors) == 1:
+        scratch.copy_(tensors[0])
+    else:
+        torch.cat(tensors, out=scratch)

@@ -96,11 +96,10 @@ class LaunchedUpdate:
     ) -> None:
         if dtype not in _DTYPES:
             raise UsageError(f"gradients of {dtype} have no kernel; cast them, or use float32")
-        weights = [member.weight for member, _ in pairs]
         addresses = tuple(
             address
-            for weight, (_, gradient) in zip(weights, pairs, strict=True)
-            for address in (weight.data_ptr(), gradient.data_ptr())
+            for member, gradient in pairs
+            for address in (member.address, gradient.data_ptr())
         )
         if dtype not in self._tables or self._tables[dtype][0] != addresses:
             members = [member for member, _ in pairs]

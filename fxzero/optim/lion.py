@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,26 +16,11 @@ from fxzero.optim.rule import Columns, Group, Rule
 class _LionRule:
     name = "lion"
     moments = ("exp_avg",)
+    fused = None
 
     def scalars(self, group: Group, steps: Tensor) -> Columns:
         lr, (beta1, beta2) = group["lr"], group["betas"]
         return 1 - lr * group["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2, lr
-
-    def apply(
-        self,
-        group: Group,
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        moments: Sequence[Sequence[Tensor]],
-        step: Tensor,
-    ) -> None:
-        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-        sign = -1.0 if group["maximize"] else 1.0
-        for weight, gradient, first in zip(weights, gradients, *moments, strict=True):
-            # Products are rounded before they are added, as in the kernel.
-            direction = (first * beta1).add_(gradient * (sign * (1 - beta1))).sign_()
-            first.mul_(beta2).add_(gradient * (sign * (1 - beta2)))
-            weight.mul_(1 - lr * group["weight_decay"]).sub_(direction.mul_(lr))
 
 
 class Lion(Optimizer):

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fxzero.optim.arenas import Arena, Member
 
+# Columns of a row of scalars; the last two are the sign of gradients and the step's number.
+SCALARS = 16
 Group = dict[str, Any]
 Columns = tuple[float | Tensor, ...]
 
@@ -36,7 +38,16 @@ class Rule(Protocol):
         """What ``kernels.update`` reads: numbers, or float64 [n] where steps [n] matter."""
         ...
 
-    def apply(
+    @property
+    def fused(self) -> Fused | None:
+        """Torch's kernel for tensors of one dtype, if it has one."""
+        ...
+
+
+class Fused(Protocol):
+    """Updates weights and moments in place by a kernel of torch's."""
+
+    def __call__(
         self,
         group: Group,
         weights: Sequence[Tensor],
@@ -44,7 +55,7 @@ class Rule(Protocol):
         moments: Sequence[Sequence[Tensor]],
         step: Tensor,
     ) -> None:
-        """Updates weights and moments in place by torch's operators.
+        """One step.
 
         Args:
             moments: for each name, those of all weights.
@@ -89,5 +100,5 @@ class Update(Protocol):
         control: Control,
         groups: Sequence[Group],
     ) -> None:
-        """One step for the members that have gradients, which are one-dimensional."""
+        """One step for the members that have gradients, which lie in memory as weights do."""
         ...

@@ -25,7 +25,7 @@ class _SGDRule:
         nesterov = float(group["nesterov"])
         return group["weight_decay"], group["momentum"], taken, group["lr"], nesterov
 
-    def apply(
+    def fused(
         self,
         group: Group,
         weights: Sequence[Tensor],

@@ -114,7 +114,8 @@ def test_random_bits_belong_to_the_element_and_the_step(first: int) -> None:
 
 def test_the_generator_is_philox() -> None:
     """The vector for zeros that its authors publish (Random123, kat_vectors)."""
-    words = eager_numerics._philox(0, 0, torch.tensor([0]))
+    zero = torch.tensor(0)
+    words = eager_numerics._philox(zero, zero, torch.tensor([0]))
     assert [f"{word.item():08x}" for word in words] == [
         "5f6fb709", "0d893f64", "4f121f81", "4f730a48",
     ]  # fmt: skip

@@ -2,66 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import optimizer_cases as cases
 import pytest
 import torch
-from torch import Tensor
 
-from fxzero.optim import SGD, AdamW, Lion
+from fxzero.optim import AdamW
 from fxzero.optim.arenas import build
 from fxzero.optim.forms import Numerics
 from fxzero.optim.launch import LaunchedUpdate
 from fxzero.optim.rule import Control
 
 _NOTHING = Control(None, None, None)
-_OPTIMIZERS: dict[str, Any] = {
-    "adamw": (AdamW, {"lr": 1e-2}, cases.adamw),
-    "lion": (Lion, {"lr": 1e-3, "weight_decay": 0.1}, cases.lion),
-    "sgd": (SGD, {"lr": 0.1, "weight_decay": 0.1, "nesterov": True}, cases.sgd),
-}
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
-    return tensor.detach().contiguous().view(kind)
-
-
-def _same(ours: Tensor, expected: Tensor, what: str) -> None:
-    assert ours.dtype == expected.dtype, what
-    assert torch.equal(_bits(ours.flatten()), _bits(expected)), what
 
 
 @pytest.mark.parametrize("form", cases.FORMS)
-@pytest.mark.parametrize("name", _OPTIMIZERS)
+@pytest.mark.parametrize("name", cases.OPTIMIZERS)
 def test_a_step_is_that_of_numpy_to_the_bit(name: str, form: str) -> None:
-    make, options, reference_of = _OPTIMIZERS[name]
-    dtype, numerics = cases.FORMS[form]
-    owned = cases.parameters(dtype)
-    optimizer = make(owned, backend="triton", seed=3, **options, **numerics)
-    rule, kept = (
-        optimizer.rule,
-        Numerics.of(
-            numerics.get("master_bits"),
-            numerics.get("stochastic_rounding", False),
-            numerics.get("moments"),
-        ),
-    )
-    expected, index = [], 0
-    for p in owned:
-        expected.append(cases.Reference.of(p, kept.form(p), index, 3, rule.moments))
-        index += -(-p.numel() // 8) * 8
-    for step in range(1, 5):
-        cases.give_gradients(owned, step)
-        optimizer.step()
-        columns = rule.scalars(optimizer.param_groups[0], torch.tensor([step]).double())
-        scalars = [float(c) for c in columns]
-        for p, reference in zip(owned, expected, strict=True):
-            reference.step(p.grad.flatten(), step, rule.moments, reference_of(scalars))
-            _same(p, reference.weight, f"weight of {list(p.shape)} in step {step}")
-            for key, value in reference.state.items():
-                _same(optimizer.state[p][key], value, f"{key} of {list(p.shape)} in step {step}")
+    make, options, rule = cases.OPTIMIZERS[name]
+    cases.check_against_numpy(make, {"backend": "triton", **options}, form, rule)
 
 
 @pytest.mark.parametrize("form", [f for f in cases.FORMS if "nearest" not in f])

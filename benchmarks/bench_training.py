@@ -1,0 +1,120 @@
+"""Training of a small GPT-2 with each form of each optimizer: does it get as far as in float32?
+
+    python benchmarks/bench_training.py [--steps 300]
+
+Text is this project's own source, a byte a token.  Every variant starts from the same weights and
+sees the same batches; the final loss is the mean of the last twenty.  Weights in bfloat16 are used
+by a model in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import harness
+import torch
+from torch import Tensor
+
+from fxzero import optim
+
+_HERE = Path(__file__).resolve().parent
+_LENGTH, _ROWS, _LAST = 64, 8, 20
+_ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01}
+_VARIANTS: dict[str, tuple[Any, torch.dtype, dict[str, Any]]] = {
+    "torch AdamW, float32": (torch.optim.AdamW, torch.float32, _ADAMW),
+    "AdamW, float32": (optim.AdamW, torch.float32, _ADAMW),
+    "AdamW, float32, int8 moments": (optim.AdamW, torch.float32, _ADAMW | {"moments": "int8"}),
+    "AdamW, split master": (optim.AdamW, torch.bfloat16, _ADAMW),
+    "AdamW, split master, float32 moments": (
+        optim.AdamW,
+        torch.bfloat16,
+        _ADAMW | {"moments": "float32"},
+    ),
+    "AdamW, 24 bits, int8 moments": (
+        optim.AdamW,
+        torch.bfloat16,
+        _ADAMW | {"master_bits": 24, "moments": "int8"},
+    ),
+    "AdamW, stochastic rounding": (
+        optim.AdamW,
+        torch.bfloat16,
+        _ADAMW | {"stochastic_rounding": True},
+    ),
+    "AdamW, stochastic rounding, int8 moments": (
+        optim.AdamW,
+        torch.bfloat16,
+        _ADAMW | {"stochastic_rounding": True, "moments": "int8"},
+    ),
+    "torch AdamW, bfloat16": (torch.optim.AdamW, torch.bfloat16, _ADAMW),
+    "Lion, float32": (optim.Lion, torch.float32, {"lr": 2e-4, "weight_decay": 0.05}),
+    "Lion, split master": (optim.Lion, torch.bfloat16, {"lr": 2e-4, "weight_decay": 0.05}),
+    "SGD, float32": (optim.SGD, torch.float32, {"lr": 0.05}),
+    "SGD, split master": (optim.SGD, torch.bfloat16, {"lr": 0.05}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--output", type=Path, default=_HERE / "results")
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    text = _text()
+    found: dict[str, float] = {}
+    cells: list[tuple[str, ...]] = [("optimizer", "final loss", "of float32's")]
+    for name, (make, dtype, given) in _VARIANTS.items():
+        found[name] = _final_loss(text, make, dtype, given, options.steps)
+        base = found.get(f"{name.partition(',')[0]}, float32", found[name])
+        cells.append((name, f"{found[name]:.4f}", f"{found[name] / base:.4f}"))
+        print(*cells[-1], flush=True)
+    harness.show(cells)
+    path = options.output / f"{datetime.date.today()}-training-parity.json"
+    facts = {"versions": harness.versions(), "machine": harness.machine("cpu")}
+    path.write_text(json.dumps(facts | {"steps": options.steps, "loss": found}, indent=1) + "\n")
+    path.with_suffix(".md").write_text(harness.markdown(cells))
+
+
+def _text() -> Tensor:
+    files = sorted((_HERE.parent / "fxzero").glob("*.py"))
+    data = b"".join(path.read_bytes() for path in files)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
+
+
+def _final_loss(
+    text: Tensor, make: Any, dtype: torch.dtype, given: dict[str, Any], steps: int
+) -> float:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=256, n_embd=128, n_layer=3, n_head=4, n_positions=_LENGTH, use_cache=False
+    )
+    model = transformers.GPT2LMHeadModel(config).to(dtype).train()
+    model.config.resid_pdrop = 0.0
+    optimizer = make(model.parameters(), **given)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 20) * (1 - 0.9 * step / steps)
+    )
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        starts = torch.randint(len(text) - _LENGTH, (_ROWS,), generator=generator)
+        rows = torch.stack([text[start : start + _LENGTH] for start in starts.tolist()])
+        loss = model(input_ids=rows, labels=rows).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return sum(losses[-_LAST:]) / _LAST
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Optimizers' steps on a CPU, by operators and by generated code, equal to numpy to the bit."""
+
+from __future__ import annotations
+
+import optimizer_cases as cases
+import pytest
+import torch
+
+from fxzero import _torch
+from fxzero.kernels import eager_numerics
+from fxzero.optim import chunks
+
+# The others go through torch's own kernels, whose sums are fused.
+_FORMS = [
+    name
+    for name, (dtype, options) in cases.FORMS.items()
+    if (dtype == torch.bfloat16 and options != {"master_bits": 16}) or options.get("moments")
+]
+
+
+_CASES = [(name, form) for name in cases.OPTIMIZERS for form in _FORMS] + [("lion", "float32")]
+
+
+@pytest.mark.parametrize(("name", "form"), _CASES)
+def test_a_step_by_operators_is_that_of_numpy_to_the_bit(name: str, form: str) -> None:
+    make, options, rule = cases.OPTIMIZERS[name]
+    cases.check_against_numpy(make, options, form, rule)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="generates code with a C++ compiler")
+@pytest.mark.parametrize(("name", "form"), _CASES)
+def test_a_step_by_generated_code_is_that_of_numpy_to_the_bit(
+    name: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "_WORTH_COMPILING", 0)
+    monkeypatch.setattr(chunks, "CHUNK", 2048)
+    make, options, rule = cases.OPTIMIZERS[name]
+    cases.check_against_numpy(make, options, form, rule)
+
+
+def test_random_bits_are_the_same_by_runs_and_by_elements() -> None:
+    cpu, seed, step = torch.device("cpu"), torch.tensor(2**40 + 7), torch.tensor(3)
+    for first in (0, 8, 13, 2**35 + 5):
+        index = torch.arange(first, first + 133)
+        by_element = eager_numerics.random_bits_of(seed, step, index)
+        assert torch.equal(eager_numerics.random_bits(int(seed), 3, first, 133, cpu), by_element)
