@@ -26,8 +26,13 @@ _INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 
 @triton.jit
 def to_float32(x):
-    """A float of 16 or 32 bits as float32, exactly."""
-    return x.to(tl.float32)
+    """A float of 16 or 32 bits as float32, exactly: subnormal bfloat16 in the interpreter, too."""
+    if x.dtype == tl.bfloat16:
+        upper = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        x = upper.to(tl.float32, bitcast=True)
+    else:
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit

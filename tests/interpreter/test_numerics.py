@@ -48,6 +48,19 @@ def test_nearest_bfloat16_is_that_of_torch() -> None:
 
 
 @triton.jit
+def _widened(x, out, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, numerics.to_float32(tl.load(x + i)))
+
+
+def test_every_bfloat16_is_the_same_float32() -> None:
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    out = torch.empty(x.shape)
+    _widened[(1,)](x, out, x.numel())
+    _same(out, x.float())
+
+
+@triton.jit
 def _there_and_back(x, high, low, back, BITS: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     upper, lower = numerics.split(tl.load(x + i), BITS)
