@@ -17,11 +17,13 @@ import torch
 import torch.distributed._functional_collectives  # registers the operators
 from torch import fx
 
+from fxzero.messages import READ
 from fxzero.storages import tensor_leaves
 
 _OPERATORS = torch.ops._c10d_functional
 ALL_GATHER = _OPERATORS.all_gather_into_tensor.default
 ALL_REDUCE = _OPERATORS.all_reduce.default
+ALL_TO_ALL = _OPERATORS.all_to_all_single.default
 REDUCE_SCATTER = _OPERATORS.reduce_scatter_tensor.default
 WAIT = _OPERATORS.wait_tensor.default
 
@@ -33,9 +35,9 @@ COALESCED: dict[object, Any] = {
 }
 
 # Position of the group's name among the arguments.
-_GROUP: dict[object, int] = {ALL_GATHER: 2, ALL_REDUCE: 2, REDUCE_SCATTER: 3}
+_GROUP: dict[object, int] = {ALL_GATHER: 2, ALL_REDUCE: 2, ALL_TO_ALL: 3, REDUCE_SCATTER: 3}
 _RANKS: dict[object, int] = {ALL_GATHER: 1, REDUCE_SCATTER: 2}
-_GROUP |= {COALESCED[one]: position for one, position in _GROUP.items()}
+_GROUP |= {COALESCED[one]: position for one, position in _GROUP.items() if one in COALESCED}
 _RANKS |= {COALESCED[one]: position for one, position in _RANKS.items()}
 
 
@@ -50,7 +52,7 @@ def is_gather(node: fx.Node) -> bool:
 
 
 def is_reduction(node: fx.Node) -> bool:
-    """Whether the node starts a reduce-scatter or an all-reduce."""
+    """Whether the node starts a reduction, or the all-to-all that stands for one."""
     return is_collective(node) and not is_gather(node)
 
 
@@ -70,6 +72,23 @@ def waits_of(collective: fx.Node) -> list[fx.Node]:
     users = list(collective.users)
     parts = [user for item in users if item.target is operator.getitem for user in item.users]
     return [user for user in (*users, *parts) if is_wait(user)]
+
+
+def arrives_as(gather: fx.Node) -> fx.Node:
+    """The node whose value is what was gathered: the gather, or what is read from its message."""
+    readers = [user for wait in waits_of(gather) for user in wait.users if user.target is READ]
+    return readers[0] if readers else gather
+
+
+def preparation(gather: fx.Node) -> tuple[fx.Node, ...]:
+    """What is done to a parameter before it is gathered, the last first, and the parameter."""
+    found: list[fx.Node] = []
+    pending = list(gather.all_input_nodes)
+    while pending:
+        node = pending.pop()
+        found.append(node)
+        pending += node.all_input_nodes
+    return tuple(found)
 
 
 def collective_of(wait: fx.Node) -> fx.Node:
@@ -111,6 +130,10 @@ def workspace_of(collective: fx.Node) -> int:
 
 def ranks_of(node: fx.Node) -> int | None:
     """How many ranks take part in a collective; None where the operator does not say."""
+    if node.target is ALL_TO_ALL:
+        sizes = node.args[1]
+        assert isinstance(sizes, (list, tuple))
+        return len(sizes)
     position = _RANKS.get(node.target)
     ranks = None if position is None else node.args[position]
     assert ranks is None or isinstance(ranks, int)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fxzero.errors import UsageError, unknown_option
+from fxzero.precision import Precision
 
 STAGES = (0, 1, 2, 3, "auto")
 _DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "dp")
@@ -46,12 +47,16 @@ class Sharding:
         shard: what parameters are cut over; None: they are whole on every rank.
         replicate: what gradients are averaged over besides.
         reduce_dtype: in what gradients are reduced, such as "float32"; None: as they are computed.
+        send_weights, send_gradients: what gathers and reduce-scatters move, such as "int8"; None:
+            the numbers themselves.
     """
 
     zero: int | None = None
     shard: Axis | None = None
     replicate: tuple[Axis, ...] = ()
     reduce_dtype: str | None = None
+    send_weights: str | None = None
+    send_gradients: str | None = None
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -86,14 +91,16 @@ class Mesh:
     sizes: Mapping[str, int]
     devices: Any = None
 
-    def sharding(self, zero: int | None, reduce_dtype: torch.dtype | None = None) -> Sharding:
+    def sharding(self, zero: int | None, precision: Precision | None = None) -> Sharding:
         """What a ZeRO stage (None: "auto") comes to on this mesh."""
         axes = {name: Axis(name, size) for name, size in self.sizes.items() if name != "pp"}
-        dtype = None if reduce_dtype is None else str(reduce_dtype).removeprefix("torch.")
-        if zero == 0:
-            return Sharding(zero, None, tuple(axes.values()), dtype)
-        shard = axes.pop("dp_shard", None) or axes.pop("dp", None)
-        return Sharding(zero, shard, tuple(axes.values()), dtype)
+        asked = precision or Precision()
+        dtype = None if asked.reduce is None else str(asked.reduce).removeprefix("torch.")
+        shard = None
+        if zero != 0:
+            shard = axes.pop("dp_shard", None) or axes.pop("dp", None)
+        others = tuple(axes.values())
+        return Sharding(zero, shard, others, dtype, asked.send_weights, asked.send_gradients)
 
     @property
     def size(self) -> int:

@@ -53,7 +53,7 @@ class Options:
 
     def on(self, mesh: Mesh) -> Options:
         """The same on other ranks."""
-        sharding = mesh.sharding(self.sharding.zero, self.precision.reduce)
+        sharding = mesh.sharding(self.sharding.zero, self.precision)
         return dataclasses.replace(self, sharding=sharding)
 
 
@@ -89,7 +89,7 @@ def check_options(
         strict=strict,
         offload=offload,
         precision=dtypes,
-        sharding=(mesh or Mesh({})).sharding(stage, dtypes.reduce),
+        sharding=(mesh or Mesh({})).sharding(stage, dtypes),
         microbatches=check_microbatches(microbatches),
     )
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fxzero.collectives import is_gather
+from fxzero.collectives import arrives_as, is_gather
 from fxzero.errors import UsageError
 from fxzero.graph import TrainGraph
 from fxzero.solver.problem import is_recomputable
@@ -65,12 +65,18 @@ def _gathered(graph: TrainGraph, *, again: bool) -> dict[str, str]:
 
     Gathering those costs a latency each and frees next to nothing.
     """
-    sizes = {node.name: node.meta["val"].nbytes for node in graph.graph.nodes if is_gather(node)}
-    room = _SMALL_SHARE * sum(sizes.values())
+    gathers = [node for node in graph.graph.nodes if is_gather(node)]
+    wholes = [arrives_as(gather) for gather in gathers]
+    room = _SMALL_SHARE * sum(whole.meta["val"].nbytes for whole in wholes)
     settled = {}
-    for name, size in sorted(sizes.items(), key=lambda item: item[1]):
-        room -= size
-        settled[name] = "recompute" if again and room < 0 else "save"
+    for gather, whole in sorted(
+        zip(gathers, wholes, strict=True), key=lambda pair: pair[1].meta["val"].nbytes
+    ):
+        room -= whole.meta["val"].nbytes
+        choice = "recompute" if again and room < 0 else "save"
+        settled[whole.name] = choice
+        if choice == "recompute":
+            settled[gather.name] = choice
     return settled
 
 

@@ -8,30 +8,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxzero.errors import UsageError
+from fxzero.errors import UsageError, unknown_option
+from fxzero.quantization import KINDS
 from fxzero.structure import flatten
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Mixed precision.
+    """Mixed precision, and what ranks send one another.
 
     Attributes:
         param: what parameters and floating-point inputs are computed in; None: as they are.
         reduce: what gradients are averaged over ranks in; None: as they are computed.
         master: what parameters, and so gradients and optimizer state, are kept in; None: as they
             are.
+        send_weights: "int8", "int4" or "fp8": what a gather of weights moves; None: the weights.
+        send_gradients: the same for reduce-scatters of gradients, in stages 1 to 3.
     """
 
     param: torch.dtype | None = None
     reduce: torch.dtype | None = None
     master: torch.dtype | None = None
+    send_weights: str | None = None
+    send_gradients: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("param", "reduce", "master"):
             dtype = getattr(self, name)
             if dtype is not None and not _is_floating(dtype):
                 raise UsageError(f"Precision({name}={dtype!r}) must be a floating torch.dtype")
+        for name in ("send_weights", "send_gradients"):
+            kind = getattr(self, name)
+            if kind is not None and kind not in KINDS:
+                raise unknown_option(str(kind), KINDS, where=name)
 
     def computed(self, tensor: torch.Tensor) -> torch.Tensor:
         """A parameter or input in the dtype that it is computed in."""

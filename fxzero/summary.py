@@ -12,7 +12,7 @@ from torch import fx
 from fxzero import __version__
 from fxzero.capture import user_line
 from fxzero.clock import elapsed
-from fxzero.collectives import is_collective, is_gather
+from fxzero.collectives import is_collective, is_gather, preparation
 from fxzero.cost import CostModel
 from fxzero.graph import TrainGraph, describe
 from fxzero.optimizers import OptimizerProfile
@@ -20,6 +20,7 @@ from fxzero.options import Options
 from fxzero.passes.bucket import GATHERED
 from fxzero.passes.listing import module_of
 from fxzero.passes.partition import Split
+from fxzero.passes.quantize import what_is_sent
 from fxzero.passes.rematerialize import CLONE_OF
 from fxzero.passes.shard import WHOLE
 from fxzero.plans import (
@@ -281,8 +282,7 @@ def _gathered_again(facts: Facts) -> list[Value]:
     for gather in facts.graph.graph.nodes:
         if gather.name not in wanted or not is_gather(gather):
             continue
-        (part,) = gather.all_input_nodes
-        parameter = part if part in names else part.all_input_nodes[0]
+        parameter = preparation(gather)[-1]
         seconds = facts.costs.price_again(gather).seconds
         for wait in (part for user in gather.users for part in parts[user.name]):
             size = sum(_own_bytes(wait))
@@ -354,7 +354,7 @@ def _thin(points: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 def _notes(facts: Facts) -> tuple[str, ...]:
-    notes = list(facts.unapplied)
+    notes = [*facts.unapplied, *what_is_sent(facts.graph, facts.options.sharding)]
     if not facts.is_stage:
         notes.append(
             "the caller is taken to hold the model's outputs during the backward"

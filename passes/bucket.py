@@ -26,8 +26,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxzero.collectives import ALL_GATHER, COALESCED, REDUCE_SCATTER, group_of, is_gather
+from fxzero.collectives import (
+    ALL_GATHER,
+    COALESCED,
+    REDUCE_SCATTER,
+    group_of,
+    is_gather,
+    preparation,
+)
 from fxzero.graph import TrainGraph
+from fxzero.messages import WRITE
 from fxzero.passes.context import PassContext
 from fxzero.passes.rematerialize import CLONE_OF
 from fxzero.passes.writer import Writer, renew_views
@@ -37,6 +45,7 @@ from fxzero.storages import storage_identity
 GATHERED = "gathered"
 
 _ATEN = torch.ops.aten
+_PREPARE = (_ATEN._to_copy.default, WRITE)
 
 
 def bucket_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
@@ -65,9 +74,9 @@ def _merge_gathers(graph: TrainGraph, limit: int, backward: bool, flat: bool) ->
     ]
     for members in _buckets((n for n in gathers if _is_early(n)), limit):
         for member in members[1:]:
-            (source,) = member.all_input_nodes
-            if members[0] < source:
-                members[0].prepend(source)
+            for source in reversed(preparation(member)):
+                if source.op != "placeholder" and members[0] < source:
+                    members[0].prepend(source)
         if flat:
             _gather_flat(graph, members)
         else:
@@ -75,9 +84,9 @@ def _merge_gathers(graph: TrainGraph, limit: int, backward: bool, flat: bool) ->
 
 
 def _is_early(gather: fx.Node) -> bool:
-    """Whether a gather may start earlier: its part, or what a cast reads, is always there."""
-    (source,) = gather.all_input_nodes
-    return source.op == "placeholder" or all(s.op == "placeholder" for s in source.all_input_nodes)
+    """Whether a gather may start earlier: a part of a parameter is always there."""
+    *steps, source = preparation(gather)
+    return source.op == "placeholder" and all(step.target in _PREPARE for step in steps)
 
 
 def _merge_reductions(graph: TrainGraph, limit: int, target: Any, flat: bool) -> None:

@@ -24,11 +24,12 @@ from torch import fx
 
 from fxzero.collectives import group_of, is_gather, is_reduction, waits_of
 from fxzero.graph import TrainGraph
+from fxzero.messages import WRITE
 from fxzero.passes.context import PassContext
 
 _ATEN = torch.ops.aten
 # What is done to parts of parameters before they are gathered.
-_PREPARE = (_ATEN._to_copy.default, _ATEN.view.default, _ATEN.cat.default)
+_PREPARE = (_ATEN._to_copy.default, _ATEN.view.default, _ATEN.cat.default, WRITE)
 
 
 def overlap_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:

@@ -2,12 +2,13 @@
 
     FXZERO_SKIP=name,name    run without these passes; the Plan notes it
 
-shard, deduplicate and accumulate run before the plan is made: what shard reduces is added to the
-gradients that exist.  The others carry the plan out.  Of these offload runs first: rematerialize
-lets the backward read what was fetched.  It also rebuilds views in the
-backward, so that write_back sees which buffers the backward still reads.  replay_randomness needs
-the clones that rematerialize makes, bucket the places where gathers are done again, and overlap
-the buckets.
+shard, quantize, deduplicate and accumulate run before the plan is made: quantize changes what the
+collectives of shard move, and what those reduce is added to the gradients that exist.
+
+The others carry the plan out.  Of these offload runs first: rematerialize lets the backward read
+what was fetched.  It also rebuilds views in the backward, so that write_back sees which buffers the
+backward still reads.  replay_randomness needs the clones that rematerialize makes, bucket the
+places where gathers are done again, and overlap the buckets.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fxzero.passes.context import PassContext
 from fxzero.passes.deduplicate import deduplicate_pass
 from fxzero.passes.offload import offload_pass
 from fxzero.passes.overlap import overlap_pass
+from fxzero.passes.quantize import quantize_pass
 from fxzero.passes.rematerialize import rematerialize_pass
 from fxzero.passes.replay_randomness import replay_randomness_pass
 from fxzero.passes.shard import shard_pass
@@ -67,6 +69,7 @@ def make_pass(
 # Before the plan is made: what it is made for.
 PREPARATION: tuple[Pass, ...] = (
     make_pass("shard", shard_pass, completes="capture"),
+    make_pass("quantize", quantize_pass, numerics="changes"),
     make_pass("deduplicate", deduplicate_pass),
     make_pass("accumulate", accumulate_pass),
 )

@@ -287,15 +287,16 @@ def test_diff_prints_what_changed(run: Callable[..., Ran], tmp_path: Path) -> No
 
 def test_passes_lists_name_numerics_and_summary(run: Callable[..., Ran]) -> None:
     lines = run("passes").out.splitlines()
-    assert [line.split()[:2] for line in lines[:6]] == [
+    assert [line.split()[:2] for line in lines[:7]] == [
         ["shard", "exact"],
+        ["quantize", "changes"],
         ["deduplicate", "exact"],
         ["accumulate", "exact"],
         ["offload", "exact"],
         ["rematerialize", "exact"],
         ["write_back", "exact"],
     ]
-    assert lines[5].endswith("exact    Buffer updates become writes at the end of the forward.")
+    assert lines[6].endswith("exact    Buffer updates become writes at the end of the forward.")
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def hybrid(zero=3, **options):
 def narrow():
     precision = Precision(param=torch.bfloat16, reduce=torch.float32)
     graph = capture(Chain(), INPUTS, precision=precision).graph
-    sharding = Mesh({"dp": 4}).sharding(3, torch.float32)
+    sharding = Mesh({"dp": 4}).sharding(3, Precision(reduce=torch.float32))
     return Planner(graph, Options(sharding=sharding, precision=precision), "model")
 
 

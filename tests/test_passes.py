@@ -158,6 +158,7 @@ def test_the_list_of_passes_prints() -> None:
     lines = describe().splitlines()
     assert [line.split()[:2] for line in lines] == [
         ["shard", "exact"],
+        ["quantize", "changes"],
         ["deduplicate", "exact"],
         ["accumulate", "exact"],
         ["offload", "exact"],
@@ -167,7 +168,7 @@ def test_the_list_of_passes_prints() -> None:
         ["bucket", "exact"],
         ["overlap", "exact"],
     ]
-    assert lines[5].endswith("Buffer updates become writes at the end of the forward.")
+    assert lines[6].endswith("Buffer updates become writes at the end of the forward.")
     assert all(item.summary for item in PASSES)
     assert "write_back" in repr(PASSES)
 
@@ -191,8 +192,8 @@ def test_the_environment_switches_passes_off(monkeypatch: pytest.MonkeyPatch) ->
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)), torch.randn(4, 8)
     monkeypatch.setenv("FXZERO_SKIP", "rematerialize,replay_randomness")
     plan = fxzero.plan(model, (x,), recompute="full")
-    kept = ("shard", "deduplicate", "accumulate", "offload", "write_back", "bucket", "overlap")
-    assert plan.passes == kept
+    kept = ("shard", "quantize", "deduplicate", "accumulate", "offload", "write_back", "bucket")
+    assert plan.passes == (*kept, "overlap")
     assert plan.decisions.recompute == ()
     assert "pass rematerialize is switched off by FXZERO_SKIP" in plan.notes
     with pytest.raises(UsageError, match="strict=True, but\n  pass rematerialize is switched off"):

@@ -12,6 +12,7 @@ from fxzero.mesh import Mesh, planned_mesh
 from fxzero.options import Options
 from fxzero.passes.shard import WHOLE
 from fxzero.planner import Planner
+from fxzero.precision import Precision
 from fxzero.report.html import render
 from fxzero.storages import storage_identity
 
@@ -147,7 +148,7 @@ def test_a_tied_weight_is_gathered_once():
 
 
 def test_a_gradient_in_another_dtype_is_reduced_in_it():
-    sharding = Mesh({"dp": 4}).sharding(3, torch.float64)
+    sharding = Mesh({"dp": 4}).sharding(3, Precision(reduce=torch.float64))
     graph = capture(Chain(2), (torch.randn(8, 64),)).graph
     made = Planner(graph, Options(sharding=sharding, optimizer="none"), "model").variants[0].graph
     dtypes = {n.meta["val"].dtype for n in made.graph.nodes if is_reduction(n)}
@@ -230,7 +231,7 @@ def test_a_weight_that_is_not_contiguous_stays_whole_and_is_noted():
 def test_casts_of_parts_are_where_their_buckets_need_them(zero):
     precision = fxzero.Precision(param=torch.bfloat16, reduce=torch.float32)
     graph = capture(Chain(), (torch.randn(8, 64),), precision=precision).graph
-    sharding = Mesh({"dp": 4}).sharding(zero, torch.float32)
+    sharding = Mesh({"dp": 4}).sharding(zero, Precision(reduce=torch.float32))
     for recompute in ("none", "auto", "full"):
         options = Options(sharding=sharding, precision=precision, recompute=recompute)
         split = Planner(graph, options, "model").decide().emitted.split

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from fxzero.collectives import is_collective, is_gather, workspace_of
+from fxzero.collectives import arrives_as, is_collective, is_gather, workspace_of
 from fxzero.cost import CostModel
 from fxzero.graph import TrainGraph
 from fxzero.passes.replay_randomness import is_random, rng_state_bytes
@@ -209,8 +209,8 @@ def build_problem(
         stay.add(len(sizes))
         sizes, maker, death = (*sizes, size), (*maker, index), (*death, operator.position)
     if not recompute:
-        gathers = {node.name for node in forward if is_gather(node)}
-        operators = [replace(o, recomputable=o.name in gathers) for o in operators]
+        again = {n.name for g in forward if is_gather(g) for n in (g, arrives_as(g))}
+        operators = [replace(o, recomputable=o.name in again) for o in operators]
     fetches = _fetches(operators, storages, stay, costs)
     maker = tuple(index + len(fetches) if index >= 0 else index for index in maker)
     results = {"output": frozenset[int](), "gradient": frozenset[int]()}
