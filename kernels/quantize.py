@@ -287,6 +287,18 @@ def _float_of_byte(words):
 @triton.jit
 def _store(pointers, x, mask):
     if pointers.dtype.element_ty == tl.bfloat16:
-        tl.store(pointers, numerics.nearest_bfloat16(x), mask)
+        tl.store(pointers, _nearest_bfloat16(x), mask)
     else:
         tl.store(pointers, x, mask)
+
+
+@triton.jit
+def _nearest_bfloat16(x):
+    """What arithmetic has made, rounded to nearest, ties to even.
+
+    A NaN of a device's arithmetic is 0x7FFFFFFF, that of a scale 0x7FC00000.  So the first is made
+    the second, which no carry makes a number: less to do than for the bits of any NaN.
+    """
+    bits = tl.minimum(x.to(tl.int32, bitcast=True), _NAN).to(tl.uint32, bitcast=True)
+    upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True)

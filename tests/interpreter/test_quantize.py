@@ -161,6 +161,19 @@ def test_floats_come_back_as_in_numpy(count: int, kind: str, dtype: torch.dtype)
     _same(ours, _middle(out).clone())
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001, -0x400000])
+@pytest.mark.parametrize("kind", _KINDS)
+def test_no_carry_makes_a_number_of_a_block_that_is_none(kind: str, bits: int) -> None:
+    """0x7FFFFFFF is the NaN of a device's arithmetic; rounded in integers it would be -0.0."""
+    codes, scales = _quantized(_values(1024, torch.float32), kind)
+    scales[1] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    for pieces in (1, 2):
+        out = torch.empty(1024, dtype=torch.bfloat16)
+        quantize.dequantize_reduce(codes.repeat(pieces), scales.repeat(pieces), out, kind)
+        assert out[256:512].isnan().all()
+        assert not out[:256].isnan().any()
+
+
 @pytest.mark.parametrize("pieces", [1, 2, 3, 8, 9])
 @pytest.mark.parametrize("kind", _KINDS)
 def test_pieces_are_added_in_their_order_as_float32(kind: str, pieces: int) -> None:
