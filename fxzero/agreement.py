@@ -7,6 +7,7 @@ at once, compared, and planned by the first.  Where they differ, every rank rais
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 from fxzero import _torch
 from fxzero.errors import DivergenceError, FxzeroError, PeerError, first_line
-from fxzero.groups import PATIENCE, make_group
+from fxzero.groups import PATIENCE, close_group, make_group
 from fxzero.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 # Seconds in which ranks are to notice a failure that one of them has noticed.
 _ANSWER = 2.0
 # What the errors of failed collectives say.
-_OF_COLLECTIVES = ("gloo", "Gloo", "NCCL", "onnection", "Timed out", "timed out", "Broken pipe")
+_OF_COLLECTIVES = ("gloo", "Gloo", "NCCL", "onnection", "imed out", "Broken pipe", "pair closure")
 _ALIKE = "give every rank the same model, and inputs of the same shapes: pad them"
 
 
@@ -70,23 +71,53 @@ class Agreement:
     def explained(self, error: RuntimeError, when: str) -> RuntimeError:
         """A PeerError for an error of a collective, other errors as they are.
 
-        Every rank that notices leaves a mark in the store; who leaves none in time is named.
+        It says what a rank said that has left.  If none has, every rank that notices leaves a mark
+        in the store; who leaves none in time is named.
         """
         text = first_line(error)
         if isinstance(error, PeerError) or not any(word in text for word in _OF_COLLECTIVES):
             return error
-        lines = [f"{when}: a collective of rank {self.rank} failed: {text}"]
+        what = f"a collective of rank {self.rank} failed: {text}"
+        lines = [f"{when}: {what}"]
         log.error(lines[0])  # a launcher may end this process before the others have answered
         try:
-            silent = self._silent(when)
+            said = self._said()
+            silent = [] if said else self._silent(when)
         except RuntimeError as problem:
             lines.append(f"  the others cannot be asked: {first_line(problem)}")
         else:
-            names = ", ".join(map(str, silent)) or "none"
-            text = f"no word within {_ANSWER:.0f} s from rank {names}"
-            lines.append(f"  {text}: gone, stuck, or waiting for one")
+            if said:
+                lines = [f"{when}: {said[0]}", *(f"  {other}" for other in said[1:]), f"  {what}"]
+            else:
+                names = ", ".join(map(str, silent)) or "none"
+                text = f"no word within {_ANSWER:.0f} s from rank {names}"
+                lines.append(f"  {text}: gone, stuck, or waiting for one")
         lines.append("  restart all ranks, from the last checkpoint (torchrun --max-restarts)")
         return PeerError("\n".join(lines))
+
+    def leave(self, error: BaseException, where: str, groups: Sequence[Any]) -> None:
+        """Tells all ranks why this one does not go on, and ends groups in which they wait for it.
+
+        They notice in ``explained``, and leave, too: others may wait for them.
+
+        Args:
+            where: what this rank was doing, such as "step 2".
+        """
+        if not isinstance(error, PeerError):
+            text = f"rank {self.rank} failed in {where}: {type(error).__name__}: "
+            with contextlib.suppress(RuntimeError):  # whoever had the store may be gone
+                self.store.set(self._place(self.rank), text + first_line(error))
+        for group in (*groups, self.group):
+            close_group(group)
+
+    def _place(self, rank: int) -> str:
+        """Where a rank says why it has left."""
+        return f"fxzero left {self.group.group_name} {rank}"
+
+    def _said(self) -> list[str]:
+        """What ranks say that have left."""
+        places = [self._place(rank) for rank in self.ranks]
+        return [self.store.get(place).decode() for place in places if self.store.check([place])]
 
     def _silent(self, when: str) -> list[int]:
         """Ranks that do not notice, too, that something failed."""

@@ -12,6 +12,7 @@ Stages of a pipeline tell each other the norms of theirs.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -56,14 +57,15 @@ def clip_grad_norm_(
             "gradients of no_sync steps are not reduced yet\n"
             "  run the last backward of an accumulation outside of no_sync, then clip"
         )
-    if ranks is None:
-        gradients = [_local_gradient(p) for p in parameters]
-        found = [torch.linalg.vector_norm(gradient, norm_type) for gradient in gradients]
-        norms = torch.stack(found) if found else torch.zeros(0)
-    else:
-        norms = _norms(parameters, ranks.shards, norm_type)
-    if pipeline is not None:
-        norms = pipeline.of_all_stages(model, norms)
+    with contextlib.nullcontext() if pipeline is None else pipeline.told():
+        if ranks is None:
+            gradients = [_local_gradient(p) for p in parameters]
+            found = [torch.linalg.vector_norm(gradient, norm_type) for gradient in gradients]
+            norms = torch.stack(found) if found else torch.zeros(0)
+        else:
+            norms = _norms(parameters, ranks.shards, norm_type)
+        if pipeline is not None:
+            norms = pipeline.of_all_stages(model, norms)
     total: torch.Tensor = torch.linalg.vector_norm(norms, norm_type)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(f"the norm of the gradients is {total.item()}, so they were not clipped")

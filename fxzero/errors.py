@@ -133,7 +133,7 @@ class DivergenceError(FxzeroError, RuntimeError):
 
 
 class PeerError(FxzeroError, RuntimeError):
-    """A collective failed: a rank that trains with this one is gone, or stuck."""
+    """A collective failed: a rank that trains with this one is gone, or stuck, or has raised."""
 
     code = "FXZ602"
 

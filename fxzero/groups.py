@@ -10,22 +10,41 @@ for each other under different names, so they first make these numbers equal.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from fxzero import _torch
 
 # How long a rank waits for the others: to come here, to reach the same step, or to plan.
 PATIENCE = timedelta(minutes=30)
+# Of a message that nobody sends.
+_NEVER_SENT = 2**20
 
 
 def make_group(ranks: Sequence[int], **options: Any) -> Any:
     """A process group of some ranks, all of which call this, with options of ``new_group``."""
     _level(tuple(ranks))
     return dist.new_group(list(ranks), use_local_synchronization=True, **options)
+
+
+def close_group(group: Any) -> None:
+    """Ends a process group of gloo, so that all who wait in it for this rank get an error.
+
+    gloo closes the connections of a group where a wait takes too long.  Torch's own ways to end a
+    group leave them open while anything refers to it.  NCCL has a watchdog.
+    """
+    others = [rank for rank in dist.get_process_group_ranks(group) if rank != dist.get_rank()]
+    if not others or "cpu:gloo" not in str(dist.get_backend_config(group)):
+        return
+    with contextlib.suppress(RuntimeError):  # of the wait, or of a group that is closed
+        message = dist.irecv(torch.empty(1), others[0], group=group, tag=_NEVER_SENT)
+        if message is not None:
+            message.wait(timedelta(milliseconds=1))
 
 
 def _level(ranks: tuple[int, ...]) -> None:

@@ -69,16 +69,19 @@ class Ranks:
             self.gathered[key] = self.shards.gather(parameter, dtype)
         return self.gathered[key]
 
-    def step(self, *, reduces: bool, syncs: bool | None = None) -> StepParameters:
+    def step(
+        self, *, reduces: bool, syncs: bool | None = None, explains: bool = True
+    ) -> StepParameters:
         """The parameters of one step.
 
         Args:
             reduces: whether the step's graph averages gradients.
             syncs: whether gradients are averaged behind it; None: as ``no_sync`` says.
+            explains: whether errors of collectives are explained; a pipeline explains them itself.
         """
         self.steps += 1
         syncs = self.syncing if syncs is None else syncs
-        return StepParameters(self, reduces, syncs, self.steps)
+        return StepParameters(self, reduces, syncs, self.steps if explains else None)
 
 
 def connect(model: nn.Module, mesh: Mesh, sharding: Sharding) -> Ranks | None:
@@ -102,7 +105,7 @@ def connect(model: nn.Module, mesh: Mesh, sharding: Sharding) -> Ranks | None:
 class StepParameters:
     """What one step's graphs take and return (``runtime.Parameters``)."""
 
-    def __init__(self, ranks: Ranks, reduces: bool, sync: bool, number: int) -> None:
+    def __init__(self, ranks: Ranks, reduces: bool, sync: bool, number: int | None) -> None:
         self.ranks = ranks
         self.reduces = reduces
         self.sync = sync
@@ -155,6 +158,8 @@ class StepParameters:
 
     def explained(self, error: RuntimeError) -> RuntimeError:
         """The error of a failed collective names the step and who did not answer."""
+        if self.number is None:
+            return error
         return self.ranks.agreement.explained(error, f"step {self.number}")
 
     def _returned(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -255,3 +256,85 @@ def different_batches(sizes=None):
     except fxzero.FxzeroError as error:
         return str(error)
     return "trained"
+
+
+RUNS_LEFT = {}  # by "forward" and "backward": how often the operator still runs in this process
+
+
+@torch.library.custom_op("fxzero_tests::fragile", mutates_args=())
+def fragile(x: torch.Tensor, pass_: str) -> torch.Tensor:
+    """A copy, unless this process has run it as often as it may."""
+    if pass_ in RUNS_LEFT:
+        RUNS_LEFT[pass_] -= 1
+        if RUNS_LEFT[pass_] < 0:
+            raise ValueError(f"the {pass_} met a value it cannot take")
+    return x.clone()
+
+
+fragile.register_fake(lambda x, pass_: torch.empty_like(x))
+fragile.register_autograd(lambda context, gradient: (fragile(gradient, "backward"), None))
+
+
+class Fragile(Mlp):
+    """Its operator stands before or behind the layers."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.last = last
+
+    def forward(self, x, labels):
+        x = x if self.last else fragile(self.layers[0](x), "forward")
+        x = self.layers(x) if self.last else self.layers[1:](x)
+        x = fragile(x, "forward") if self.last else x
+        return nn.functional.cross_entropy(x, labels)
+
+
+def other_shapes():
+    """Weights after steps of other shapes, and what a rank is told that has a shape of its own."""
+    model, (x, labels), _, _ = build("mlp")
+    asked = fxzero.Pipeline(2, "1f1b", microbatches=2)
+    model = fxzero.compile(model, (x, labels), pipeline=asked, inner="eager")
+    for rows in (16, 8, 16):
+        model.step(x[:rows], labels[:rows])
+    kept = {n: whole(p.grad) for n, p in model.named_parameters() if not p.is_meta}
+    rank, told = dist.get_rank(), []
+    for given in (
+        (x[: 8 + 4 * rank], labels[: 8 + 4 * rank]),
+        (x.requires_grad_(rank == 1), labels),
+    ):
+        try:
+            model.step(*given)
+        except fxzero.FxzeroError as error:
+            told.append(str(error))
+    model.step(x.detach(), labels)  # nothing is broken
+    return kept, told
+
+
+def one_rank_raises(failing, last, pass_, runs, sizes=None, zero="auto", **pipeline):
+    """What a rank is told of an error in its second step and in its third, and after how long.
+
+    Args:
+        failing: the rank that raises.
+        last: whether it does so in the last layer, or in the first.
+        pass_: "forward" or "backward".
+        runs: how often the operator runs before.
+    """
+    _, args, _, _ = build("mlp")
+    torch.manual_seed(0)
+    mesh = sizes and init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    options = {"inner": "eager", "recompute": "none", "mesh": mesh, "zero": zero}
+    asked = fxzero.Pipeline(microbatches=4, **pipeline)
+    model = fxzero.compile(Fragile(last), args, pipeline=asked, **options)
+    model.step(*args)
+    if dist.get_rank() == failing:
+        RUNS_LEFT[pass_] = runs
+    told, start = [], time.monotonic()
+    for _ in range(2):
+        try:
+            model.step(*args)
+            fxzero.clip_grad_norm_(model, 1.0)
+        except Exception as error:
+            told.append(f"{type(error).__name__}: {error}")
+            told += getattr(error, "__notes__", ())
+    RUNS_LEFT.clear()
+    return told, time.monotonic() - start

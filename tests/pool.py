@@ -57,6 +57,14 @@ class Pool:
         assert not failed, "\n".join(failed)
         return [answer for _, answer in answers]
 
+    def leave(self):
+        """Lets all processes end; their exit codes."""
+        for connection in self.connections:
+            connection.close()
+        for process in self.processes:
+            process.join(20)
+        return [process.exitcode for process in self.processes]
+
     def close(self):
         for process in self.processes:
             process.kill()

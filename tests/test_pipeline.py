@@ -295,6 +295,55 @@ def test_a_dead_rank_is_named(tmp_path):
     assert "no word within 2 s from rank 1: gone" in text
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "given"),
+    [
+        (2, {"failing": 1, "last": True, "pass_": "forward", "runs": 2, "schedule": "1f1b"}),
+        (2, {"failing": 0, "last": False, "pass_": "backward", "runs": 3, "schedule": "zb1p"}),
+        (4, {"failing": 3, "last": True, "pass_": "forward", "runs": 1, "zero": 3}),
+        (4, {"failing": 1, "last": False, "pass_": "backward", "runs": 2, "zero": 2}),
+    ],
+)
+def test_an_error_of_one_rank_is_told_to_all(ranks, given):
+    """At once, whether they wait for a message of its or for its part of a collective."""
+    sizes = {"pp": 2, "dp": 2} if ranks == 4 else None
+    with Pool(ranks) as some:
+        answers = some.run("pipeline_cases:one_rank_raises", timeout=90, sizes=sizes, **given)
+        exits = some.leave()
+    failing, pass_, runs = given["failing"], given["pass_"], given["runs"]
+    stage = 0 if failing < ranks // 2 else 1
+    raised = f"ValueError: the {pass_} met a value it cannot take"
+    for rank, (told, seconds) in enumerate(answers):
+        assert seconds < 20
+        first, *rest = told
+        if rank == failing:
+            assert first == raised
+            assert rest.pop(0).startswith(f"rank {failing} failed in step 2, in the ")
+        else:
+            assert f"rank {failing} failed in step 2, in the " in first
+            assert f" of stage {stage} for micro-batch {runs}: {raised}\n" in first
+            assert first.endswith("(torchrun --max-restarts)")
+        (again,) = rest
+        assert again.startswith(f"PeerError: [FXZ602] step 3: rank {failing} failed in step 2, in ")
+    assert exits == [0] * ranks
+
+
+@pytest.mark.slow
+def test_ranks_may_change_shapes_together(pool):
+    model, (x, labels), _, _ = build("mlp")
+    for rows in (16, 8, 16):
+        model(x[:rows], labels[:rows]).backward()
+    for kept, told in pool.run("pipeline_cases:other_shapes"):
+        for name, gradient in kept.items():
+            assert torch.allclose(gradient, model.get_parameter(name).grad, atol=1e-6)
+        assert [text.splitlines()[0] for text in told] == [
+            "[FXZ601] ranks were given different steps; no collective was started"
+        ] * 2
+        assert "rank 1: [FXZ101] input" in told[1]
+        assert "requires a gradient" in told[1]
+
+
 def test_weights_of_some_stages_are_not_exported_as_a_model(tmp_path):
     model, *_ = build("mlp")
     model.layers[0][0].weight = stand_in(model.layers[0][0].weight)

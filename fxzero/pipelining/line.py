@@ -19,9 +19,9 @@ class Line:
     Attributes:
         members: the global rank of each place.
         rank: this process's place.
-        group: their process group; None where there is one rank.
-        back: another one of theirs.  What goes to earlier places goes over it: where messages run
-            in the order in which they were started, the two directions would wait for each other.
+        group: a process group of theirs; None where there is one rank.
+        back: another one.  What goes to earlier places goes over it: where messages run in the
+            order in which they were started, the two directions would wait for each other.
         some: process groups of some of them, by their places.
     """
 
@@ -36,9 +36,9 @@ class Line:
         """The pipeline that this process belongs to."""
         if "pp" not in mesh.sizes:
             return cls()
-        group = mesh.devices.get_group("pp")
-        members = tuple(dist.get_process_group_ranks(group))
-        back = make_group(members)
+        members = tuple(dist.get_process_group_ranks(mesh.devices.get_group("pp")))
+        # The mesh's group is the user's, and a rank that fails ends those in use.
+        group, back = make_group(members), make_group(members)
         return cls(members, members.index(dist.get_rank()), group, back)
 
     @staticmethod
@@ -54,6 +54,11 @@ class Line:
     def between(self, source: int, target: int) -> Any:
         """The process group of messages from one place to another."""
         return self.group if source < target else self.back
+
+    @property
+    def groups(self) -> tuple[Any, ...]:
+        """All process groups of its own that this process is in."""
+        return (self.group, self.back, *self.some.values()) if self.size > 1 else ()
 
     @property
     def size(self) -> int:

@@ -50,6 +50,9 @@ class Runner:
     Args:
         leaves: the flat batch of each micro-batch.
         run_stage: the forward of one stage of this rank.
+
+    Attributes:
+        current: what it is doing.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Runner:
         self.waiting: dict[tuple[int, int], torch.Tensor | None] = {}
         self.losses: list[torch.Tensor] = []
         self.most_in_flight: dict[int, int] = {}
+        self.current: Action | None = None
 
     def run(self) -> list[torch.Tensor]:
         """The losses of all micro-batches, each divided by their number; none without a last stage.
@@ -82,7 +86,9 @@ class Runner:
             Kind.BACKWARD: self._backward,
         }
         for action in self.schedule.orders[self.transport.rank]:
+            self.current = action
             perform[action.kind](action)
+        self.current = None
         self.transport.finish()
         return self.losses
 

@@ -77,6 +77,12 @@ class Action:
         return f"{self.kind}{self.stage}.{self.microbatch}"
 
     @property
+    def in_words(self) -> str:
+        """It, for errors."""
+        what = self.kind.name.lower().replace("_", " ")
+        return f"the {what} of stage {self.stage} for micro-batch {self.microbatch}"
+
+    @property
     def result(self) -> Action:
         """What others wait for: of a whole backward, the input gradient."""
         if self.kind is Kind.BACKWARD:

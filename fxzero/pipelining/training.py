@@ -24,7 +24,7 @@ from fxzero import _torch
 from fxzero.agreement import Agreement
 from fxzero.calibration import cost_model
 from fxzero.capture import Capture
-from fxzero.errors import UsageError
+from fxzero.errors import PeerError, UsageError, first_line
 from fxzero.graph import describe_all
 from fxzero.mesh import Mesh
 from fxzero.microbatches import Batch
@@ -128,9 +128,7 @@ class PipelinedModel:
             ranks: those that have the same stages and other data, if there are any.
         """
         self.steps += 1
-        if not torch.is_grad_enabled():
-            raise UsageError("model.step computes gradients: call it outside of torch.no_grad")
-        check_inputs(batch.leaves, batch.structure)
+        refusal = _refusal(batch)
         accumulates = any(p.grad is not None for p in model.parameters() if p.requires_grad)
         if self.agreement is not None:
             mode = "training" if model.training else "evaluation"
@@ -138,20 +136,51 @@ class PipelinedModel:
             described = (
                 f"a batch of {describe_all(batch.leaves)}, {mode}, {frozen} frozen parameters"
             )
+            described = described if refusal is None else first_line(refusal)
             (wanted,) = self.agreement.on_step(described, [accumulates], f"step {self.steps}")
             accumulates = any(wanted)
+        if refusal is not None:
+            raise refusal
         if self.joins:
             batch = batch.joined(self.line.gather, self.line.size)
         prepared = self.prepare(model, view, batch)
         if prepared.steps is None:
             self._check_batch(batch)
             prepared = self.settle(model, view, batch, ranks)
+        return self._run(prepared, model, batch, accumulates)
+
+    @contextlib.contextmanager
+    def told(self, runner: Runner | None = None) -> Iterator[None]:
+        """All ranks are told of an error inside, wherever they wait for this one.
+
+        Process groups of the pipeline, and of the ranks with the same stages, are of no use then.
+
+        Args:
+            runner: what may be running.
+        """
         try:
-            return self._run(prepared, model, batch, accumulates)
-        except RuntimeError as error:
+            yield
+        except BaseException as error:
             if self.agreement is None:
                 raise
-            raise self.agreement.explained(error, f"step {self.steps}") from error
+            when = f"step {self.steps}"
+            found: BaseException = error
+            if isinstance(error, RuntimeError):
+                found = self.agreement.explained(error, when)
+            current = None if runner is None else runner.current
+            where = when if current is None else f"{when}, in {current.in_words}"
+            self.agreement.leave(found, where, self._groups)
+            if found is not error:
+                raise found from error
+            if not isinstance(error, PeerError):
+                error.add_note(f"rank {self.agreement.rank} failed in {where}; all ranks are told")
+            raise
+
+    @property
+    def _groups(self) -> list[Any]:
+        """Process groups in which others may wait for this rank in a step."""
+        names = self.mesh.data.sizes
+        return [*self.line.groups, *(self.mesh.devices.get_group(name) for name in names)]
 
     def _check_batch(self, batch: Batch) -> None:
         """Raises DivergenceError if ranks of a pipeline have different data: each reads its own."""
@@ -307,16 +336,17 @@ class PipelinedModel:
             return self._run_stage(prepared, model, stage, kinds[microbatch], given)
 
         runner = Runner(schedule, routes, transport, leaves, run)
-        try:
-            with self._shared_added_up(prepared, model):
-                losses = runner.run()
-        finally:
-            if self.ranks is not None:
-                self.ranks.gathered.clear()
-        self.in_flight = runner.most_in_flight
-        nothing = torch.zeros((), dtype=routes.loss, device=self.device)
-        loss = torch.stack(losses).sum() if losses else nothing
-        return line.tell(loss, schedule.placement[-1])
+        with self.told(runner):
+            try:
+                with self._shared_added_up(prepared, model):
+                    losses = runner.run()
+            finally:
+                if self.ranks is not None:
+                    self.ranks.gathered.clear()
+            self.in_flight = runner.most_in_flight
+            nothing = torch.zeros((), dtype=routes.loss, device=self.device)
+            loss = torch.stack(losses).sum() if losses else nothing
+            return line.tell(loss, schedule.placement[-1])
 
     def _kinds(self, count: int, accumulates: bool, model: nn.Module) -> list[_Kind]:
         """What becomes of each micro-batch's gradients, as in ``CompiledModule.step``."""
@@ -346,7 +376,7 @@ class PipelinedModel:
         step = prepared.steps[stage, kind.reduces, kind.accumulates]
         parameters: Parameters = IN_PLACE
         if self.ranks is not None:
-            parameters = self.ranks.step(reduces=kind.reduces, syncs=kind.syncs)
+            parameters = self.ranks.step(reduces=kind.reduces, syncs=kind.syncs, explains=False)
         if prepared.schedule.splits_backward:
             return step.run_in_halves(given, parameters)
         return step.run(given, parameters), None
@@ -445,6 +475,17 @@ class PipelinedModel:
             self.line.add_up(_torch.local_tensor(parameter.grad), owners)
             if earlier is not None:
                 parameter.grad = earlier.add_(parameter.grad)
+
+
+def _refusal(batch: Batch) -> UsageError | None:
+    """What is wrong with a step, which all ranks must know before any of them raises it."""
+    if not torch.is_grad_enabled():
+        return UsageError("model.step computes gradients: call it outside of torch.no_grad")
+    try:
+        check_inputs(batch.leaves, batch.structure)
+    except UsageError as error:
+        return error
+    return None
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
