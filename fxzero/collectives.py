@@ -159,6 +159,11 @@ def average(tensor: torch.Tensor, group: str) -> torch.Tensor:
     return reduced
 
 
+def average_in_place(tensor: torch.Tensor, group: str) -> None:
+    """``average`` into the tensor itself."""
+    WAIT(_OPERATORS.all_reduce_.default(tensor, "avg", group))
+
+
 def average_part(tensor: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
     """This rank's part of the average of all ranks' tensors."""
     reduced: torch.Tensor = WAIT(REDUCE_SCATTER(tensor, "avg", ranks, group))

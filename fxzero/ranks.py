@@ -172,6 +172,10 @@ class StepParameters:
             return None
         pending = gradient if is_added else ranks.pending(parameter)
         ranks.local.discard(id(parameter))
+        whole = not is_spread(parameter)
+        if is_added and whole and gradient is not None and gradient.is_contiguous():
+            ranks.shards.reduce_in_place(gradient)  # there may be no room for averages beside all
+            return None
         if pending is not None:
             parameter.grad = None
         if self.reduces:
@@ -180,10 +184,10 @@ class StepParameters:
                 return found
             reduced = ranks.shards.reduce(pending, parameter)
             return reduced if found is None else reduced.add_(found)
-        whole = pending if gradient is None else gradient
+        total = pending if gradient is None else gradient
         if pending is not None and gradient is not None and not is_added:
-            whole = pending.add_(gradient)
-        return None if whole is None else ranks.shards.reduce(whole, parameter)
+            total = pending.add_(gradient)
+        return None if total is None else ranks.shards.reduce(total, parameter)
 
     def _kept(
         self, gradient: torch.Tensor, parameter: torch.Tensor, is_added: bool

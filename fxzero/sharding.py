@@ -27,7 +27,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from fxzero import _torch
-from fxzero.collectives import all_gather, average, average_part
+from fxzero.collectives import all_gather, average, average_in_place, average_part
 from fxzero.errors import UsageError
 from fxzero.mesh import Axis, Mesh, Sharding
 
@@ -156,6 +156,11 @@ class Shards:
         for axis in self.sharding.replicate if is_cut(parameter) else self.sharding.axes:
             value = average(value, groups[axis.name])
         return self.gradient(value, parameter)
+
+    def reduce_in_place(self, gradient: torch.Tensor) -> None:
+        """``reduce`` of a whole, contiguous gradient of a parameter that is whole, too."""
+        for axis in self.sharding.axes:
+            average_in_place(gradient, self.mesh.groups[axis.name])
 
     def _reduce_part(self, whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         rows = padded_rows(parameter.shape[0], self._axis.size) * self._axis.size

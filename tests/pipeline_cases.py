@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import fxzero
+from fxzero import rehearsal
 from fxzero.agreement import Agreement
 from fxzero.mesh import Mesh
 from fxzero.microbatches import Batch
@@ -26,23 +27,27 @@ STEPS = 3
 class Mlp(nn.Module):
     """Layers of one kind, and a norm."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 24, count: int = 8) -> None:
         super().__init__()
-        layers = [nn.Sequential(nn.Linear(24, 24), nn.LayerNorm(24), nn.GELU()) for _ in range(8)]
-        self.layers = nn.Sequential(*layers, nn.Linear(24, 10))
+        layers = [
+            nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.GELU())
+            for _ in range(count)
+        ]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, 10))
 
     def forward(self, x, labels):
         return nn.functional.cross_entropy(self.layers(x), labels)
 
 
 def build(name):
-    """(model without dropout, args, kwargs, loss): of the zoo, or the MLP."""
-    if name == "mlp":
+    """(model without dropout, args, kwargs, loss): of the zoo, or an MLP."""
+    if name in ("mlp", "wide"):
+        width, rows, count = (24, 16, 8) if name == "mlp" else (256, 256, 6)
         generator = torch.Generator().manual_seed(3)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = Mlp()
-        inputs = (torch.randn(16, 24, generator=generator), torch.arange(16) % 10)
+            model = Mlp(width, count)
+        inputs = (torch.randn(rows, width, generator=generator), torch.arange(rows) % 10)
         return model, inputs, {}, lambda output: output
     model, args, kwargs, loss = zoo.build(name)
     for module in model.modules():
@@ -136,6 +141,15 @@ def differences(answers, expected):
                 largest.append(float((tensor.double() - tensors[name].double()).abs().max()))
     assert kept == tensors.keys()
     return max(largest)
+
+
+def measured_without_workspaces(**given):
+    """``measured_peak`` of plans without the buffers of gloo, which are no tensors."""
+    counted, rehearsal.workspace_bytes = rehearsal.workspace_bytes, lambda *_: 0
+    try:
+        return measured_peak(**given)
+    finally:
+        rehearsal.workspace_bytes = counted
 
 
 def measured_peak(name, budget=None, sizes=None, zero="auto", **pipeline):

@@ -133,6 +133,32 @@ def test_a_rank_needs_what_is_planned(pool, name, schedule):
 
 
 @pytest.mark.slow
+def test_a_gradient_that_came_is_held_until_its_backward_ends(pool):
+    """Weights are large beside messages, so the most is needed late in a backward."""
+    given = {"name": "wide", "schedule": "1f1b", "microbatches": MICROBATCHES}
+    for measured, planned, _ in pool.run("pipeline_cases:measured_peak", **given):
+        assert planned - 256 <= measured <= planned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "zb1p"])
+@pytest.mark.parametrize(
+    "name", ["mlp", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("wide", "gpt2"))]
+)
+def test_beside_data_parallelism_a_rank_needs_what_is_planned(name, schedule):
+    """But for what gloo's threads allocate, which is no tensor of anybody's."""
+    given = {"name": name, "schedule": schedule, "microbatches": MICROBATCHES}
+    given["sizes"] = {"pp": 2, "dp": 2}
+    with Pool(4) as four:
+        for zero in (0, 1, 2, 3):
+            answers = four.run("pipeline_cases:measured_without_workspaces", zero=zero, **given)
+            for measured, planned, _ in answers:
+                # In stage 1 there is room for gradients that nobody has zeroed.
+                least = 0.85 if zero == 1 else 0.95
+                assert least * planned <= measured <= planned, zero
+
+
+@pytest.mark.slow
 def test_a_budget_holds_for_all_that_is_in_flight(pool):
     given = {"name": "gpt2", "schedule": "1f1b", "microbatches": MICROBATCHES}
     free = pool.run("pipeline_cases:measured_peak", **given)

@@ -136,11 +136,11 @@ class _Play:
             else:
                 tangents.append(example_of(node))
         arguments = [*self.saved.pop(key), *self.existing[stage], *tangents]
-        tangents.clear()
         if executable.halves is not None:
             gradients, self.waiting[key] = executable.halves.begin(arguments)
         else:
             gradients = dict(enumerate(executable.backward(arguments)))
+        tangents.clear()  # autograd holds what it was given until it returns
         inputs = [gradients.get(at) for at in split.input_gradients]
         del self.received[key]
         received = self.routes.ports[stage].received
