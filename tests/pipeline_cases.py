@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -102,6 +104,47 @@ def by_pipeline(name, clip=None, steps=STEPS, sizes=None, options=None, first=Fa
     (prepared,) = trained.prepared.values()
     scheduled = {stage: prepared.schedule.in_flight(stage) for stage in trained.in_flight}
     return losses, norms, kept, trained.in_flight, scheduled
+
+
+def refused_budget(budget, sizes=None, first=True, **options):
+    """What a rank is told of a budget that not all of them can meet."""
+    model, args, _, _ = build("mlp")
+    mesh = sizes and init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    given = {"pipeline": fxzero.Pipeline(microbatches=4), "inner": "eager", "mesh": mesh, **options}
+    given |= {"memory_budget": budget, "example_inputs": args if first else None}
+    try:
+        fxzero.compile(model, **given).step(*args)
+    except fxzero.FxzeroError as error:
+        return type(error).__name__, str(error)
+    return "trained", ""
+
+
+def pieces_that_run(name, **pipeline):
+    """How often each piece of each stage of this rank runs in a step; the stages' weights."""
+    model, args, kwargs, loss = build(name)
+    options = {"inner": "eager", "recompute": "none", "loss_fn": loss}
+    model = fxzero.compile(model, args or kwargs, pipeline=fxzero.Pipeline(**pipeline), **options)
+    model.step(*args, **kwargs)
+    (prepared,) = model._fxzero.pipeline.prepared.values()
+    runs = Counter()
+
+    def counted(stage, piece, function):
+        def run(arguments):
+            runs[stage, piece] += 1
+            return function(arguments)
+
+        return run
+
+    for (stage, *_), step in prepared.steps.items():
+        whole = step._executable
+        first = counted(stage, "input gradients", whole.halves.first)
+        second = counted(stage, "weight gradients", whole.halves.second)
+        halves = replace(whole.halves, first=first, second=second)
+        forward = counted(stage, "forward", whole.forward)
+        step._executable = replace(whole, forward=forward, halves=halves)
+    model.step(*args, **kwargs)
+    mine = prepared.schedule.stages_of(model._fxzero.pipeline.line.rank)
+    return dict(runs), {stage: prepared.routes.weight_bytes[stage] for stage in mine}
 
 
 def by_choice(name, budget, steps=STEPS):
