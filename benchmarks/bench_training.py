@@ -25,7 +25,7 @@ from torch import Tensor
 from fxzero import optim
 
 _HERE = Path(__file__).resolve().parent
-_LENGTH, _ROWS, _LAST = 64, 8, 20
+_LENGTH, ROWS, _LAST = 64, 8, 20
 _ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01}
 _VARIANTS: dict[str, tuple[Any, torch.dtype, dict[str, Any]]] = {
     "torch AdamW, float32": (torch.optim.AdamW, torch.float32, _ADAMW),
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=_HERE / "results")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    text = _text()
+    text = text_of()
     found: dict[str, float] = {}
     cells: list[tuple[str, ...]] = [("optimizer", "final loss", "of float32's")]
     for name, (make, dtype, given) in _VARIANTS.items():
@@ -81,23 +81,44 @@ def main() -> None:
     path.with_suffix(".md").write_text(harness.markdown(cells))
 
 
-def _text() -> Tensor:
+def text_of() -> Tensor:
+    """The text, int64 [bytes]."""
     files = sorted((_HERE.parent / "fxzero").glob("*.py"))
     data = b"".join(path.read_bytes() for path in files)
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
 
 
+def rows_of(text: Tensor, generator: torch.Generator) -> Tensor:
+    """Pieces of the text, int64 [rows, length]."""
+    starts = torch.randint(len(text) - _LENGTH, (ROWS,), generator=generator)
+    return torch.stack([text[start : start + _LENGTH] for start in starts.tolist()])
+
+
+def model_of(dtype: torch.dtype) -> Any:
+    """A small GPT-2 without dropout, the same weights each time."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = transformers.GPT2Config(
+        vocab_size=256,
+        n_embd=128,
+        n_layer=3,
+        n_head=4,
+        n_positions=_LENGTH,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        **dropout,
+    )
+    return transformers.GPT2LMHeadModel(config).to(dtype).train()
+
+
 def _final_loss(
     text: Tensor, make: Any, dtype: torch.dtype, given: dict[str, Any], steps: int
 ) -> float:
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=256, n_embd=128, n_layer=3, n_head=4, n_positions=_LENGTH, use_cache=False
-    )
-    model = transformers.GPT2LMHeadModel(config).to(dtype).train()
-    model.config.resid_pdrop = 0.0
+    model = model_of(dtype)
     optimizer = make(model.parameters(), **given)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 20) * (1 - 0.9 * step / steps)
@@ -105,8 +126,7 @@ def _final_loss(
     generator = torch.Generator().manual_seed(1)
     losses = []
     for _ in range(steps):
-        starts = torch.randint(len(text) - _LENGTH, (_ROWS,), generator=generator)
-        rows = torch.stack([text[start : start + _LENGTH] for start in starts.tolist()])
+        rows = rows_of(text, generator)
         loss = model(input_ids=rows, labels=rows).loss
         optimizer.zero_grad()
         loss.backward()
