@@ -19,6 +19,10 @@ class _AdamWRule:
     name = "adamw"
     moments = ("exp_avg", "exp_avg_sq")
 
+    def check(self, group: Group) -> None:
+        check_not_negative(group, "lr", "eps", "weight_decay")
+        check_betas(group["betas"])
+
     def scalars(self, group: Group, steps: Tensor) -> Columns:
         lr, (beta1, beta2) = group["lr"], group["betas"]
         first, second = 1 - beta1**steps, 1 - beta2**steps
@@ -91,8 +95,6 @@ class AdamW(Optimizer):
         backend: str = "auto",
         seed: int = 0,
     ) -> None:
-        check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
-        check_betas(betas)
         defaults = {
             "lr": lr,
             "betas": betas,

@@ -11,19 +11,20 @@ any optimizer; states that were put there from elsewhere are copied in at the ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fxzero import _torch
 from fxzero.errors import UsageError
 from fxzero.optim.forms import Form
 
 LOW, SCALE = "low_bits", "_scale"
+_SAME = "  load it into an optimizer with the same master_bits and moments"
 # Of places in arenas that kernels read, in elements.
 ALIGNMENT = 256
 State = dict[str, Any]
@@ -184,6 +185,7 @@ def build(
     """
     members, size = [], 0
     for row, (group, parameter) in enumerate(parameters):
+        flat(local(parameter))  # refuses one that cannot be updated, before there is any state
         elements = local(parameter).numel()
         straight = local(parameter).is_contiguous()
         first = index[id(parameter)]
@@ -191,14 +193,9 @@ def build(
         size += -(-elements // alignment) * alignment
     device = local(parameters[0][1]).device
     tensors = {}
-    if form.low is not None:
-        tensors[LOW] = torch.zeros(size, dtype=form.low, device=device)
-    for name in moments:
-        dtype = form.moments
-        if form.quantum:
-            dtype = torch.int8 if name == moments[0] else torch.uint8
-            tensors[name + SCALE] = torch.zeros(size // form.quantum, device=device)
-        tensors[name] = torch.zeros(size, dtype=dtype, device=device)
+    for name, dtype in _kept(form, moments).items():
+        count = size // form.quantum if name.endswith(SCALE) else size
+        tensors[name] = torch.zeros(count, dtype=dtype, device=device)
     steps = torch.zeros(len(members), device=device)
     views = tuple(
         {"step": steps[m.row]} | {name: _view(name, t, m, form) for name, t in tensors.items()}
@@ -207,14 +204,26 @@ def build(
     return Arena(form, moments, tuple(members), tensors, steps, views)
 
 
+def _kept(form: Form, moments: tuple[str, ...]) -> dict[str, torch.dtype]:
+    """Dtypes of what is kept for each parameter besides the number of its steps."""
+    kept = {} if form.low is None else {LOW: form.low}
+    for name in moments:
+        dtype = form.moments
+        if form.quantum:
+            dtype = torch.int8 if name == moments[0] else torch.uint8
+            kept[name + SCALE] = torch.float32
+        kept[name] = dtype
+    return kept
+
+
 def _view(name: str, tensor: Tensor, member: Member, form: Form) -> Tensor:
     """A parameter's part of an arena, in its shape; scales have one column for each quantum."""
     parameter, part = member.parameter, local(member.parameter)
     if not name.endswith(SCALE):
         inner = tensor.as_strided(part.shape, part.stride(), member.place)
         return _spread(inner, parameter, parameter.shape, parameter.stride())
-    columns = math.prod(part.shape[1:]) // form.quantum
-    start, rows = member.place // form.quantum, part.shape[0]
+    rows, columns = _shape_of_scales(part.shape, form)
+    start = member.place // form.quantum
     inner = tensor[start : start + rows * columns].view(rows, columns)
     return _spread(inner, parameter, torch.Size((parameter.shape[0], columns)), (columns, 1))
 
@@ -232,32 +241,55 @@ def _spread(part: Tensor, parameter: Tensor, shape: torch.Size, stride: Any) -> 
 def adopt(arena: Arena, member: Member, state: State | None) -> None:
     """Copies a state that was loaded or set from elsewhere into the arena; None: that of no step.
 
+    States of parameters that are cut over ranks may be whole.
+
     Raises:
         UsageError: it was made by an optimizer that keeps other things.
     """
-    own = arena.views[member.row]
-    if not state:
-        state = {name: torch.zeros_like(local(view)) for name, view in own.items()}
-    if not own.keys() - {LOW} <= state.keys():
-        raise UsageError(
-            f"the state of a parameter of shape {list(member.parameter.shape)} has "
-            f"{', '.join(sorted(state))}; this optimizer keeps {', '.join(sorted(own))}\n"
-            "  load it into an optimizer with the same master_bits and moments"
-        )
-    for name, view in own.items():
-        if name not in state:
-            local(view).zero_()
-        elif name == "step":
-            view.fill_(float(state[name]))
+    given = {name: value for name, value in (state or {}).items() if value is not None}
+    check_state(member.parameter, arena.form, arena.moments, given)
+    for name, view in arena.views[member.row].items():
+        if name == "step":
+            # torch's SGD does not count; what has a momentum has had a step.
+            view.fill_(float(local(torch.as_tensor(given.get(name, min(len(given), 1))))))
+        elif name in given:
+            local(view).copy_(_part(given[name], view))
         else:
-            _check(name, view, state[name])
-            local(view).copy_(local(state[name]))
+            local(view).zero_()
 
 
-def _check(name: str, own: Tensor, other: Tensor) -> None:
-    floats = own.is_floating_point() and other.is_floating_point()
-    if own.shape != other.shape or not (floats or own.dtype == other.dtype):
+def check_state(parameter: Tensor, form: Form, moments: tuple[str, ...], state: State) -> None:
+    """Raises a UsageError if a parameter's state is not what an optimizer of this form keeps.
+
+    An empty one is that of no step, and low bits that are missing are zero.
+    """
+    kept, given = _kept(form, moments), {n: s for n, s in state.items() if s is not None}
+    shape = list(parameter.shape)
+    if given and not kept.keys() - {LOW} <= given.keys() <= {"step", *kept}:
         raise UsageError(
-            f"{name} is {other.dtype} {list(other.shape)} in the state, {own.dtype} "
-            f"{list(own.shape)} in this optimizer"
+            f"the state of a parameter of shape {shape} has {', '.join(sorted(given))}; this "
+            f"optimizer keeps {', '.join(sorted({'step', *kept}))}\n{_SAME}"
         )
+    for name in kept.keys() & given.keys():
+        value, dtype = given[name], kept[name]
+        expected = _shape_of_scales(shape, form) if name.endswith(SCALE) else shape
+        floats = value.is_floating_point() and dtype.is_floating_point
+        if list(value.shape) != expected or not (floats or value.dtype == dtype):
+            raise UsageError(
+                f"{name} of a parameter of shape {shape} is {value.dtype} {list(value.shape)} in "
+                f"the state, {dtype} {expected} in this optimizer\n{_SAME}"
+            )
+
+
+def _shape_of_scales(shape: Sequence[int], form: Form) -> list[int]:
+    return [shape[0], math.prod(shape[1:]) // form.quantum]
+
+
+def _part(value: Tensor, own: Tensor) -> Tensor:
+    """This rank's part of a loaded state that may be whole."""
+    if isinstance(own, DTensor) and not isinstance(value, DTensor):
+        # Without a source everyone cuts what it has, and nothing is sent.
+        value = distribute_tensor(
+            value.to(local(own).device), own.device_mesh, own.placements, src_data_rank=None
+        )
+    return local(value)

@@ -8,6 +8,7 @@ kernels, in chunks that stay in the cache where weights or moments are narrower 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -22,9 +23,9 @@ from fxzero.optim.arenas import (
     State,
     adopt,
     build,
+    check_state,
     first_indices,
     gradient_of,
-    local,
 )
 from fxzero.optim.chunks import ChunkedUpdate
 from fxzero.optim.forms import Form, Numerics
@@ -45,7 +46,9 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[Rule]
-    # GradScaler hands its scale over instead of dividing gradients, and asks us to skip the step.
+    # GradScaler sets these for a step, and deletes them, instead of dividing gradients.
+    grad_scale: Tensor
+    found_inf: Tensor
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -54,22 +57,32 @@ class Optimizer(torch.optim.Optimizer):
         if backend not in _BACKENDS:
             raise unknown_option(backend, _BACKENDS, where="backend")
         self._numerics, self._backend, self._seed = numerics, backend, seed
+        self._begin()
+        super().__init__(params, defaults)
+
+    def _begin(self) -> None:
+        """Without arenas: the next step makes them."""
         self._updates: list[Update] = []
         self._untrained: list[Tensor] = []
         self._probes: list[tuple[Member, State]] = []
         self._stale = True
         self._scale: Tensor | None = None
-        self.grad_scale: Tensor | None = None
-        self.found_inf: Tensor | None = None
-        super().__init__(params, defaults)
 
     def scale_next_step(self, factor: Tensor) -> None:
-        """The next step multiplies gradients by ``factor``, a scalar on their device.
+        """The next step multiplies gradients by ``factor``, and by no factor that was set before.
 
         ``fxzero.clip_grad_norm_(model, max_norm, optimizer=optimizer)`` calls this, so that
-        clipping reads no gradient twice.
+        clipping writes no gradient.  ``zero_grad`` takes it back.
+
+        Args:
+            factor: a tensor of one element.
         """
-        self._scale = factor if self._scale is None else self._scale * factor
+        self._scale = factor
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; a factor for the gradients that there were goes with them."""
+        super().zero_grad(set_to_none)
+        self._scale = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -87,7 +100,8 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         self._prepare()
         clipped, self._scale = self._scale, None
-        control = Control(clipped, self.grad_scale, self.found_inf)
+        loss_scale: Tensor | None = getattr(self, "grad_scale", None)
+        control = Control(clipped, loss_scale, getattr(self, "found_inf", None))
         for update in self._updates:
             ready = [m for m in update.arena.members if m.parameter.grad is not None]
             if ready:
@@ -95,25 +109,74 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; states of the parameters that were there before stay as they are."""
+        """As torch's; states of the parameters that were there before stay as they are.
+
+        Raises:
+            UsageError: an option outside of its range, or two that exclude each other.
+        """
+        self.rule.check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._stale = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but states keep their dtypes: torch casts them to the parameter's."""
-        super().load_state_dict({**state_dict, "state": {}})
-        parameters = [p for group in self.param_groups for p in group["params"]]
+        """As torch's, but states are copied and keep their dtypes: torch casts them.
+
+        Raises:
+            UsageError: a state was made by an optimizer that keeps other things; nothing is loaded.
+        """
+        taken: dict[Tensor, State] = {}
+
+        def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            taken.update(self._states_in(given))
+            return {**given, "state": {}}
+
+        def give(_: torch.optim.Optimizer) -> None:
+            self.state.update(taken)
+            self._prepare()
+
+        # The last to see what the user's hooks make of it, and the first to be ready for others.
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(give, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _states_in(self, state_dict: dict[str, Any]) -> dict[Tensor, State]:
+        """By parameter: what a state dict has, checked."""
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
-        by_number = dict(zip(numbers, parameters, strict=True))
-        for number, state in state_dict["state"].items():
-            self.state[by_number[number]] = dict(state)
-        self._stale = True
+        # Where there are more of one than of the other, torch will say so.
+        by_number = dict(zip(numbers, self._parameters, strict=False))
+        found = {by_number[n]: dict(s) for n, s in state_dict["state"].items() if n in by_number}
+        for parameter, state in found.items():
+            check_state(parameter, self._numerics.form(parameter), self.rule.moments, state)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Each state by itself: a pickled view would take all of its arena along.
+        states = {
+            p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+            for p, state in self.state.items()
+        }
+        kept = {name: vars(self)[name] for name in ("_numerics", "_backend", "_seed")}
+        return {**super().__getstate__(), **kept, "state": defaultdict(dict, states)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin()
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _prepare(self) -> None:
         """Puts every parameter's states into arenas; nothing to do in most steps."""
         if self._stale or any(p.grad is not None for p in self._untrained):
+            self._stale = True  # should a state be refused
             self._updates = [self._update_of(arena) for arena in self._build()]
-            self._stale = False
         elif all(self.state.get(m.parameter) is view for m, view in self._probes):
             return
         for update in self._updates:
@@ -123,10 +186,11 @@ class Optimizer(torch.optim.Optimizer):
                     adopt(update.arena, member, state)
                     self.state[member.parameter] = view
         self._probes = [next(update.arena.pairs) for update in self._updates]
+        self._stale = False
 
     def _build(self) -> list[Arena]:
         """Arenas of zeros for all parameters that are trained."""
-        everything = [p for group in self.param_groups for p in group["params"]]
+        everything = self._parameters
         trained = {id(p) for p in everything if (p.requires_grad or p.grad is not None)}
         trained -= {id(p) for p in everything if p.is_meta}
         self._untrained = [p for p in everything if id(p) not in trained and not p.is_meta]
@@ -134,7 +198,7 @@ class Optimizer(torch.optim.Optimizer):
         kinds: dict[Any, list[tuple[int, Tensor]]] = {}
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
-                if id(p) in trained and local(p).numel():
+                if id(p) in trained:
                     kinds.setdefault((p.device, self._numerics.form(p)), []).append((number, p))
         return [
             build(form, self.rule.moments, pairs, index, self._alignment(device, form))

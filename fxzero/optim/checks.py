@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from fxzero.errors import UsageError
 
 
-def check_not_negative(**options: Any) -> None:
-    """Raises a UsageError that names the first option that is negative or not finite."""
-    for name, value in options.items():
+def check_not_negative(group: Mapping[str, Any], *names: str) -> None:
+    """Raises a UsageError for the first of these options that is negative or not finite."""
+    for name in names:
+        value = group[name]
         if not (math.isfinite(float(value)) and float(value) >= 0):
             raise UsageError(f"{name}={value} must be a finite number, at least 0")
 

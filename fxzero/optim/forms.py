@@ -39,8 +39,12 @@ class Form:
 
     @property
     def plain(self) -> bool:
-        """Whether torch's own kernels for one dtype do all of it."""
-        return self.low is None and not self.stochastic and self.moments == self.weight
+        """Whether torch's own kernels for one dtype do all of it.
+
+        Not for 16 bits: there its fused SGD reads behind the end of a tensor (torch 2.13).
+        """
+        wide = self.weight.itemsize >= 4
+        return wide and self.moments == self.weight
 
     def state_bytes(self, elements: int, moments: int) -> int:
         """Bytes of the state of a parameter of so many elements, with 1 or 2 moments."""

@@ -18,6 +18,10 @@ class _LionRule:
     moments = ("exp_avg",)
     fused = None
 
+    def check(self, group: Group) -> None:
+        check_not_negative(group, "lr", "weight_decay")
+        check_betas(group["betas"])
+
     def scalars(self, group: Group, steps: Tensor) -> Columns:
         lr, (beta1, beta2) = group["lr"], group["betas"]
         return 1 - lr * group["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2, lr
@@ -56,8 +60,6 @@ class Lion(Optimizer):
         backend: str = "auto",
         seed: int = 0,
     ) -> None:
-        check_not_negative(lr=lr, weight_decay=weight_decay)
-        check_betas(betas)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         numerics = Numerics.of(master_bits, stochastic_rounding, moments)
         super().__init__(params, defaults, numerics, backend, seed)

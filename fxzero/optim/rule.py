@@ -34,6 +34,10 @@ class Rule(Protocol):
     @property
     def moments(self) -> tuple[str, ...]: ...
 
+    def check(self, group: Group) -> None:
+        """Raises a UsageError for the first hyperparameter that cannot be right."""
+        ...
+
     def scalars(self, group: Group, steps: Tensor) -> Columns:
         """What ``kernels.update`` reads: numbers, or float64 [n] where steps [n] matter."""
         ...

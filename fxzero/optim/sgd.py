@@ -20,8 +20,19 @@ class _SGDRule:
     name = "sgd"
     moments = ("momentum_buffer",)
 
+    def check(self, group: Group) -> None:
+        check_not_negative(group, "lr", "momentum", "weight_decay")
+        momentum, dampening = group["momentum"], group["dampening"]
+        if group["nesterov"] and (momentum == 0 or dampening != 0):
+            raise UsageError(
+                f"nesterov=True needs momentum above 0 and dampening=0, not momentum={momentum} "
+                f"and dampening={dampening}"
+            )
+
     def scalars(self, group: Group, steps: Tensor) -> Columns:
-        taken = torch.where(steps == 1, 1.0, 1.0 - group["dampening"])
+        # Without momentum a moment is the gradient, which is not dampened.
+        dampening = group["dampening"] if group["momentum"] else 0.0
+        taken = torch.where(steps == 1, 1.0, 1.0 - dampening)
         nesterov = float(group["nesterov"])
         return group["weight_decay"], group["momentum"], taken, group["lr"], nesterov
 
@@ -37,8 +48,8 @@ class _SGDRule:
         _torch.fused_sgd(
             weights,
             gradients,
-            buffers,
-            first_step=step.item() == 1,
+            buffers if group["momentum"] else [],
+            first_step=bool(group["momentum"]) and step.item() == 1,
             lr=group["lr"],
             momentum=group["momentum"],
             dampening=group["dampening"],
@@ -54,7 +65,7 @@ class SGD(Optimizer):
     Args:
         params: parameters, or groups of them with options of their own.
         lr: learning rate.
-        momentum: how much of the moment is kept in a step.
+        momentum: how much of the moment is kept in a step; with 0 one is allocated all the same.
         dampening: share of the gradient that does not get into the moment.
         weight_decay: share of the weight that is added to its gradient.
         nesterov: step by where the moment will be.
@@ -82,12 +93,6 @@ class SGD(Optimizer):
         backend: str = "auto",
         seed: int = 0,
     ) -> None:
-        check_not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
-        if nesterov and (momentum == 0 or dampening != 0):
-            raise UsageError(
-                f"nesterov=True needs momentum above 0 and dampening=0, not momentum={momentum} "
-                f"and dampening={dampening}"
-            )
         defaults = {
             "lr": lr,
             "momentum": momentum,
