@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import nn
 
 from fxzero import _torch
-from fxzero.errors import RuntimeStateError
+from fxzero.errors import RuntimeStateError, UsageError
+from fxzero.optim.base import Optimizer
 from fxzero.pipelining.training import PipelinedModel
 from fxzero.ranks import Ranks
 from fxzero.sharding import Shards, is_cut, padded, padded_rows
@@ -33,16 +34,22 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     *,
     error_if_nonfinite: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> torch.Tensor:
     """Scales the model's gradients so that their norm is at most ``max_norm``.
 
     On many ranks all of them must call it.  The result, and the gradients, are bitwise those of
     ``torch.nn.utils.clip_grad_norm_`` over whole gradients.
 
+    Args:
+        optimizer: of ``fxzero.optim``, with all of the model's parameters: its next step scales
+            gradients as it reads them, and this function writes none.
+
     Returns:
         The norm before clipping, a scalar tensor, the same on every rank.
 
     Raises:
+        UsageError: the optimizer is not of ``fxzero.optim``, or has other parameters.
         RuntimeStateError: gradients of ``no_sync`` steps were not reduced yet.
         RuntimeError: the norm is not finite, and ``error_if_nonfinite`` is set.
     """
@@ -50,36 +57,61 @@ def clip_grad_norm_(
     ranks: Ranks | None = state.ranks if state is not None else None
     pipeline: PipelinedModel | None = state.pipeline if state is not None else None
     parameters = [p for p in model.parameters() if p.grad is not None]
-    if pipeline is None and (ranks is None or not parameters):
+    if optimizer is not None:
+        optimizer = _checked(optimizer, parameters)
+    is_whole = pipeline is None and (ranks is None or not parameters)
+    if is_whole and optimizer is None:
         return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
     if ranks is not None and ranks.any_pending(parameters):
         raise RuntimeStateError(
             "gradients of no_sync steps are not reduced yet\n"
             "  run the last backward of an accumulation outside of no_sync, then clip"
         )
-    with contextlib.nullcontext() if pipeline is None else pipeline.told():
-        if ranks is None:
-            gradients = [_local_gradient(p) for p in parameters]
-            found = [torch.linalg.vector_norm(gradient, norm_type) for gradient in gradients]
-            norms = torch.stack(found) if found else torch.zeros(0)
-        else:
-            norms = _norms(parameters, ranks.shards, norm_type)
-        if pipeline is not None:
-            norms = pipeline.of_all_stages(model, norms)
-    total: torch.Tensor = torch.linalg.vector_norm(norms, norm_type)
+    if is_whole:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        total: torch.Tensor = nn.utils.get_total_norm(gradients, norm_type)
+    else:
+        with contextlib.nullcontext() if pipeline is None else pipeline.told():
+            norms = _norms(parameters, ranks.shards if ranks is not None else None, norm_type)
+            if pipeline is not None:
+                norms = pipeline.of_all_stages(model, norms)
+        total = torch.linalg.vector_norm(norms, norm_type)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(f"the norm of the gradients is {total.item()}, so they were not clipped")
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    if optimizer is not None:
+        optimizer.scale_next_step(scale)
+        return total
     for parameter in parameters:
         _local_gradient(parameter).mul_(scale)
     return total
 
 
-def _norms(parameters: list[nn.Parameter], shards: Shards, norm_type: float) -> torch.Tensor:
+def _checked(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> Optimizer:
+    """An optimizer that can scale the gradients of these parameters, and of no others."""
+    if not isinstance(optimizer, Optimizer):
+        raise UsageError(
+            f"optimizer={type(optimizer).__name__} of {type(optimizer).__module__} cannot scale "
+            "gradients in its step\n  leave it out, or use one of fxzero.optim"
+        )
+    owned = {id(p) for g in optimizer.param_groups for p in g["params"] if p.grad is not None}
+    clipped = {id(p) for p in parameters}
+    if owned != clipped:
+        raise UsageError(
+            f"of the parameters with gradients {len(clipped - owned)} are the model's and not the "
+            f"optimizer's, {len(owned - clipped)} the optimizer's and not the model's\n"
+            "  leave optimizer= out to scale the model's gradients in place"
+        )
+    return optimizer
+
+
+def _norms(parameters: list[nn.Parameter], shards: Shards | None, norm_type: float) -> torch.Tensor:
     """The norm of each gradient, in order, on every rank."""
     gradients = [_local_gradient(p) for p in parameters]
     if not parameters:
         return torch.zeros(0)
+    if shards is None:
+        return torch.stack([torch.linalg.vector_norm(g, norm_type) for g in gradients])
     norms = torch.zeros(len(parameters), device=gradients[0].device)
     cut = [i for i, p in enumerate(parameters) if is_cut(p)]
     count = shards.sharding.shards
