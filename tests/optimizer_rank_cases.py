@@ -1,0 +1,172 @@
+"""What each rank of a pool runs with an optimizer of fxzero over a sharded model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optimizer_cases as cases
+import torch
+from rank_cases import whole
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import fxzero
+from fxzero.optim import SGD, AdamW, Lion
+
+KINDS: dict[str, Any] = {"adamw": AdamW, "sgd": SGD, "lion": Lion}
+NARROW = "bfloat16 with 24 bits and int8 moments"
+RANDOM = "bfloat16 rounded stochastically with int8 moments"
+
+
+class Rows(nn.Module):
+    """Rows that no number of ranks divides, fewer rows than ranks, a scalar, a frozen weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Sequential(nn.Linear(128, 33), nn.Tanh(), nn.Linear(33, 64), nn.Tanh())
+        self.last = nn.Linear(64, 3)
+        self.frozen = nn.Linear(3, 3)
+        self.frozen.weight.requires_grad_(False)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        loss: Tensor = (self.frozen(self.last(self.stack(x))) * self.scale).square().mean()
+        return loss
+
+
+def made(form: str, kind: str = "adamw", zero: int = 3, **options: Any) -> tuple[Any, Any]:
+    """A sharded model and its optimizer."""
+    dtype, numerics = cases.FORMS[form]
+    torch.manual_seed(0)
+    model = fxzero.compile(Rows().to(dtype), zero=zero, inner="eager")
+    defaults = {"lr": 0.01, "seed": 11, **numerics}
+    return model, KINDS[kind](model.parameters(), **{**defaults, **options})
+
+
+def batch(model: nn.Module, step: int) -> Tensor:
+    """The same on all ranks."""
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(step))
+    return x.to(next(model.parameters()).dtype)
+
+
+def few_steps(model: Any, optimizer: Any, steps: Any, clip: str = "") -> list[float]:
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss = model(batch(model, step))
+        loss.backward()
+        if clip:
+            given = {"optimizer": optimizer} if clip == "in the step" else {}
+            fxzero.clip_grad_norm_(model, 0.05, **given)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def state_of(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+    """Whole weights and states by name."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        found[name] = whole(parameter)
+        for key, value in optimizer.state.get(parameter, {}).items():
+            found[f"{name} {key}"] = whole(value)
+    return found
+
+
+def trained(form: str, kind: str = "adamw", zero: int = 3, clip: str = "") -> Any:
+    """Losses, and whole weights and states, of a few steps over the same batches on all ranks."""
+    model, optimizer = made(form, kind, zero)
+    return few_steps(model, optimizer, range(4), clip), state_of(model, optimizer)
+
+
+def differing_from_torch(zero: int) -> list[str]:
+    """What differs from torch's fused AdamW after steps with gradients set by hand."""
+    results = []
+    for kind in (AdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        model = fxzero.compile(Rows(), zero=zero, inner="eager")
+        fused = {"fused": True} if kind is torch.optim.AdamW else {}
+        optimizer: Any = kind(model.parameters(), lr=0.1, weight_decay=0.1, **fused)
+        for step in range(4):
+            give_gradients(model, step)
+            optimizer.step()
+        results.append(state_of(model, optimizer))
+    ours, theirs = results
+    assert ours.keys() == theirs.keys()
+    return [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
+
+
+def give_gradients(model: nn.Module, step: int) -> None:
+    for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        generator = torch.Generator().manual_seed(100 * step + number)
+        gradient = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            gradient = distribute_tensor(gradient, mesh, placements, src_data_rank=None)
+        parameter.grad = gradient
+
+
+def train_and_save(root: str, form: str) -> Any:
+    """Saves after three steps; what two more come to."""
+    model, optimizer = made(form)
+    few_steps(model, optimizer, range(3))
+    fxzero.checkpoint.save(root, model, optimizer, step=3)
+    saved = state_of(model, optimizer)
+    return saved, few_steps(model, optimizer, range(3, 5)), state_of(model, optimizer)
+
+
+def load_and_train(root: str, form: str, zero: int = 3) -> Any:
+    """What was loaded, and what two steps come to."""
+    model, optimizer = made(form, zero=zero, lr=1.0)
+    fxzero.checkpoint.load(root, model, optimizer)
+    loaded = state_of(model, optimizer)
+    return loaded, few_steps(model, optimizer, range(3, 5)), state_of(model, optimizer)
+
+
+def through_torchs_state_dicts(form: str, full: bool) -> bool:
+    """Whether an optimizer goes on bit for bit from what torch's functions get and set."""
+    model, optimizer = made(form)
+    few_steps(model, optimizer, range(2))
+    options = StateDictOptions(full_state_dict=full)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    weights = [whole(p) for p in model.parameters()]
+    other, others = made(form, lr=1.0)
+    set_optimizer_state_dict(other, others, state, options=options)
+    with torch.no_grad():
+        for parameter, weight in zip(other.parameters(), weights, strict=True):
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                weight = distribute_tensor(weight, mesh, placements, src_data_rank=None)
+            parameter.copy_(weight)
+    few_steps(model, optimizer, range(2, 4))
+    few_steps(other, others, range(2, 4))
+    one, two = state_of(model, optimizer), state_of(other, others)
+    return one.keys() == two.keys() and all(
+        torch.equal(cases.bits(one[name]), cases.bits(two[name])) for name in one
+    )
+
+
+def differing_under_fsdp(form: str) -> list[str]:
+    """What differs between shards of FSDP2 and whole parameters, gradients set by hand."""
+    from torch.distributed.fsdp import fully_shard
+
+    dtype, numerics = cases.FORMS[form]
+    results = []
+    for sharded in (True, False):
+        torch.manual_seed(0)
+        model: Any = Rows().stack.to(dtype)
+        if sharded:
+            fully_shard(model)
+        optimizer = AdamW(model.parameters(), lr=0.1, seed=3, **numerics)
+        for step in range(3):
+            give_gradients(model, step)
+            optimizer.step()
+        results.append(state_of(model, optimizer))
+    ours, theirs = results
+    assert ours.keys() == theirs.keys()
+    return [n for n, v in ours.items() if not torch.equal(cases.bits(v), cases.bits(theirs[n]))]

@@ -1,0 +1,108 @@
+"""fxzero.optim over sharded parameters: how many ranks there are changes no bit.
+
+But for float32, which is torch's fused kernel to the bit: that rounds the last elements of a
+tensor, which do not fill a vector, in another way, and a shard has other last elements.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from optimizer_cases import FORMS, bits
+from optimizer_rank_cases import NARROW, RANDOM
+from pool import Pool
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+WORLDS = (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def pools() -> Any:
+    """Pools by number of ranks."""
+    made = {world: Pool(world) for world in WORLDS}
+    yield made
+    for pool in made.values():
+        pool.close()
+
+
+def run(pool: Pool, case: str, **given: Any) -> Any:
+    return pool.run(f"optimizer_rank_cases:{case}", **given)
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.dtype == other[name].dtype
+        assert torch.equal(bits(value), bits(other[name])), name
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_float32_is_bitwise_torchs(pools: Any, world: int) -> None:
+    for zero in (0, 3):
+        assert run(pools[world], "differing_from_torch", zero=zero) == [[]] * world
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("adamw", NARROW),
+        ("adamw", RANDOM),
+        ("lion", RANDOM),
+        ("sgd", NARROW),
+        *(
+            pytest.param("adamw", form, marks=pytest.mark.exhaustive)
+            for form in FORMS
+            if form not in {"float32", NARROW, RANDOM}
+        ),
+    ],
+)
+def test_weights_and_states_are_the_same_on_any_number_of_ranks(
+    pools: Any, kind: str, form: str
+) -> None:
+    (losses, state), *_ = run(pools[1], "trained", form=form, kind=kind)
+    for world, zero in ((2, 3), (4, 3), (4, 1)):
+        for others, there in run(pools[world], "trained", form=form, kind=kind, zero=zero):
+            assert others == losses
+            assert_same(there, state)
+
+
+@pytest.mark.parametrize("form", ["float32", NARROW, "bfloat16 with a whole master"])
+def test_a_checkpoint_goes_on_bit_for_bit_on_any_number_of_ranks(
+    pools: Any, tmp_path: Any, form: str
+) -> None:
+    for writers, readers in ((1, 4), (4, 2), (2, 1), (4, 4)):
+        root = str(tmp_path / f"{writers} {readers}")
+        saved, losses, state = run(pools[writers], "train_and_save", root=root, form=form)[0]
+        for loaded, others, there in run(pools[readers], "load_and_train", root=root, form=form):
+            assert_same(loaded, saved)
+            if form != "float32" or readers == writers:
+                assert others == losses
+                assert_same(there, state)
+            else:
+                assert others == pytest.approx(losses, abs=1e-5)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("form", ["float32", NARROW, "bfloat16 with a whole master"])
+def test_torchs_functions_get_and_set_states(pools: Any, form: str, full: bool) -> None:
+    for world in WORLDS:
+        answers = run(pools[world], "through_torchs_state_dicts", form=form, full=full)
+        assert answers == [True] * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_clipping_in_the_step_is_that_of_gradients(pools: Any, world: int) -> None:
+    results = [
+        run(pools[world], "trained", form="float32", clip=clip)
+        for clip in ("in place", "in the step")
+    ]
+    for (losses, state), (others, there) in zip(*results, strict=True):
+        assert losses == others
+        assert_same(state, there)
+
+
+@pytest.mark.parametrize("form", [NARROW, RANDOM, "bfloat16 with a whole master"])
+def test_shards_of_fsdp2_are_updated_as_the_whole_is(pools: Any, form: str) -> None:
+    assert run(pools[2], "differing_under_fsdp", form=form) == [[]] * 2
