@@ -84,7 +84,13 @@ def _model_options(command: _Command) -> _Command:
             click.option(
                 "--memory-budget", metavar="SIZE", help='Such as "22GiB".  [default: no limit]'
             ),
-            click.option("--optimizer", default="adamw", show_default=True, metavar="NAME"),
+            click.option(
+                "--optimizer",
+                default="adamw",
+                show_default=True,
+                metavar="NAME",
+                help='Of torch, or such as "fxzero.optim.AdamW".',
+            ),
             click.option(
                 "--recompute",
                 type=click.Choice(["auto", "none", "full"]),

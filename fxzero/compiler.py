@@ -78,7 +78,8 @@ def compile(
             at the first call.
         memory_budget: "22GiB", a number of bytes, or "90%" of the device; None: no limit.  It
             covers parameters, buffers, gradients, optimizer state, inputs and activations.
-        optimizer: what will hold states: a name, a ``torch.optim`` class, or bytes per parameter.
+        optimizer: what will hold states: a name, a class of ``torch.optim`` or ``fxzero.optim``
+            (options by ``functools.partial``), or bytes per parameter.
         mesh: a DeviceMesh with a dimension "dp", or "dp_replicate" and "dp_shard"; None: all
             processes (those of torchrun are connected, if nobody has yet), or one device.
         pipeline: into how many stages to cut the model, or a ``fxzero.Pipeline``; then only

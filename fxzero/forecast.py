@@ -50,7 +50,8 @@ def plan(
         example_inputs: tuple of positional arguments, one tensor, or a dict of keyword arguments.
         kwargs: more keyword arguments of the model.
         memory_budget: "22GiB", bytes, "90%" of the device, or None for no limit.
-        optimizer: name, torch.optim class, or bytes of state per parameter.
+        optimizer: name, class of torch.optim or fxzero.optim (options by ``functools.partial``), or
+            bytes of state per parameter.
         offload: whether saved values may wait for the backward in host memory.
         zero: the ZeRO stage, 0 to 3, or "auto".
         pipeline: a ``fxzero.Pipeline`` or a number of stages, for which the inputs are the batch of

@@ -1,18 +1,24 @@
-"""What an optimizer will keep on the device, from its name.
+"""What an optimizer will keep on the device, from its name or class.
 
 The state of torch's optimizers has the parameters' dtype and shape; the counts are those of the
-classes with their default arguments.
+classes with their default arguments.  Those of fxzero.optim say themselves what they keep, with
+options too: ``functools.partial(fxzero.optim.AdamW, moments="int8")``.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from fxzero import optim
 from fxzero.errors import UsageError, unknown_option
+from fxzero.optim.base import Optimizer
+from fxzero.optim.footprint import footprint
 
 # States per parameter element, in the parameter's dtype.
 _STATES = {
@@ -34,6 +40,10 @@ _STATES = {
 # Temporaries of one parameter's update in torch's single-tensor loop, in copies of the parameter.
 _TEMPORARIES = {"adam": 2, "adamw": 2, "nadam": 2, "radam": 2, "rmsprop": 1, "adagrad": 2}
 _STEP_COUNTER_BYTES = 4
+_OURS: dict[str, type[Optimizer]] = {
+    f"fxzero.optim.{kind.__name__}": kind for kind in (optim.AdamW, optim.Lion, optim.SGD)
+}
+_NUMERICS = ("master_bits", "stochastic_rounding", "moments")
 
 
 @dataclass(frozen=True)
@@ -43,12 +53,14 @@ class OptimizerProfile:
     Attributes:
         state_bytes: what it keeps between steps.
         transient_bytes: what it needs besides while it steps.
+        scratch_bytes: what of the state does not grow with the parameters.
     """
 
     name: str
     bytes_per_parameter: float
     state_bytes: int
     transient_bytes: int
+    scratch_bytes: int = 0
 
 
 def profile_optimizer(
@@ -57,7 +69,9 @@ def profile_optimizer(
     """The memory of ``optimizer`` over trainable ``parameters`` on "cpu" or "cuda".
 
     Args:
-        optimizer: a name, a ``torch.optim`` class, or a number of bytes per parameter.
+        optimizer: a name such as "adamw" (torch's) or "fxzero.optim.AdamW", a class of
+            ``torch.optim`` or ``fxzero.optim``, the latter in a ``functools.partial`` with options
+            too, or a number of bytes per parameter.
 
     Raises:
         UsageError: a name nobody knows, or a number that is negative or not finite.
@@ -68,6 +82,9 @@ def profile_optimizer(
             raise UsageError(f"optimizer={optimizer} must be a finite number of bytes, at least 0")
         text = f"{optimizer:g} bytes per parameter"
         return OptimizerProfile(text, float(optimizer), int(elements * optimizer), 0)
+    ours = _ours(optimizer)
+    if ours is not None:
+        return _profile_ours(*ours, parameters, device)
     name = _name_of(optimizer)
     states = _STATES[name]
     sizes = [p.numel() * p.element_size() for p in parameters]
@@ -81,12 +98,40 @@ def profile_optimizer(
     )
 
 
+def _ours(optimizer: object) -> tuple[type[Optimizer], Mapping[str, Any]] | None:
+    """A class of fxzero.optim and its options, or None: it is something else."""
+    options: Mapping[str, Any] = {}
+    if isinstance(optimizer, functools.partial):
+        options, optimizer = optimizer.keywords, optimizer.func
+    if isinstance(optimizer, str):
+        optimizer = _OURS.get(optimizer)
+    if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
+        return optimizer, options
+    return None
+
+
+def _profile_ours(
+    kind: type[Optimizer],
+    options: Mapping[str, Any],
+    parameters: Sequence[torch.Tensor],
+    device: str,
+) -> OptimizerProfile:
+    elements = sum(p.numel() for p in parameters)
+    found = footprint(kind, options, parameters, device)
+    written = ", ".join(f"{name}={options[name]!r}" for name in _NUMERICS if name in options)
+    name = f"fxzero.optim.{kind.__name__}" + (f"({written})" if written else "")
+    each = found.state / elements if elements else 0.0
+    kept = found.state + found.scratch
+    return OptimizerProfile(name, each, kept, found.transient, found.scratch)
+
+
 def _name_of(optimizer: object) -> str:
     name = optimizer.__name__ if isinstance(optimizer, type) else optimizer
     if not isinstance(name, str):
         raise UsageError(
-            f"optimizer={optimizer!r} must be a name, a torch.optim class, or bytes per parameter"
+            f"optimizer={optimizer!r} must be a name, a torch.optim class, or bytes per parameter, "
+            "or a class of fxzero.optim, alone or in a functools.partial"
         )
     if name.lower() not in _STATES:
-        raise unknown_option(name.lower(), _STATES, where="optimizer")
+        raise unknown_option(name.lower(), [*_STATES, *_OURS], where="optimizer")
     return name.lower()

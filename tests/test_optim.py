@@ -177,6 +177,16 @@ def test_a_step_without_any_gradient_changes_nothing() -> None:
     assert all(ours.state[p]["step"] == 1 for p in owned(ours))
 
 
+@pytest.mark.parametrize("moments", [None, "bfloat16", "int8"])
+def test_parameters_may_have_no_elements(moments: str | None) -> None:
+    for shapes in (((0, 64),), ((0, 64), (3, 64), (0,))):
+        parameters = cases.parameters(torch.float32, shapes)
+        optimizer = AdamW(parameters, moments=moments)
+        train(optimizer, range(2))
+        assert all(optimizer.state[p]["step"] == 2 for p in parameters)
+        assert [optimizer.state[p]["exp_avg"].shape for p in parameters] == list(shapes)
+
+
 def test_zero_grad_may_keep_gradients_in_place() -> None:
     ours, theirs = pair(AdamW)
     for optimizer in (ours, theirs):

@@ -96,6 +96,9 @@ class LaunchedUpdate:
     ) -> None:
         if dtype not in _DTYPES:
             raise UsageError(f"gradients of {dtype} have no kernel; cast them, or use float32")
+        pairs = [(member, gradient) for member, gradient in pairs if member.elements]
+        if not pairs:
+            return
         addresses = tuple(
             address
             for member, gradient in pairs

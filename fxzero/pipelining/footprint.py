@@ -205,7 +205,8 @@ def _held_bytes(tensor: torch.Tensor, options: Options) -> int:
     kept = part if sharding.zero in (3, None) or shards == 1 else part + tensor.nbytes
     if not tensor.requires_grad:
         return kept
-    states = profile_optimizer(options.optimizer, [tensor], "cpu").state_bytes
+    optimizer = profile_optimizer(options.optimizer, [tensor], "cpu")
+    states = optimizer.state_bytes - optimizer.scratch_bytes
     gradient = tensor.nbytes if sharding.zero in (0, 1) else part
     return kept + gradient + -(-states // shards)
 

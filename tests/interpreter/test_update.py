@@ -110,3 +110,12 @@ def test_nothing_is_compiled_or_built_again_while_memory_stays() -> None:
     owned[0].grad = owned[0].grad.clone()
     optimizer.step()
     assert update._tables[torch.float32][1] is not tables[0]
+
+
+def test_parameters_without_elements_are_counted_only() -> None:
+    for shapes in (((0, 64),), ((0, 64), (3, 64), (0,))):
+        owned = cases.parameters(torch.float32, shapes)
+        optimizer = AdamW(owned, backend="triton", moments="int8")
+        cases.give_gradients(owned, 0)
+        optimizer.step()
+        assert all(optimizer.state[p]["step"] == 1 for p in owned)

@@ -1,0 +1,94 @@
+"""Bytes that an optimizer of fxzero will keep and need, before there is one.
+
+    footprint(AdamW, {"moments": "int8"}, parameters, "cpu").state
+
+States follow from each parameter's form.  Beside them are, on CUDA, the kernel's table and what
+aligns parameters, and on a CPU scratch of some chunks, which does not grow with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxzero import _torch
+from fxzero.optim.arenas import ALIGNMENT
+from fxzero.optim.base import Optimizer
+from fxzero.optim.chunks import CHUNK
+from fxzero.optim.forms import Form, Numerics
+from fxzero.optim.rule import SCALARS
+
+_STEP_BYTES = 4
+# As chunks.py has it.
+_WORTH_COMPILING = 1 << 20
+# Of the kernel's table: a row of 8 int64 for a block of at least 1024 elements.
+_BLOCK, _ROW_BYTES = 1024, 64
+# Of a chunk's element while torch's operators run one by one: temporaries, most of them float32.
+_OPERATORS_BYTES = 60
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of an optimizer.
+
+    Attributes:
+        state: of what grows with the parameters.
+        scratch: kept between steps besides, at most.
+        transient: needed while it steps besides, at most.
+    """
+
+    state: int
+    scratch: int
+    transient: int
+
+
+def footprint(
+    kind: type[Optimizer],
+    options: Mapping[str, Any],
+    parameters: Sequence[torch.Tensor],
+    device: str,
+) -> Footprint:
+    """What an optimizer of this class and these options takes for parameters.
+
+    Args:
+        options: of its constructor; those that are not about numerics do not matter.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UsageError: options that cannot be right.
+    """
+    numerics = Numerics.of(
+        options.get("master_bits"),
+        options.get("stochastic_rounding", False),
+        options.get("moments"),
+    )
+    elements: dict[Form, int] = {}
+    count, state = len(kind.rule.moments), 0
+    for parameter in parameters:
+        form, size = numerics.form(parameter), parameter.numel()
+        elements[form] = elements.get(form, 0) + size
+        if device == "cuda":
+            state += -(-size // _BLOCK) * _ROW_BYTES + SCALARS * 4
+            size = -(-size // ALIGNMENT) * ALIGNMENT
+        state += form.state_bytes(size, count) + _STEP_BYTES
+    if device == "cuda":
+        return Footprint(state, 0, 0)
+    chunked = {f: n for f, n in elements.items() if not (f.plain and kind.rule.fused)}
+    scratch = sum(CHUNK * _scratch_bytes(form, count) for form in chunked)
+    one_by_one = [n for n in chunked.values() if not _compiles(n)]
+    return Footprint(state, scratch, _OPERATORS_BYTES * min(CHUNK, max(one_by_one, default=0)))
+
+
+def _compiles(elements: int) -> bool:
+    return elements >= _WORTH_COMPILING and _torch.has_compiler("cpu")
+
+
+def _scratch_bytes(form: Form, moments: int) -> int:
+    """Of an element of a chunk: weight, gradient, low bits, moments, and its index in the model."""
+    low = 0 if form.low is None else 4
+    index = 8 if form.stochastic or form.quantum else 0
+    scales = -(-4 // form.quantum) * moments if form.quantum else 0
+    return 2 * form.weight.itemsize + low + moments * form.moments.itemsize + index + scales
