@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import optimizer_cases as cases
 import torch
-from rank_cases import whole
+from rank_cases import MeanSquare, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import fxzero
 from fxzero.optim import SGD, AdamW, Lion
+from fxzero.optimizers import profile_optimizer
 
 KINDS: dict[str, Any] = {"adamw": AdamW, "sgd": SGD, "lion": Lion}
 NARROW = "bfloat16 with 24 bits and int8 moments"
@@ -170,3 +172,28 @@ def differing_under_fsdp(form: str) -> list[str]:
     ours, theirs = results
     assert ours.keys() == theirs.keys()
     return [n for n, v in ours.items() if not torch.equal(cases.bits(v), cases.bits(theirs[n]))]
+
+
+def measured_and_planned(form: str, zero: int) -> tuple[int, int, int]:
+    """Peaks of a step, the optimizer's in it, and what of the planned one is scratch."""
+    dtype, numerics = cases.FORMS[form]
+    chosen = functools.partial(AdamW, **numerics)
+    torch.manual_seed(0)
+    layers = (nn.Sequential(nn.Linear(512, 512), nn.Tanh()) for _ in range(6))
+    model = fxzero.compile(
+        MeanSquare(nn.Sequential(*layers).to(dtype)), zero=zero, inner="eager", optimizer=chosen
+    )
+    optimizer = chosen(model.parameters())
+    x = torch.randn(64, 512).to(dtype)
+
+    def step() -> None:
+        model(x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+    # Threads of gloo may let go of what a collective read a moment after it has ended.
+    measured = min(fxzero.measure(step).tensor_bytes for _ in range(3))
+    scratch = profile_optimizer(chosen, list(model.parameters()), "cpu").scratch_bytes
+    return measured, model.plan.peak_bytes, scratch

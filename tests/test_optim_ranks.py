@@ -106,3 +106,13 @@ def test_clipping_in_the_step_is_that_of_gradients(pools: Any, world: int) -> No
 @pytest.mark.parametrize("form", [NARROW, RANDOM, "bfloat16 with a whole master"])
 def test_shards_of_fsdp2_are_updated_as_the_whole_is(pools: Any, form: str) -> None:
     assert run(pools[2], "differing_under_fsdp", form=form) == [[]] * 2
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize("form", ["float32", NARROW, "bfloat16 with a whole master"])
+def test_plans_hold_what_is_measured(pools: Any, form: str, zero: int) -> None:
+    for answer in run(pools[4], "measured_and_planned", form=form, zero=zero):
+        measured, planned, scratch = answer
+        assert measured <= planned
+        # A transfer that ends early gives its workspace back before it is waited for.
+        assert measured >= 0.75 * (planned - scratch)
