@@ -7,6 +7,7 @@ from typing import Any
 
 import optimizer_cases as cases
 import torch
+import torch.distributed as dist
 from rank_cases import MeanSquare, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -14,7 +15,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fxzero
 from fxzero.optim import SGD, AdamW, Lion
@@ -197,3 +199,21 @@ def measured_and_planned(form: str, zero: int) -> tuple[int, int, int]:
     measured = min(fxzero.measure(step).tensor_bytes for _ in range(3))
     scratch = profile_optimizer(chosen, list(model.parameters()), "cpu").scratch_bytes
     return measured, model.plan.peak_bytes, scratch
+
+
+def cut_along_columns(columns: int) -> Any:
+    """The weight after steps of an optimizer with 8-bit moments, or the error."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = torch.randn(6, columns, generator=torch.Generator().manual_seed(0))
+    results = []
+    for placement in (Shard(1), Replicate()):
+        parameter = nn.Parameter(distribute_tensor(weight, mesh, [placement], src_data_rank=None))
+        layer = nn.ParameterList([parameter])
+        optimizer = AdamW(layer.parameters(), moments="int8", backend="torch")
+        give_gradients(layer, 0)
+        try:
+            optimizer.step()
+        except fxzero.UsageError as error:
+            return str(error)
+        results.append(list(optimizer.state[parameter]["exp_avg_scale"].shape))
+    return results

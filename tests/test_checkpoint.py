@@ -66,6 +66,9 @@ def saved(tmp_path):
         (torch.optim.SGD, {"momentum": 0.9}),
         (torch.optim.Adagrad, {}),
         (torch.optim.AdamW, {"lr": torch.tensor(0.01)}),
+        (fxzero.optim.AdamW, {"betas": (0.8, 0.9)}),
+        (fxzero.optim.SGD, {"nesterov": True}),
+        (fxzero.optim.Lion, {"lr": torch.tensor(0.01)}),
     ],
 )
 def test_training_goes_on_bit_for_bit(tmp_path, kind, options):

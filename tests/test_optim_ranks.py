@@ -116,3 +116,13 @@ def test_plans_hold_what_is_measured(pools: Any, form: str, zero: int) -> None:
         assert measured <= planned
         # A transfer that ends early gives its workspace back before it is waited for.
         assert measured >= 0.75 * (planned - scratch)
+
+
+def test_scales_are_cut_as_rows_are_or_refused(pools: Any) -> None:
+    assert run(pools[2], "cut_along_columns", columns=256) == [[[6, 2], [6, 2]]] * 2
+    for text in run(pools[2], "cut_along_columns", columns=128):
+        assert text == (
+            "[FXZ101] 128 neighbours of a parameter of shape [6, 128] share a scale of 8-bit "
+            "moments, but it is cut into rows of 64\n"
+            '  cut it along its first dimension, or give it moments="bfloat16"'
+        )

@@ -186,7 +186,7 @@ def build(
     """
     members, size = [], 0
     for row, (group, parameter) in enumerate(parameters):
-        flat(local(parameter))  # refuses one that cannot be updated, before there is any state
+        _check_memory(parameter, form)
         elements = local(parameter).numel()
         straight = local(parameter).is_contiguous()
         first = index[id(parameter)]
@@ -203,6 +203,18 @@ def build(
         for m in members
     )
     return Arena(form, moments, tuple(members), tensors, steps, views)
+
+
+def _check_memory(parameter: Tensor, form: Form) -> None:
+    """Raises a UsageError if a parameter's memory is not one that can be updated."""
+    part = local(parameter)
+    flat(part)
+    if form.quantum and math.prod(part.shape[1:]) % form.quantum:
+        raise UsageError(
+            f"{form.quantum} neighbours of a parameter of shape {list(parameter.shape)} share a "
+            f"scale of 8-bit moments, but it is cut into rows of {math.prod(part.shape[1:])}\n"
+            '  cut it along its first dimension, or give it moments="bfloat16"'
+        )
 
 
 def _kept(form: Form, moments: tuple[str, ...]) -> dict[str, torch.dtype]:
@@ -232,7 +244,8 @@ def _view(name: str, tensor: Tensor, member: Member, form: Form) -> Tensor:
     rows, columns = _shape_of_scales(part.shape, form)
     start = member.place // form.quantum
     inner = tensor[start : start + rows * columns].view(rows, columns)
-    return _spread(inner, parameter, torch.Size((parameter.shape[0], columns)), (columns, 1))
+    whole = torch.Size(_shape_of_scales(parameter.shape, form))
+    return _spread(inner, parameter, whole, (whole[1], 1))
 
 
 def _spread(part: Tensor, parameter: Tensor, shape: torch.Size, stride: Any) -> Tensor:
