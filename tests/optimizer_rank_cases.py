@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import optimizer_cases as cases
+import pipeline_cases
 import torch
 import torch.distributed as dist
 from rank_cases import MeanSquare, whole
@@ -217,3 +218,25 @@ def cut_along_columns(columns: int) -> Any:
             return str(error)
         results.append(list(optimizer.state[parameter]["exp_avg_scale"].shape))
     return results
+
+
+def differing_in_a_pipeline(name: str, stages: int) -> list[str]:
+    """What of this rank's stages differs between torch's AdamW and ours, with clipped gradients."""
+    results = []
+    for kind in (AdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        model, args, kwargs, loss = pipeline_cases.build(name)
+        pipeline = fxzero.Pipeline(stages, microbatches=2)
+        model = fxzero.compile(model, pipeline=pipeline, loss_fn=loss, inner="eager")
+        ours = kind is AdamW
+        optimizer: Any = kind(model.parameters(), lr=0.01, **({} if ours else {"fused": True}))
+        for _ in range(3):
+            optimizer.zero_grad()
+            model.step(*args, **kwargs)
+            given = {"optimizer": optimizer} if ours else {}
+            fxzero.clip_grad_norm_(model, 0.05, **given)
+            optimizer.step()
+        results.append({n: whole(p) for n, p in model.named_parameters() if not p.is_meta})
+    ours, theirs = results
+    assert ours.keys() == theirs.keys()
+    return [n for n, value in ours.items() if not torch.equal(value, theirs[n])]

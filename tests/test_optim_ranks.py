@@ -126,3 +126,7 @@ def test_scales_are_cut_as_rows_are_or_refused(pools: Any) -> None:
             "moments, but it is cut into rows of 64\n"
             '  cut it along its first dimension, or give it moments="bfloat16"'
         )
+
+
+def test_stages_of_a_pipeline_are_updated_as_by_torch(pools: Any) -> None:
+    assert run(pools[2], "differing_in_a_pipeline", name="gpt2", stages=2) == [[]] * 2
