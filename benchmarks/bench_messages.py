@@ -24,7 +24,7 @@ import harness
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
-from bench_training import ROWS, model_of, rows_of, text_of
+from bench_training import ROWS, model_of, rows_of, schedule_of, text_of
 
 import fxzero
 from fxzero.capture import capture
@@ -107,6 +107,7 @@ def _rank(rank: int, ranks: int, given: dict[str, str], steps: int, directory: s
     precision = fxzero.Precision(**given)
     model = fxzero.compile(model_of(torch.float32), zero=3, precision=precision, inner="eager")
     optimizer = fxzero.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    schedule = schedule_of(optimizer, steps)
     text, generator = text_of(), torch.Generator().manual_seed(1)
     losses = []
     for _ in range(steps):
@@ -115,6 +116,7 @@ def _rank(rank: int, ranks: int, given: dict[str, str], steps: int, directory: s
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         mean = loss.detach().clone()
         dist.all_reduce(mean)
         losses.append(mean.item() / ranks)

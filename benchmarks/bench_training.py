@@ -115,14 +115,19 @@ def model_of(dtype: torch.dtype) -> Any:
     return transformers.GPT2LMHeadModel(config).to(dtype).train()
 
 
+def schedule_of(optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """A short warm-up, and down to a tenth."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 20) * (1 - 0.9 * step / steps)
+    )
+
+
 def _final_loss(
     text: Tensor, make: Any, dtype: torch.dtype, given: dict[str, Any], steps: int
 ) -> float:
     model = model_of(dtype)
     optimizer = make(model.parameters(), **given)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 20) * (1 - 0.9 * step / steps)
-    )
+    schedule = schedule_of(optimizer, steps)
     generator = torch.Generator().manual_seed(1)
     losses = []
     for _ in range(steps):

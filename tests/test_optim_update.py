@@ -34,7 +34,7 @@ def test_a_step_by_generated_code_is_that_of_numpy_to_the_bit(
     name: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "_WORTH_COMPILING", 0)
-    monkeypatch.setattr(chunks, "CHUNK", 2048)
+    monkeypatch.setattr(chunks, "_LOOPED", 2048)
     make, options, rule = cases.OPTIMIZERS[name]
     cases.check_against_numpy(make, options, form, rule)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fxzero
 from fxzero import UsageError
 from fxzero.kernels import update as kernel
-from fxzero.optim import SGD, AdamW, Lion, chunks, footprint
+from fxzero.optim import SGD, AdamW, Lion, footprint
 from fxzero.optimizers import profile_optimizer
 
 WIDE = ((700, 800), (500, 1024), (1000,), (33, 64))
@@ -126,10 +126,9 @@ def test_on_cuda_places_are_aligned_and_a_table_is_kept() -> None:
     assert profile.transient_bytes == 0
 
 
-def test_constants_are_those_of_kernels_and_chunks() -> None:
+def test_constants_are_those_of_kernels() -> None:
     assert min(kernel.BLOCK, kernel.QUANTIZED_BLOCK) == footprint._BLOCK
     assert kernel.COLUMNS * 8 == footprint._ROW_BYTES
-    assert chunks._WORTH_COMPILING == footprint._WORTH_COMPILING
 
 
 def test_options_that_cannot_be_right_are_refused_when_planning() -> None:

@@ -24,9 +24,20 @@ from fxzero.optim.arenas import LOW, SCALE, Arena, Member, flat, local
 from fxzero.optim.generated import Loop, arguments, generate
 from fxzero.optim.rule import SCALARS, Control, Fused, Group, Rule
 
-CHUNK = 1 << 18
+# Elements of a chunk: for one loop over memory, and for operators that make many temporaries.
+_LOOPED, _OPERATED = 1 << 18, 1 << 14
 # A compiler takes seconds: arenas of fewer elements do without.
 _WORTH_COMPILING = 1 << 20
+
+
+def compiles(elements: int) -> bool:
+    """Whether chunks of an arena of so many elements go through generated code."""
+    return elements >= _WORTH_COMPILING and _torch.has_compiler("cpu")
+
+
+def chunk_elements(elements: int) -> int:
+    """Elements of a chunk of an arena that has so many."""
+    return _LOOPED if compiles(elements) else _OPERATED
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,7 @@ class ChunkedUpdate:
     def __init__(self, arena: Arena, rule: Rule, seed: int) -> None:
         self.arena, self._rule, self._seed = arena, rule, torch.tensor(seed)
         self._size = sum(member.elements for member in arena.members)
+        self._length = chunk_elements(self._size)
         self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
         self._known: object = None
         self._kind: Kind
@@ -163,14 +175,13 @@ class ChunkedUpdate:
         if kernel is not None and form.plain and dtype == form.weight:
             self._batches = [self._batch(kernel, ready, each) for each in alike.values()]
             return
-        compiles = self._size >= _WORTH_COMPILING and _torch.has_compiler("cpu")
         low_bits = 8 * form.low.itemsize if form.low is not None else 0
         narrow = {form.weight, dtype, form.moments} == {torch.bfloat16}
-        pairs = compiles and low_bits == 16 and narrow
+        pairs = compiles(self._size) and low_bits == 16 and narrow
         self._kind = Kind(self._rule.name, low_bits, form.stochastic, form.quantum, pairs)
-        self._loop = self._generate(dtype) if compiles else None
+        self._loop = self._generate(dtype) if compiles(self._size) else None
         for positions in alike.values():
-            for pieces in _together(_pieces(ready, positions)):
+            for pieces in _together(_pieces(ready, positions, self._length), self._length):
                 self._chunks.append(self._chunk(pieces))
 
     def _generate(self, gradient: torch.dtype) -> Loop:
@@ -178,7 +189,7 @@ class ChunkedUpdate:
         moments = (torch.int8, torch.uint8)[:count] if kind.quantum else (form.moments,) * count
         low = {0: (), 8: (torch.int8,), 16: (torch.int32,)}[kind.low_bits]
         dtypes = (form.weight, gradient, *low, *moments)
-        return generate(kind, (torch.int32,) * len(dtypes) if kind.pairs else dtypes, CHUNK)
+        return generate(kind, (torch.int32,) * len(dtypes) if kind.pairs else dtypes, self._length)
 
     def _batch(self, kernel: Fused, ready: Sequence[Member], positions: list[int]) -> _Batch:
         members = [ready[i] for i in positions]
@@ -208,7 +219,7 @@ class ChunkedUpdate:
     def _hold(self, name: str, tensors: list[Tensor]) -> Tensor:
         """What a step is given for tensors: the only one itself, or scratch."""
         first, pairs = tensors[0], self._kind.pairs
-        size = CHUNK // self._divisor(name) if self._loop else _count(tensors)
+        size = self._length // self._divisor(name) if self._loop else _count(tensors)
         widened = first.dtype == torch.int16 and not pairs
         even = not pairs or first.storage_offset() % 2 == 0
         if len(tensors) > 1 or first.numel() != size or widened or not even:
@@ -218,7 +229,7 @@ class ChunkedUpdate:
     def _buffer(self, name: str, dtype: torch.dtype) -> Tensor:
         """Scratch of a chunk's size."""
         if (name, dtype) not in self._scratch:
-            self._scratch[name, dtype] = torch.zeros(CHUNK, dtype=dtype)
+            self._scratch[name, dtype] = torch.zeros(self._length, dtype=dtype)
         return self._scratch[name, dtype]
 
     def _update(self, chunk: _Chunk, gradients: Sequence[Tensor], scalars: Tensor) -> None:
@@ -264,24 +275,24 @@ class ChunkedUpdate:
         return index
 
 
-def _pieces(ready: Sequence[Member], positions: Iterable[int]) -> Iterator[_Piece]:
+def _pieces(ready: Sequence[Member], positions: Iterable[int], length: int) -> Iterator[_Piece]:
     """Parameters, cut where the arena is cut into chunks, so that whole chunks need no scratch."""
     for position in positions:
         member, start = ready[position], 0
         while start < member.elements:
-            rest = CHUNK - (member.place + start) % CHUNK
+            rest = length - (member.place + start) % length
             stop = min(start + rest, member.elements)
             yield _Piece(position, member, start, stop)
             start = stop
 
 
-def _together(pieces: Iterable[_Piece]) -> Iterator[tuple[_Piece, ...]]:
+def _together(pieces: Iterable[_Piece], length: int) -> Iterator[tuple[_Piece, ...]]:
     """Neighbours in a chunk of the arena."""
     chosen: list[_Piece] = []
     for piece in pieces:
         if chosen:
             end = chosen[-1].place + chosen[-1].size
-            if end != piece.place or end % CHUNK == 0:
+            if end != piece.place or end % length == 0:
                 yield tuple(chosen)
                 chosen = []
         chosen.append(piece)

@@ -14,16 +14,13 @@ from typing import Any
 
 import torch
 
-from fxzero import _torch
 from fxzero.optim.arenas import ALIGNMENT
 from fxzero.optim.base import Optimizer
-from fxzero.optim.chunks import CHUNK
+from fxzero.optim.chunks import chunk_elements, compiles
 from fxzero.optim.forms import Form, Numerics
 from fxzero.optim.rule import SCALARS
 
 _STEP_BYTES = 4
-# As chunks.py has it.
-_WORTH_COMPILING = 1 << 20
 # Of the kernel's table: a row of 8 int64 for a block of at least 1024 elements.
 _BLOCK, _ROW_BYTES = 1024, 64
 # Of a chunk's element while torch's operators run one by one: temporaries, most of them float32.
@@ -77,13 +74,9 @@ def footprint(
     if device == "cuda":
         return Footprint(state, 0, 0)
     chunked = {f: n for f, n in elements.items() if not (f.plain and kind.rule.fused)}
-    scratch = sum(CHUNK * _scratch_bytes(form, count) for form in chunked)
-    one_by_one = [n for n in chunked.values() if not _compiles(n)]
-    return Footprint(state, scratch, _OPERATORS_BYTES * min(CHUNK, max(one_by_one, default=0)))
-
-
-def _compiles(elements: int) -> bool:
-    return elements >= _WORTH_COMPILING and _torch.has_compiler("cpu")
+    scratch = sum(chunk_elements(n) * _scratch_bytes(f, count) for f, n in chunked.items())
+    by_operators = [min(n, chunk_elements(n)) for n in chunked.values() if not compiles(n)]
+    return Footprint(state, scratch, _OPERATORS_BYTES * max(by_operators, default=0))
 
 
 def _scratch_bytes(form: Form, moments: int) -> int:
