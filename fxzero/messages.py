@@ -24,13 +24,21 @@ from fxzero.quantization import (
 )
 
 _ALIGNED = 16  # bytes
-_SMALLEST = 32
+_SMALLEST_QUANTUM = 32
+# Elements of a rank's part: fewer save no time, and norms and biases matter most for results.
+_SMALLEST_PART = 2048
+_FLOATS = (torch.float32, torch.bfloat16)
+
+
+def is_worth_it(elements: int, dtype: torch.dtype) -> bool:
+    """Whether parts of so many elements travel as codes, where that is asked for."""
+    return dtype in _FLOATS and elements >= _SMALLEST_PART
 
 
 def quantum_for(elements: int) -> int:
     """Neighbours that share a scale: as many as divide a piece, or 256 of one that is padded."""
     common = math.gcd(elements, QUANTUM)
-    return common if common >= _SMALLEST else QUANTUM
+    return common if common >= _SMALLEST_QUANTUM else QUANTUM
 
 
 def message_bytes(elements: int, kind: str) -> int:

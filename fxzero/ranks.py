@@ -66,7 +66,8 @@ class Ranks:
         """A parameter of all ranks' parts, gathered when the step under way asks first for it."""
         key = id(parameter), dtype
         if key not in self.gathered:
-            self.gathered[key] = self.shards.gather(parameter, dtype)
+            kind = self.shards.sharding.send_weights
+            self.gathered[key] = self.shards.gather(parameter, dtype, kind)
         return self.gathered[key]
 
     def step(

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from fxzero import _torch
+from fxzero import _torch, messages
 from fxzero.collectives import all_gather, average, average_in_place, average_part
 from fxzero.errors import UsageError
 from fxzero.mesh import Axis, Mesh, Sharding
@@ -136,16 +136,27 @@ class Shards:
         rows = _torch.local_tensor(parameter).shape[0]
         return self.cut(part if rows == part.shape[0] else part[:rows], parameter)
 
-    def gather(self, parameter: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def gather(
+        self, parameter: torch.Tensor, dtype: torch.dtype | None = None, kind: str | None = None
+    ) -> torch.Tensor:
         """The whole parameter, on every rank; all ranks must ask for it.
 
         Args:
             dtype: in which it travels, and is returned; None: its own.
+            kind: of the codes that it travels as, if it is large; None: as it is.
         """
         part = self.part(parameter).detach().to(dtype or parameter.dtype)
         if not is_cut(parameter):
             return part
-        whole = all_gather(part, self._axis.size, self.mesh.groups[self._axis.name])
+        count, group = self._axis.size, self.mesh.groups[self._axis.name]
+        if kind is not None and messages.is_worth_it(part.numel(), part.dtype):
+            arrived = all_gather(messages.write_message(part, 1, kind), count, group)
+            flat: torch.Tensor = messages.read_message(
+                arrived, count, part.numel(), kind, part.dtype
+            )
+            whole = flat.view(-1, *part.shape[1:])
+        else:
+            whole = all_gather(part, count, group)
         return whole[: parameter.shape[0]]
 
     def reduce(self, gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

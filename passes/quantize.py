@@ -34,12 +34,10 @@ from fxzero.graph import TrainGraph
 from fxzero.mesh import Sharding
 from fxzero.passes.context import PassContext
 from fxzero.passes.writer import Writer, renew_views
+from fxzero.sharding import padded_rows
 from fxzero.storages import storage_identity
 from fxzero.units import format_bytes
 
-# Elements of a rank's part: less saves no time, and norms and biases matter most for the result.
-_SMALLEST = 2048
-_FLOATS = (torch.float32, torch.bfloat16)
 _VIEW = torch.ops.aten.view.default
 
 
@@ -57,30 +55,53 @@ def quantize_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
 
 def what_is_sent(graph: TrainGraph, sharding: Sharding) -> list[str]:
     """Notes: how much of what ranks exchange is quantized, and how much is not."""
+    notes = []
+    if kind := sharding.send_weights:
+        transfers = _transfers(graph, (ALL_GATHER,)) + _gathered_once(graph, sharding)
+        notes.append(_note("weights", kind, transfers))
+    if kind := sharding.send_gradients:
+        transfers = _transfers(graph, (REDUCE_SCATTER, ALL_TO_ALL, ALL_REDUCE))
+        notes.append(_note("gradients", kind, transfers))
+    return notes
+
+
+def _transfers(graph: TrainGraph, targets: tuple[object, ...]) -> list[tuple[bool, int]]:
+    """Of each collective: whether codes travel, and the bytes of all parts."""
+    nodes = [node for node in graph.graph.nodes if node.target in targets]
     return [
-        _note(graph, name, kind, targets)
-        for name, kind, targets in (
-            ("weights", sharding.send_weights, (ALL_GATHER,)),
-            ("gradients", sharding.send_gradients, (REDUCE_SCATTER, ALL_TO_ALL, ALL_REDUCE)),
+        (
+            _source(node).target is messages.WRITE,
+            max(node.meta["val"].nbytes, _source(node).meta["val"].nbytes),
         )
-        if kind
+        for node in nodes
     ]
 
 
-def _note(graph: TrainGraph, name: str, kind: str, targets: tuple[object, ...]) -> str:
-    nodes = [node for node in graph.graph.nodes if node.target in targets]
-    narrow = [node for node in nodes if _source(node).target is messages.WRITE]
-    sent = sum(node.meta["val"].nbytes for node in narrow)
-    plain = sum(max(n.meta["val"].nbytes, _source(n).meta["val"].nbytes) for n in nodes)
+def _gathered_once(graph: TrainGraph, sharding: Sharding) -> list[tuple[bool, int]]:
+    """The same for parameters that a step gathers for all of its micro-batches."""
+    found = []
+    for role, node in graph.pairs():
+        if role.kind == "gathered":
+            value, shards = node.meta["val"], sharding.shards
+            part = padded_rows(value.shape[0], shards) * (value.numel() // value.shape[0])
+            narrow = messages.is_worth_it(part, value.dtype)
+            size = messages.message_bytes(part, str(sharding.send_weights)) * shards
+            found.append((narrow, size if narrow else value.nbytes))
+    return found
+
+
+def _note(name: str, kind: str, transfers: list[tuple[bool, int]]) -> str:
+    narrow = [size for is_narrow, size in transfers if is_narrow]
+    plain = sum(size for is_narrow, size in transfers if not is_narrow)
     return (
-        f"{len(narrow)} of {len(nodes)} {name} travel as {kind}, {format_bytes(sent)}; the others, "
-        f"{format_bytes(plain - sent)}, as they are"
+        f"{len(narrow)} of {len(transfers)} {name} travel as {kind}, {format_bytes(sum(narrow))}; "
+        f"the others, {format_bytes(plain)}, as they are"
     )
 
 
 def _is_worth_it(collective: fx.Node) -> bool:
     value, source = collective.meta["val"], _source(collective).meta["val"]
-    return source.dtype in _FLOATS and min(value.numel(), source.numel()) >= _SMALLEST
+    return messages.is_worth_it(min(value.numel(), source.numel()), source.dtype)
 
 
 def _source(collective: fx.Node) -> fx.Node:
