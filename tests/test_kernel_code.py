@@ -91,7 +91,10 @@ def _compiled(name: str, capability: int, **changes: Any) -> codegen.MachineCode
     )
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    "capability",
+    [90, *(pytest.param(other, marks=pytest.mark.exhaustive) for other in (80, 100))],
+)
 @pytest.mark.parametrize("name", _KERNELS)
 def test_a_step_moves_what_it_must_in_wide_accesses(name: str, capability: int) -> None:
     _, constants, size, share = _KERNELS[name]

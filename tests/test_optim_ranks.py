@@ -16,6 +16,10 @@ from pool import Pool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 WORLDS = (1, 2, 4)
+_FLOAT32, _NARROW, _WHOLE = (
+    pytest.param(form, marks=pytest.mark.exhaustive)
+    for form in ("float32", NARROW, "bfloat16 with a whole master")
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,7 @@ def test_weights_and_states_are_the_same_on_any_number_of_ranks(
             assert_same(there, state)
 
 
-@pytest.mark.parametrize("form", ["float32", NARROW, "bfloat16 with a whole master"])
+@pytest.mark.parametrize("form", ["bfloat16 with a whole master", NARROW, _FLOAT32])
 def test_a_checkpoint_goes_on_bit_for_bit_on_any_number_of_ranks(
     pools: Any, tmp_path: Any, form: str
 ) -> None:
@@ -85,7 +89,7 @@ def test_a_checkpoint_goes_on_bit_for_bit_on_any_number_of_ranks(
 
 
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("form", ["float32", NARROW, "bfloat16 with a whole master"])
+@pytest.mark.parametrize("form", ["bfloat16 with a whole master", _NARROW, _FLOAT32])
 def test_torchs_functions_get_and_set_states(pools: Any, form: str, full: bool) -> None:
     for world in WORLDS:
         answers = run(pools[world], "through_torchs_state_dicts", form=form, full=full)
@@ -109,7 +113,7 @@ def test_shards_of_fsdp2_are_updated_as_the_whole_is(pools: Any, form: str) -> N
 
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
-@pytest.mark.parametrize("form", ["float32", NARROW, "bfloat16 with a whole master"])
+@pytest.mark.parametrize("form", [NARROW, _FLOAT32, _WHOLE])
 def test_plans_hold_what_is_measured(pools: Any, form: str, zero: int) -> None:
     for answer in run(pools[4], "measured_and_planned", form=form, zero=zero):
         measured, planned, scratch = answer
