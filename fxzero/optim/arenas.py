@@ -133,7 +133,7 @@ def first_indices(parameters: Iterable[Tensor]) -> dict[int, int]:
 
 
 def _offset(parameter: Tensor) -> int:
-    """Where this rank's part begins in the whole parameter; -1 where it is not one run of it."""
+    """Where this rank's part begins in the whole parameter; far off where it is not one run."""
     if not isinstance(parameter, DTensor):
         return 0
     cut = [i for i, p in enumerate(parameter.placements) if not isinstance(p, Replicate)]
