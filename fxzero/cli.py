@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _OK, _NOT_VERIFIED, _USAGE, _DOES_NOT_FIT, _BUG, _INTERRUPTED = 0, 1, 2, 3, 4, 130
 _DTYPES = ["float32", "bfloat16", "float16", "float64"]
+_KINDS = ["int8", "int4", "fp8"]  # those of quantization.py, which imports torch
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -116,6 +117,16 @@ def _model_options(command: _Command) -> _Command:
                 help="What is sharded over the devices.",
             ),
             click.option(
+                "--send-weights",
+                type=click.Choice(_KINDS),
+                help="What gathers of weights move.  [default: the numbers themselves]",
+            ),
+            click.option(
+                "--send-gradients",
+                type=click.Choice(_KINDS),
+                help="The same for reductions of gradients.",
+            ),
+            click.option(
                 "--pipeline",
                 metavar="STAGES",
                 help='Into how many stages to cut the model, or "auto": if that is faster.',
@@ -140,8 +151,11 @@ def _make_plan(
     pipeline: str | None,
     schedule: str | None,
     microbatches: int | None,
+    send_weights: str | None,
+    send_gradients: str | None,
     **options: Any,
 ) -> Plan:
+    from fxzero.precision import Precision
     from fxzero.sources import load_model
 
     asked = _pipeline(pipeline, schedule, microbatches)
@@ -156,6 +170,7 @@ def _make_plan(
         kwargs=source.kwargs,
         name=source.name,
         pipeline=asked,
+        precision=Precision(send_weights=send_weights, send_gradients=send_gradients),
         **options,
     )
 

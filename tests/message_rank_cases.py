@@ -25,6 +25,11 @@ class Layers(nn.Module):
         return (x - 0.5).square().mean()
 
 
+def made():
+    """The model and its inputs, for plans."""
+    return Layers(), (torch.randn(8, WIDTH),)
+
+
 def trained(zero, inner="eager", sizes=None, pipeline=None, **sent):
     """(losses, parameters, notes, measured peak, planned peak) of some steps of SGD."""
     torch.manual_seed(0)

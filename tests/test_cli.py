@@ -20,6 +20,7 @@ from torch import nn
 from fxzero.cli import cli, main
 from fxzero.errors import BudgetError, CaptureError, InternalError, PlanError, UsageError
 from fxzero.plans import Plan
+from fxzero.precision import Precision
 
 FACTORY = "cli_factory:make"
 
@@ -92,6 +93,8 @@ def test_the_set_of_commands_and_options_is_this() -> None:
         "devices",
         "mesh",
         "zero",
+        "send_weights",
+        "send_gradients",
         "pipeline",
         "schedule",
         "microbatches",
@@ -153,6 +156,7 @@ def test_plan_prints_the_report_and_returns_0_where_it_fits(
         "devices": None,
         "mesh": None,
         "zero": "auto",
+        "precision": Precision(),
         "sweep": 0,
     }
 

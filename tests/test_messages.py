@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fxzero
-from fxzero import messages
+from fxzero import cli, messages
 from fxzero.capture import capture
 from fxzero.collectives import ALL_GATHER, ALL_TO_ALL, REDUCE_SCATTER
 from fxzero.errors import UsageError
@@ -13,6 +13,7 @@ from fxzero.mesh import Mesh
 from fxzero.options import Options
 from fxzero.planner import Planner
 from fxzero.precision import Precision
+from fxzero.quantization import KINDS
 
 _NARROW = Precision(send_weights="int8", send_gradients="int4")
 
@@ -108,3 +109,10 @@ def test_the_environment_sends_numbers_as_they_are(monkeypatch):
 def test_an_unknown_kind_is_named_with_those_there_are():
     with pytest.raises(UsageError, match=r"send_weights.*int8"):
         Precision(send_weights="int7")
+
+
+def test_the_command_line_knows_the_kinds(capsys):
+    assert sorted(cli._KINDS) == sorted(KINDS)
+    sent = ("--send-weights", "int8", "--send-gradients", "int4", "--zero", "3", "--devices", "4")
+    assert cli.main(["plan", "message_rank_cases:made", *sent]) == 0
+    assert "weights travel as int8" in " ".join(capsys.readouterr().out.split())
