@@ -7,7 +7,8 @@ kept, gathered again or freed by itself.  Forward and backward never share a buc
 
 gloo scatters the sums of a list of gradients one by one, and cannot run several gathers of lists
 at once (see ``collectives``).  There the parts of both are copied side by side into one tensor,
-which is taken apart where it is waited for; all-reduces are lists there too.
+which is taken apart where it is waited for; all-reduces are lists there too.  Messages of codes
+are copied side by side everywhere: they are small.
 
 Invariant: a bucket moves no more than ``context.decisions.bucket_bytes``, over one dimension of the
 mesh, and no part is read before it is waited for.
@@ -28,11 +29,13 @@ from torch import fx
 
 from fxzero.collectives import (
     ALL_GATHER,
+    ALL_TO_ALL,
     COALESCED,
     REDUCE_SCATTER,
     group_of,
     is_gather,
     preparation,
+    ranks_of,
 )
 from fxzero.graph import TrainGraph
 from fxzero.messages import WRITE
@@ -63,7 +66,7 @@ def bucket_pass(graph: TrainGraph, context: PassContext) -> TrainGraph:
 
 
 def _reduces(node: fx.Node) -> bool:
-    return node.target in COALESCED and not is_gather(node)
+    return node.target is ALL_TO_ALL or (node.target in COALESCED and not is_gather(node))
 
 
 def _merge_gathers(graph: TrainGraph, limit: int, backward: bool, flat: bool) -> None:
@@ -96,7 +99,9 @@ def _merge_reductions(graph: TrainGraph, limit: int, target: Any, flat: bool) ->
         behind = [node for member in members for node in _behind(member)]
         for node in reversed(behind):
             last.append(node)
-        if flat and target is REDUCE_SCATTER:
+        if target is ALL_TO_ALL:
+            _exchange_flat(Writer(graph, last), members)
+        elif flat and target is REDUCE_SCATTER:
             _reduce_flat(Writer(graph, last), members)
         else:
             _merge(graph.graph, members, before=last)
@@ -134,7 +139,8 @@ def _bytes(node: fx.Node) -> int:
 
 def _kind(node: fx.Node) -> tuple[Any, ...]:
     """Equal for collectives that can be one: but for their tensors they are called alike."""
-    return node.target, group_of(node), node.meta["val"].dtype, node.args[1:]
+    how = ranks_of(node) if node.target is ALL_TO_ALL else node.args[1:]
+    return node.target, group_of(node), node.meta["val"].dtype, how
 
 
 def _merge(graph: fx.Graph, members: list[fx.Node], before: fx.Node) -> None:
@@ -188,6 +194,26 @@ def _reduce_flat(writer: Writer, members: list[fx.Node]) -> None:
         part = writer.call(_ATEN.view.default, (piece, list(value.shape)))
         wait.replace_all_uses_with(part)
         renew_views(part, storage_identity(wait.meta["val"]))
+    for replaced in (*waits, *members):
+        writer.graph.erase_node(replaced)
+
+
+def _exchange_flat(writer: Writer, members: list[fx.Node]) -> None:
+    """One collective of one tensor: for each rank its pieces of all messages side by side."""
+    ranks, group = ranks_of(members[0]), group_of(members[0])
+    assert ranks is not None
+    sources = [node.all_input_nodes[0] for node in members]
+    sizes = [source.meta["val"].numel() // ranks for source in sources]
+    rows = [writer.call(_ATEN.view.default, (source, [ranks, -1])) for source in sources]
+    bucket = writer.call(_ATEN.view.default, (writer.call(_ATEN.cat.default, (rows, 1)), [-1]))
+    total = [sum(sizes)] * ranks
+    arrived = writer.wait(writer.call(ALL_TO_ALL, (bucket, total, total, group)))
+    whole = writer.call(_ATEN.view.default, (arrived, [ranks, -1]))
+    parts = writer.call(_ATEN.split_with_sizes.default, (whole, sizes, 1))
+    waits = [wait for node in members for wait in node.users]
+    for index, wait in enumerate(waits):
+        piece = writer.contiguous(writer.call(operator.getitem, (parts, index)))
+        wait.replace_all_uses_with(writer.call(_ATEN.view.default, (piece, [-1])))
     for replaced in (*waits, *members):
         writer.graph.erase_node(replaced)
 

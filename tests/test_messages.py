@@ -73,7 +73,10 @@ def test_large_weights_and_gradients_travel_as_codes(zero):
     decided = _decided(zero)
     split = decided.emitted.split
     gathers, exchanges = _calls(split, ALL_GATHER), _calls(split, ALL_TO_ALL)
-    assert len(exchanges) == 3
+    assert len(_calls(split, messages.AVERAGE)) == 3
+    assert len(exchanges) == (3 if zero == 3 else 1), "messages that follow one another are one"
+    sent = 3 * 4 * messages.message_bytes(96 * 96 // 4, "int4")
+    assert sum(node.meta["val"].numel() for node in exchanges) == sent
     codes = [node for node in gathers if node.meta["val"].dtype == torch.uint8]
     assert len(codes) >= (5 if zero == 3 else 3), "those that the backward gathers again, too"
     assert all(node.meta["val"].numel() < 96 * 200 for node in _calls(split, REDUCE_SCATTER))
