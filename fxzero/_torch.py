@@ -291,6 +291,17 @@ def scale_all(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
     torch._foreach_mul_(list(tensors), factor)
 
 
+def add_numbers(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> None:
+    """Adds a number to each tensor, in place; numbers travel with launches, not by a copy."""
+    torch._foreach_add_(list(tensors), list(numbers))
+
+
+def is_capturing() -> bool:
+    """Whether operators on CUDA go into a graph now."""
+    # Builds without CUDA have no function to ask.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     """Copies each source to its target."""
     torch._foreach_copy_(list(targets), list(sources))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +36,13 @@ FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     ),
     "float16": (torch.float16, {}),
 }
+
+
+def kept(form: str) -> tuple[torch.dtype, Numerics]:
+    """The dtype of parameters, and the numerics, of a form by name."""
+    dtype, options = FORMS[form]
+    stochastic = options.get("stochastic_rounding", False)
+    return dtype, Numerics.of(options.get("master_bits"), stochastic, options.get("moments"))
 
 
 def parameters(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[Any]:
@@ -119,18 +127,13 @@ class Reference:
 
 def check_against_numpy(make: Any, options: dict[str, Any], form: str, rule: Any) -> None:
     """Four steps whose weights and states must have the bits of the reference."""
-    dtype, numerics = FORMS[form]
+    dtype, numerics = kept(form)
     owned = parameters(dtype)
-    optimizer = make(owned, seed=3, **options, **numerics)
+    optimizer = make(owned, seed=3, **options, **FORMS[form][1])
     moments = optimizer.rule.moments
-    kept = Numerics.of(
-        numerics.get("master_bits"),
-        numerics.get("stochastic_rounding", False),
-        numerics.get("moments"),
-    )
     expected, index = [], 0
     for p in owned:
-        expected.append(Reference.of(p, kept.form(p), index, 3, moments))
+        expected.append(Reference.of(p, numerics.form(p), index, 3, moments))
         index += -(-p.numel() // 8) * 8
     for step in range(1, 5):
         give_gradients(owned, step)
@@ -143,6 +146,17 @@ def check_against_numpy(make: Any, options: dict[str, Any], form: str, rule: Any
             same(p, reference.weight, f"weight of {where}")
             for key, value in reference.state.items():
                 same(optimizer.state[p][key], value, f"{key} of {where}")
+
+
+def check_stale_weights(weight: Any, optimizer: Any) -> None:
+    """A backward that has saved weights of before a step must raise."""
+    x = torch.randn(2, weight.shape[1], dtype=weight.dtype, requires_grad=True)
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    loss = (x @ weight.t()).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def same(ours: Tensor, expected: Tensor, what: str) -> None:

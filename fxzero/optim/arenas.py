@@ -147,6 +147,16 @@ def _offset(parameter: Tensor) -> int:
     return int(first * math.prod(parameter.shape[1:]))
 
 
+def mark_written(members: Iterable[Member]) -> None:
+    """Tells autograd of weights that were written where it does not see it.
+
+    A backward that has saved older values of them then raises instead of being wrong.
+    """
+    written = [m.parameter for m in members]
+    parts = [local(p) for p in written if isinstance(p, DTensor)]
+    torch.autograd.graph.increment_version([*written, *parts])
+
+
 def gradient_of(member: Member) -> Tensor:
     """This rank's part of a parameter's gradient, in the order of the parameter's memory.
 

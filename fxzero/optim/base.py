@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fxzero.errors import unknown_option
+from fxzero import _torch
+from fxzero.errors import UsageError, unknown_option
 from fxzero.optim.arenas import (
     ALIGNMENT,
     Arena,
@@ -173,12 +174,22 @@ class Optimizer(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _prepare(self) -> None:
-        """Puts every parameter's states into arenas; nothing to do in most steps."""
-        if self._stale or any(p.grad is not None for p in self._untrained):
+        """Puts every parameter's states into arenas; nothing to do in most steps.
+
+        Raises:
+            UsageError: a CUDA graph is being captured, and would do it again in every replay.
+        """
+        stale = self._stale or any(p.grad is not None for p in self._untrained)
+        if not stale and all(self.state.get(m.parameter) is view for m, view in self._probes):
+            return
+        if _torch.is_capturing():
+            raise UsageError(
+                "states of an optimizer were not made, or were loaded, since its last step, and a "
+                "CUDA graph is being captured\n  run one step before the capture"
+            )
+        if stale:
             self._stale = True  # should a state be refused
             self._updates = [self._update_of(arena) for arena in self._build()]
-        elif all(self.state.get(m.parameter) is view for m, view in self._probes):
-            return
         for update in self._updates:
             for member, view in update.arena.pairs:
                 state = self.state.get(member.parameter)

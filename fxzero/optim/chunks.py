@@ -20,7 +20,7 @@ from torch import Tensor
 from fxzero import _torch
 from fxzero.kernels import eager_numerics
 from fxzero.kernels.eager_update import Kind, exact_root, update
-from fxzero.optim.arenas import LOW, SCALE, Arena, Member, flat, local
+from fxzero.optim.arenas import LOW, SCALE, Arena, Member, flat, local, mark_written
 from fxzero.optim.generated import Loop, arguments, generate
 from fxzero.optim.rule import SCALARS, Control, Fused, Group, Rule
 
@@ -144,6 +144,7 @@ class ChunkedUpdate:
             if at not in rows:
                 rows[at] = self._scalars(groups[at[0]], at[1], factor)
             self._update(chunk, gradients, rows[at])
+        mark_written(ready)  # neither generated code nor torch's kernels for lists do
 
     def _scalars(self, group: Group, number: float, factor: Tensor | None) -> Tensor:
         """A row as ``kernels.update`` reads it, float32 [16]."""

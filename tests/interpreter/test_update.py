@@ -1,14 +1,21 @@
-"""The optimizers' kernel in Triton's interpreter: equal to numpy's float32 to the bit."""
+"""The optimizers' kernel in Triton's interpreter: equal to numpy's float32 to the bit.
+
+What a CUDA graph would capture of a step is tested here without one: a step is told that it is
+being captured, and must do what may be recorded only.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import optimizer_cases as cases
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxzero import UsageError, _torch
 from fxzero.optim import AdamW
 from fxzero.optim.arenas import build
-from fxzero.optim.forms import Numerics
 from fxzero.optim.launch import LaunchedUpdate
 from fxzero.optim.rule import Control
 
@@ -24,12 +31,7 @@ def test_a_step_is_that_of_numpy_to_the_bit(name: str, form: str) -> None:
 
 @pytest.mark.parametrize("form", [f for f in cases.FORMS if "nearest" not in f])
 def test_shards_are_updated_as_the_whole_is(form: str) -> None:
-    dtype, numerics = cases.FORMS[form]
-    kept = Numerics.of(
-        numerics.get("master_bits"),
-        numerics.get("stochastic_rounding", False),
-        numerics.get("moments"),
-    )
+    dtype, kept = cases.kept(form)
     group = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
     (whole,) = cases.parameters(dtype, ((37, 128),))
     kind = kept.form(whole)
@@ -59,8 +61,9 @@ def test_a_step_without_finite_gradients_changes_nothing() -> None:
     before = [p.detach().clone() for p in owned]
     states = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in owned]
     owned[0].grad[0] = float("inf")
-    optimizer.found_inf = torch.tensor(1.0)
-    optimizer.step()
+    for number in (1.0, 2.0):  # one of each device
+        optimizer.found_inf = torch.tensor(number)
+        optimizer.step()
     for p, weight, state in zip(owned, before, states, strict=True):
         assert torch.equal(p, weight)
         assert all(torch.equal(optimizer.state[p][k], v) for k, v in state.items())
@@ -119,3 +122,106 @@ def test_parameters_without_elements_are_counted_only() -> None:
         cases.give_gradients(owned, 0)
         optimizer.step()
         assert all(optimizer.state[p]["step"] == 1 for p in owned)
+
+
+class _Operators(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", cases.OPTIMIZERS)
+def test_a_step_neither_waits_for_the_device_nor_reads_the_host(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, options, _ = cases.OPTIMIZERS[name]
+    owned = cases.parameters(torch.bfloat16)
+    optimizer = make(owned, backend="triton", moments="int8", **options)
+    for step in range(2):
+        cases.give_gradients(owned, step)
+        owned[1].grad = None
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor([2.0]), torch.tensor([0.0])
+        if step:
+            monkeypatch.setattr("fxzero.kernels.update.update", _NoKernel())
+            with _Operators() as operators:
+                optimizer.step()
+            # What torch.tensor, .item and masks are made of.
+            assert not operators.names & {"lift_fresh", "_local_scalar_dense", "nonzero"}
+            assert "_foreach_add_" in operators.names, "addresses are written"
+            steps = [float(optimizer.state[p].get("step", 0)) for p in owned]
+            assert steps == [2, 0, 2, 2, 2, 2, 2]
+        else:
+            optimizer.step()
+
+
+class _NoKernel:
+    """Stands for a kernel where the interpreter's own operators would be in the way."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16 rounded stochastically with int8 moments"])
+def test_a_captured_step_is_one_with_tables_of_its_own(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype, options = cases.FORMS[form]
+    results = []
+    for captured in ((), (2, 4)):
+        owned = cases.parameters(dtype)
+        rate = torch.tensor(1e-2)
+        optimizer = AdamW(owned, rate, backend="triton", **options)
+        for step in range(1, 6):
+            rate.fill_(1e-2 / step)
+            cases.give_gradients(owned, step)
+            before = [dict(update._tables) for update in optimizer._updates]
+            monkeypatch.setattr(_torch, "is_capturing", lambda now=step in captured: now)
+            optimizer.step()
+            if step in captured:
+                assert before == [update._tables for update in optimizer._updates]
+        results.append(owned)
+    assert all(map(torch.equal, *results))
+
+
+def test_a_capture_without_a_step_before_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    owned = cases.parameters(torch.float32)
+    cases.give_gradients(owned, 0)
+    optimizer = AdamW(owned, backend="triton")
+    monkeypatch.setattr(_torch, "is_capturing", lambda: True)
+    with pytest.raises(UsageError, match="run one step before the capture"):
+        optimizer.step()
+    monkeypatch.setattr(_torch, "is_capturing", lambda: False)
+    owned[2].grad = None
+    optimizer.step()
+    cases.give_gradients(owned, 1)
+    monkeypatch.setattr(_torch, "is_capturing", lambda: True)
+    with pytest.raises(UsageError, match=r"for the same 7 parameters\n"):
+        optimizer.step()
+
+
+def test_a_capture_reads_no_tensor_of_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    owned = cases.parameters(torch.float32)
+    cases.give_gradients(owned, 0)
+    optimizer = AdamW(owned, backend="triton")
+    optimizer.step()
+    monkeypatch.setattr(_torch, "is_capturing", lambda: True)
+    optimizer.found_inf = torch.empty((), device="meta")
+    with pytest.raises(UsageError, match="found_inf is a tensor on meta"):
+        optimizer.step()
+    del optimizer.found_inf
+    optimizer.param_groups[0]["lr"] = torch.empty((), device="meta")
+    with pytest.raises(UsageError, match="lr is a tensor on meta"):
+        optimizer.step()
+
+
+def test_autograd_notices_weights_that_a_kernel_has_written() -> None:
+    (weight,) = cases.parameters(torch.float32, ((64, 64),))
+    cases.check_stale_weights(weight, AdamW([weight], backend="triton"))
