@@ -3,7 +3,7 @@
 #   PYTHON=path/to/python   use that environment, with fxzero in it, as it is: no .venv, no install
 #   PIP_ARGS="..."          more arguments for pip, such as an index that has CPU builds of torch
 #   PYTEST_ARGS="..."       more arguments for pytest, such as -k budget
-#   BENCH_ARGS="..."        arguments for `make bench-gpu`, such as --model llama
+#   BENCH_ARGS="..."        arguments of the memory benchmark in `make bench-gpu`, such as --model llama
 #   WORKERS=N               test processes at a time (default 2)
 
 SHELL := /bin/bash
@@ -63,12 +63,12 @@ lint: $(READY)  ## ruff check, ruff format --check, mypy
 	$(PY) -m mypy
 
 # A benchmark may import a helper that lies beside it, hence no PYTHONSAFEPATH here.
-bench: $(READY)  ## run benchmarks/bench_*.py
-	@shopt -s nullglob; files=(benchmarks/bench_*.py); \
-	if [ $${#files[@]} -eq 0 ]; then echo "no benchmarks/bench_*.py" >&2; exit 1; fi; \
-	for f in "$${files[@]}"; do echo "== $$f"; env -u PYTHONSAFEPATH $(PY) "$$f" || exit 1; done
+bench: $(READY)  ## run benchmarks/bench_*.py, but for the one that needs a CUDA device
+	@for f in $(filter-out %/bench_kernels.py,$(wildcard benchmarks/bench_*.py)); do \
+	  echo "== $$f"; env -u PYTHONSAFEPATH $(PY) "$$f" || exit 1; done
 
-bench-gpu: $(READY)  ## run the memory benchmark on a CUDA device
+bench-gpu: $(READY)  ## run the benchmarks of kernels and of memory on a CUDA device
+	env -u PYTHONSAFEPATH $(PY) benchmarks/bench_kernels.py
 	env -u PYTHONSAFEPATH $(PY) benchmarks/bench_memory.py --device cuda $(BENCH_ARGS)
 
 clean:  ## remove .venv, builds and caches
