@@ -61,7 +61,8 @@ class AdamW(Optimizer):
 
     Args:
         params: parameters, or groups of them with options of their own.
-        lr: learning rate; a tensor may be changed while a CUDA graph of the step exists.
+        lr: learning rate; a tensor on the parameters' device may be changed while a CUDA graph of
+            the step exists.
         betas: how much of the moments is kept in a step.
         eps: added to the root of the second moment.
         weight_decay: share of the weight, times ``lr``, that it loses in a step.
