@@ -62,6 +62,15 @@ def nearest_bfloat16(x):
 
 
 @triton.jit
+def store_nearest(pointers, x, mask):
+    """Stores a float32 as what pointers point to; as bfloat16 rounded to nearest, ties to even."""
+    if pointers.dtype.element_ty == tl.bfloat16:
+        tl.store(pointers, nearest_bfloat16(x), mask)
+    else:
+        tl.store(pointers, x, mask)
+
+
+@triton.jit
 def stochastic_bfloat16(x, random):
     """A float32 rounded up or down with probabilities that make it right on average.
 

@@ -136,7 +136,4 @@ def pack_kernel(
 @triton.jit
 def _move(source, target, factor, mask):
     x = numerics.to_float32(tl.load(source, mask)) * factor
-    if target.dtype.element_ty == tl.bfloat16:
-        tl.store(target, numerics.nearest_bfloat16(x), mask)
-    else:
-        tl.store(target, x, mask)
+    numerics.store_nearest(target, x, mask)

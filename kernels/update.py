@@ -160,7 +160,7 @@ def _block(
     elif STOCHASTIC:
         tl.store(weights + i, numerics.stochastic_bfloat16(weight, random), mask)
     else:
-        _store_nearest(weights + i, weight, mask)
+        numerics.store_nearest(weights + i, weight, mask)
     if QUANTUM:
         if MASKED:
             first = tl.where(mask, first, 0.0)
@@ -168,7 +168,7 @@ def _block(
         tl.store(firsts + place + i, codes, mask)
         tl.store(first_scales + scales, scale, some)
     else:
-        _store_nearest(firsts + place + i, first, mask)
+        numerics.store_nearest(firsts + place + i, first, mask)
     if RULE == "adamw":
         if QUANTUM:
             if MASKED:
@@ -177,15 +177,7 @@ def _block(
             tl.store(seconds + place + i, codes, mask)
             tl.store(second_scales + scales, scale, some)
         else:
-            _store_nearest(seconds + place + i, second, mask)
-
-
-@triton.jit
-def _store_nearest(pointers, x, mask):
-    if pointers.dtype.element_ty == tl.bfloat16:
-        tl.store(pointers, numerics.nearest_bfloat16(x), mask)
-    else:
-        tl.store(pointers, x, mask)
+            numerics.store_nearest(seconds + place + i, second, mask)
 
 
 @triton.jit
