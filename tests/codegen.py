@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,14 @@ class MachineCode:
         registers: of one thread.
         stack: bytes of one thread: what was spilled lies here.
         shared: bytes of one block of threads.
+        ptx: the code before it is one device's, in which memory orders are written out.
     """
 
     instructions: Counter[str]
     registers: int
     stack: int
     shared: int
+    ptx: str
 
     @property
     def count(self) -> int:
@@ -68,6 +70,7 @@ def compile_for(
     capability: int = 90,
     warps: int = 4,
     fusion: bool = False,
+    multiples: Sequence[str] = (),
 ) -> MachineCode:
     """Machine code of a kernel.
 
@@ -77,10 +80,13 @@ def compile_for(
         constants: values of those that are ``tl.constexpr``.
         capability: of the device, 90 for sm_90.
         fusion: whether a product and a sum may become one instruction, which rounds once.
+        multiples: integers that are multiples of 16, as a launch would see them to be.
     """
     names = list(arguments)
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if arguments[n][0] == "*"
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if arguments[n][0] == "*" or n in multiples
     }
     signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(kernel, signature, dict(constants), aligned)
@@ -93,7 +99,9 @@ def compile_for(
         usage = _run("--dump-resource-usage", file.name)
     used = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
     instructions = Counter(_INSTRUCTION.findall(code))
-    return MachineCode(instructions, used["REG"], used["STACK"], used["SHARED"])
+    return MachineCode(
+        instructions, used["REG"], used["STACK"], used["SHARED"], compiled.asm["ptx"]
+    )
 
 
 def _run(option: str, path: str) -> str:
