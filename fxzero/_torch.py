@@ -321,6 +321,30 @@ def groups_of_this_process() -> int:
     return len(_world.pg_names)
 
 
+def has_symmetric_memory() -> bool:
+    """Whether ranks on CUDA devices of this machine can map each other's memory."""
+    if not (torch.distributed.is_available() and torch.cuda.is_available()):
+        return False
+    return importlib.util.find_spec("torch.distributed._symmetric_memory") is not None
+
+
+def symmetric_memory(size: int, device: torch.device, group: Any) -> list[torch.Tensor]:
+    """Zeros of every rank of a group, uint8 [size], as this rank sees them, its own among them.
+
+    All ranks call it; when it returns, the memory of all is zero.
+    """
+    from torch.distributed import _symmetric_memory
+
+    own = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+    own.zero_()
+    torch.cuda.synchronize(device)
+    handle = _symmetric_memory.rendezvous(own, group)
+    ranks = range(handle.world_size)
+    memories = [handle.get_remote_tensor(rank, [size], torch.uint8) for rank in ranks]
+    memories[handle.rank] = own
+    return memories
+
+
 def fake_mode_of(tensors: Sequence[Any]) -> FakeTensorMode | None:
     """The mode that made the first fake tensor among ``tensors``."""
     for tensor in tensors:

@@ -301,6 +301,25 @@ def test_the_default_store_is_that_of_the_group() -> None:
         dist.destroy_process_group()
 
 
+def test_symmetric_memory_is_only_where_a_cuda_device_is() -> None:
+    assert _torch.has_symmetric_memory() is torch.cuda.is_available()
+
+
+@pytest.mark.cuda
+def test_symmetric_memory_is_zeros_that_belong_to_the_ranks_of_a_group() -> None:
+    device = torch.device("cuda", 0)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=device)
+    try:
+        (memory,) = _torch.symmetric_memory(4096, device, dist.group.WORLD)
+        assert (memory.dtype, memory.numel(), memory.device) == (torch.uint8, 4096, device)
+        assert memory.data_ptr() % 128 == 0
+        assert not memory.any()
+        memory.fill_(3)
+        assert (memory == 3).all()
+    finally:
+        dist.destroy_process_group()
+
+
 def test_fake_mode_of_finds_the_mode_of_the_first_fake() -> None:
     with _torch.FakeTensorMode() as mode:
         fake = torch.empty(2)
