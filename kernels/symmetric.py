@@ -15,7 +15,8 @@ behind which a rank may do with its buffers what it likes.  A barrier joins the 
 number on all ranks.  That is enough: a kernel begins when what its rank did before is done, and is
 done when its last program is.  A program waits for its twins, so all programs of a kernel must run
 at once: there are no more than multiprocessors, and the launch is cooperative, which fails where
-they do not fit.
+they do not fit.  All ranks run the same machine code: kernels are not specialized for rank 1, which
+would be compiled while others wait for it.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def grid(peers: Peers, part: Tensor) -> tuple[int]:
     return (max(1, min(triton.cdiv(part.numel(), BLOCK), peers.programs)),)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def reduce_kernel(
     table,
     epochs,
@@ -134,7 +135,7 @@ def _floats(table, peer, place, start, i, mask, DTYPE: tl.constexpr):
     return numerics.to_float32(tl.load(buffer + start + i, mask))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def gather_kernel(
     table,
     epochs,

@@ -67,7 +67,7 @@ def step(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def step_kernel(
     table,
     epochs,

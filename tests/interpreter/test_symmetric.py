@@ -5,6 +5,8 @@ What must come out is computed in numpy's float32, in the order of ranks.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -295,6 +297,19 @@ def test_epochs_may_wrap_and_kernels_may_have_other_numbers_of_programs(tmp_path
     for smallest, largest in run(3, case, layout, tmp_path, epoch=2**31 - 4):
         torch.testing.assert_close(smallest, expected)
         assert torch.equal(smallest, largest)
+
+
+def test_a_rank_that_dies_ends_all_and_leaves_nothing(tmp_path: Path) -> None:
+    def case(peers: Peers, buffers: list[Tensor]) -> None:
+        if peers.rank == 1:
+            os._exit(3)
+        symmetric.reduce_scatter(peers, buffers[0], torch.empty(_SMALL))
+
+    files = os.listdir("/proc/self/fd")
+    with pytest.raises(AssertionError, match=r"exit codes \[None, 3\]"):
+        run(2, case, [(2 * _SMALL, torch.float32)], tmp_path)
+    assert os.listdir("/proc/self/fd") == files
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("dtype", _FLOATS)
