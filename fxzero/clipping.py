@@ -92,7 +92,7 @@ def _checked(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -
     if not isinstance(optimizer, Optimizer):
         raise UsageError(
             f"optimizer={type(optimizer).__name__} of {type(optimizer).__module__} cannot scale "
-            "gradients in its step\n  leave it out, or use one of fxzero.optim"
+            "gradients in its step\n  leave it out, or use fxzero.optim.AdamW, SGD or Lion"
         )
     owned = {id(p) for g in optimizer.param_groups for p in g["params"] if p.grad is not None}
     clipped = {id(p) for p in parameters}

@@ -18,7 +18,7 @@ import torch
 from fxzero import optim
 from fxzero.errors import UsageError, unknown_option
 from fxzero.optim.base import Optimizer
-from fxzero.optim.footprint import footprint
+from fxzero.optim.footprint import footprint, muon_footprint
 
 # States per parameter element, in the parameter's dtype.
 _STATES = {
@@ -40,9 +40,9 @@ _STATES = {
 # Temporaries of one parameter's update in torch's single-tensor loop, in copies of the parameter.
 _TEMPORARIES = {"adam": 2, "adamw": 2, "nadam": 2, "radam": 2, "rmsprop": 1, "adagrad": 2}
 _STEP_COUNTER_BYTES = 4
-_OURS: dict[str, type[Optimizer]] = {
-    f"fxzero.optim.{kind.__name__}": kind for kind in (optim.AdamW, optim.Lion, optim.SGD)
-}
+_Ours = type[Optimizer] | type[optim.Muon]
+_KINDS: tuple[_Ours, ...] = (optim.AdamW, optim.Lion, optim.Muon, optim.SGD)
+_OURS: dict[str, _Ours] = {f"fxzero.optim.{kind.__name__}": kind for kind in _KINDS}
 _NUMERICS = ("master_bits", "stochastic_rounding", "moments")
 
 
@@ -64,7 +64,7 @@ class OptimizerProfile:
 
 
 def profile_optimizer(
-    optimizer: object, parameters: Sequence[torch.Tensor], device: str
+    optimizer: object, parameters: Sequence[torch.Tensor], device: str, shards: int = 1
 ) -> OptimizerProfile:
     """The memory of ``optimizer`` over trainable ``parameters`` on "cpu" or "cuda".
 
@@ -72,6 +72,7 @@ def profile_optimizer(
         optimizer: a name such as "adamw" (torch's) or "fxzero.optim.AdamW", a class of
             ``torch.optim`` or ``fxzero.optim``, the latter in a ``functools.partial`` with options
             too, or a number of bytes per parameter.
+        shards: ranks that each have rows of every parameter, as many as are in ``parameters``.
 
     Raises:
         UsageError: a name nobody knows, or a number that is negative or not finite.
@@ -84,7 +85,7 @@ def profile_optimizer(
         return OptimizerProfile(text, float(optimizer), int(elements * optimizer), 0)
     ours = _ours(optimizer)
     if ours is not None:
-        return _profile_ours(*ours, parameters, device)
+        return _profile_ours(*ours, parameters, device, shards)
     name = _name_of(optimizer)
     states = _STATES[name]
     sizes = [p.numel() * p.element_size() for p in parameters]
@@ -98,26 +99,30 @@ def profile_optimizer(
     )
 
 
-def _ours(optimizer: object) -> tuple[type[Optimizer], Mapping[str, Any]] | None:
+def _ours(optimizer: object) -> tuple[_Ours, Mapping[str, Any]] | None:
     """A class of fxzero.optim and its options, or None: it is something else."""
     options: Mapping[str, Any] = {}
     if isinstance(optimizer, functools.partial):
         options, optimizer = optimizer.keywords, optimizer.func
     if isinstance(optimizer, str):
         optimizer = _OURS.get(optimizer)
-    if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
+    if isinstance(optimizer, type) and issubclass(optimizer, (Optimizer, optim.Muon)):
         return optimizer, options
     return None
 
 
 def _profile_ours(
-    kind: type[Optimizer],
+    kind: _Ours,
     options: Mapping[str, Any],
     parameters: Sequence[torch.Tensor],
     device: str,
+    shards: int,
 ) -> OptimizerProfile:
     elements = sum(p.numel() for p in parameters)
-    found = footprint(kind, options, parameters, device)
+    if issubclass(kind, Optimizer):
+        found = footprint(kind, options, parameters, device)
+    else:
+        found = muon_footprint(parameters, shards)
     written = ", ".join(f"{name}={options[name]!r}" for name in _NUMERICS if name in options)
     name = f"fxzero.optim.{kind.__name__}" + (f"({written})" if written else "")
     each = found.state / elements if elements else 0.0

@@ -249,7 +249,9 @@ class GraphPlanner:
         self.is_stage = is_stage
         self.sweep = sweep
         trainable = [value for role, value in arguments if role in graph.trainable]
-        self.optimizer = profile_optimizer(options.optimizer, trainable, self.device)
+        self.optimizer = profile_optimizer(
+            options.optimizer, trainable, self.device, options.sharding.shards
+        )
         self.granularity = CUDA_GRANULARITY if self.device == "cuda" else 1
         held = [value for role, value in arguments if role.kind != "tangent"]
         held += [node.meta["val"] for node in self.graph.graph.find_nodes(op="get_attr")]

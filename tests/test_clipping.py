@@ -114,7 +114,7 @@ def test_an_optimizer_of_torch_is_refused() -> None:
         fxzero.clip_grad_norm_(model, 1.0, optimizer=torch.optim.AdamW(model.parameters()))
     assert str(caught.value) == (
         "[FXZ101] optimizer=AdamW of torch.optim.adamw cannot scale gradients in its step\n"
-        "  leave it out, or use one of fxzero.optim"
+        "  leave it out, or use fxzero.optim.AdamW, SGD or Lion"
     )
 
 

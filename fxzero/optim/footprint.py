@@ -18,6 +18,7 @@ from fxzero.optim.arenas import ALIGNMENT
 from fxzero.optim.base import Optimizer
 from fxzero.optim.chunks import chunk_elements, compiles
 from fxzero.optim.forms import Form, Numerics
+from fxzero.optim.homes import TURN_ELEMENTS
 from fxzero.optim.rule import SCALARS
 
 _STEP_BYTES = 4
@@ -25,6 +26,9 @@ _STEP_BYTES = 4
 _BLOCK, _ROW_BYTES = 1024, 64
 # Of a chunk's element while torch's operators run one by one: temporaries, most of them float32.
 _OPERATORS_BYTES = 60
+# Of an element that travels to a home of Muon's: what leaves, a copy of it in one piece, what came
+# back, and what it is made from.
+_TRAVELING_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -85,3 +89,30 @@ def _scratch_bytes(form: Form, moments: int) -> int:
     index = 8 if form.stochastic or form.quantum else 0
     scales = -(-4 // form.quantum) * moments if form.quantum else 0
     return 2 * form.weight.itemsize + low + moments * form.moments.itemsize + index + scales
+
+
+def muon_footprint(parameters: Sequence[torch.Tensor], shards: int) -> Footprint:
+    """What a ``Muon`` takes for matrices; what is none counts as in the ``AdamW`` that it needs.
+
+    Args:
+        parameters: as a rank has them.
+        shards: ranks that each have rows of all of them.
+    """
+    matrices = [p for p in parameters if p.ndim == 2]
+    state = sum(p.nbytes for p in matrices)
+    state += sum(2 * p.nbytes + _STEP_BYTES for p in parameters if p.ndim != 2)
+    wide = max((p.nbytes + 2 * p.numel() for p in matrices), default=0)
+    work = max((_iteration_bytes(p, shards) for p in matrices), default=0)
+    if shards == 1:
+        return Footprint(state, 0, max(wide, work))
+    largest = max((p.numel() * shards for p in matrices), default=0)
+    # In a turn no home has more than its share of all, and one matrix.
+    share = sum(p.numel() for p in matrices) + largest
+    taken = max(largest, min(share, TURN_ELEMENTS))
+    return Footprint(state, 0, max(wide, 4 * taken + work, _TRAVELING_BYTES * taken))
+
+
+def _iteration_bytes(parameter: torch.Tensor, shards: int) -> int:
+    """Of Muon's iteration, in bfloat16: three of the whole matrix, two of its shorter side."""
+    short, long = sorted((parameter.shape[0] * shards, parameter.shape[1]))
+    return 6 * short * long + 4 * short * short
