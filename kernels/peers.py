@@ -31,6 +31,8 @@ Layout = Sequence[tuple[int, torch.dtype]]
 class Peers:
     """What a rank knows of the memory of all.
 
+    All ranks run the same kernels over it in the same order, one after the other, on one stream.
+
     Attributes:
         rank: its own number.
         table: int64 [ranks], as above.

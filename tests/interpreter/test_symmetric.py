@@ -218,7 +218,7 @@ def _train(take: Any, ranks: int, part: int, dtype: torch.dtype, folder: Path) -
             seen.append(weights.clone())
         return seen, _kept(states)
 
-    return run(ranks, case, [(ranks * part, dtype)] * 2, folder)
+    return run(ranks, case, [(ranks * part, dtype)] * 2, folder, programs=1)
 
 
 def _unsharded(ranks: int, count: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -250,9 +250,10 @@ def _unsharded(ranks: int, count: int, dtype: torch.dtype) -> tuple[list[Tensor]
 def test_a_fused_step_is_that_of_three_kernels_and_of_one_process(
     dtype: torch.dtype, ranks: int, tmp_path: Path
 ) -> None:
-    fused = _train(_fused, ranks, _LARGE, dtype, tmp_path)
-    apart = _train(_one_by_one, ranks, _LARGE, dtype, tmp_path)
-    seen, states = _unsharded(ranks, ranks * _LARGE, dtype)
+    part = BLOCK + 48
+    fused = _train(_fused, ranks, part, dtype, tmp_path)
+    apart = _train(_one_by_one, ranks, part, dtype, tmp_path)
+    seen, states = _unsharded(ranks, ranks * part, dtype)
     for results in (fused, apart):
         for rank, (weights, kept) in enumerate(results):
             assert all(map(torch.equal, weights, seen)), "weights of all ranks are the same"
