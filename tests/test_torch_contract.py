@@ -574,6 +574,41 @@ def test_values_that_decide_what_runs_raise_a_data_dependent_error() -> None:
     assert all(issubclass(kind, Exception) for kind in _torch.NO_FAKE_ERRORS)
 
 
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_fused_kernels_are_those_of_torchs_optimizers(name: str) -> None:
+    weight, gradient = torch.ones(5), torch.arange(5.0)
+    expected = nn.Parameter(weight.clone())
+    expected.grad = gradient.clone()
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.2, "maximize": True}
+    if name == "AdamW":
+        options |= {"betas": (0.8, 0.9), "eps": 1e-6}
+        moments = [torch.zeros(5)], [torch.zeros(5)]
+        _torch.fused_adamw([weight], [gradient], *moments, torch.tensor(1.0), **options)
+    else:
+        options |= {"momentum": 0.9, "dampening": 0.0, "nesterov": True}
+        _torch.fused_sgd([weight], [gradient], [torch.zeros(5)], first_step=True, **options)
+    getattr(torch.optim, name)([expected], fused=True, **options).step()
+    assert torch.equal(weight, expected.detach())
+
+
+def test_numbers_are_added_to_tensors_exactly() -> None:
+    numbers = [2**47 + 1, -3, 0]
+    tensor = torch.tensor([1, 1, 2**40])
+    _torch.add_numbers(tensor.unbind(), numbers)
+    assert tensor.tolist() == [2**47 + 2, -2, 2**40]
+
+
+def test_nothing_is_captured_outside_of_a_capture() -> None:
+    assert not _torch.is_capturing()
+
+
+def test_lists_of_tensors_are_scaled_and_copied() -> None:
+    tensors, targets = [torch.ones(2), torch.full((3,), 2.0)], [torch.zeros(2), torch.zeros(3)]
+    _torch.scale_all(tensors, torch.tensor(0.5))
+    _torch.copy_all(targets, tensors)
+    assert [tensor.tolist() for tensor in targets] == [[0.5] * 2, [1.0] * 3]
+
+
 def test_every_public_function_is_stated_here() -> None:
     functions = [
         name
