@@ -121,7 +121,11 @@ def _update_pairs(
     values: Values,
     root: Root,
 ) -> None:
-    """The same for words of two elements, with 16 low bits and moments in bfloat16."""
+    """The same for words of two elements, with 16 low bits and moments in bfloat16.
+
+    Nothing looks for NaNs: those that arithmetic makes, or hands on from bfloat16, have no low
+    bits, and what is added to round them cannot carry into the upper half.
+    """
     highs, lows = _apart(weight), ((low << 16) >> 16, low >> 16)
     masters = [
         (high.view(torch.int32) + rest).view(torch.float32)
@@ -135,7 +139,7 @@ def _update_pairs(
     ]
     new = [result[0] for result in results]
     bits = [x.view(torch.int32) for x in new]
-    weight.copy_(_together(*(_upper(b + 0x8000, x) for b, x in zip(bits, new, strict=True))))
+    weight.copy_(_together(bits[0] + 0x8000, bits[1] + 0x8000))
     low.copy_((bits[0] & _LOWER) | (bits[1] << 16))
     for number, moment in enumerate(moments, 1):
         moment.copy_(_together(*(_nearest(result[number]) for result in results)))
@@ -147,15 +151,14 @@ def _apart(words: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _together(first: Tensor, second: Tensor) -> Tensor:
-    """Words of the upper halves of two float32."""
-    lower = (first.view(torch.int32) >> 16) & _LOWER
-    return lower | (second.view(torch.int32) & _UPPER)
+    """Words of the upper halves of the bits of two float32."""
+    return ((first >> 16) & _LOWER) | (second & _UPPER)
 
 
 def _nearest(x: Tensor) -> Tensor:
-    """Rounded to the nearest bfloat16, which is the upper half."""
+    """Bits whose upper half is the nearest bfloat16."""
     bits = x.view(torch.int32)
-    return _upper(bits + 0x7FFF + ((bits >> 16) & 1), x)
+    return bits + 0x7FFF + ((bits >> 16) & 1)
 
 
 def exact_root(x: Tensor) -> Tensor:

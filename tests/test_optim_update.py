@@ -35,14 +35,19 @@ def test_a_step_by_operators_is_that_of_numpy_to_the_bit(name: str, form: str) -
     cases.check_against_numpy(make, options, form, rule)
 
 
+def _compile_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "_WORTH_COMPILING", 0)
+    monkeypatch.setattr(chunks, "_LEAST_LOOPED", 2048)
+    monkeypatch.setattr(chunks, "_MOST_LOOPED", 2048)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="generates code with a C++ compiler")
 @pytest.mark.parametrize(("name", "form"), _COMPILED)
 def test_a_step_by_generated_code_is_that_of_numpy_to_the_bit(
     name: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "_WORTH_COMPILING", 0)
-    monkeypatch.setattr(chunks, "_LOOPED", 2048)
+    _compile_small_chunks(monkeypatch)
     make, options, rule = cases.OPTIMIZERS[name]
     cases.check_against_numpy(make, options, form, rule)
 
@@ -73,8 +78,7 @@ def test_autograd_notices_weights_that_a_step_has_written(form: str) -> None:
 def test_autograd_notices_weights_that_generated_code_has_written(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "_WORTH_COMPILING", 0)
-    monkeypatch.setattr(chunks, "CHUNK", 2048)
+    _compile_small_chunks(monkeypatch)
     dtype, options = cases.FORMS[form]
     (weight,) = cases.parameters(dtype, ((64, 64),))  # whole chunks, written where they are
     cases.check_stale_weights(weight, AdamW([weight], **options))

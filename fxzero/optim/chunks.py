@@ -24,8 +24,9 @@ from fxzero.optim.arenas import LOW, SCALE, Arena, Member, flat, local, mark_wri
 from fxzero.optim.generated import Loop, arguments, generate
 from fxzero.optim.rule import SCALARS, Control, Fused, Group, Rule
 
-# Elements of a chunk: for one loop over memory, and for operators that make many temporaries.
-_LOOPED, _OPERATED = 1 << 18, 1 << 14
+# Elements of a chunk: the least and the most for one loop over memory, a power of two, and for
+# operators, which make many temporaries.
+_LEAST_LOOPED, _MOST_LOOPED, _OPERATED = 1 << 16, 1 << 20, 1 << 14
 # A compiler takes seconds: arenas of fewer elements do without.
 _WORTH_COMPILING = 1 << 20
 
@@ -37,7 +38,10 @@ def compiles(elements: int) -> bool:
 
 def chunk_elements(elements: int) -> int:
     """Elements of a chunk of an arena that has so many."""
-    return _LOOPED if compiles(elements) else _OPERATED
+    if not compiles(elements):
+        return _OPERATED
+    quarter: int = 1 << max(elements // 4, 1).bit_length() - 1
+    return min(max(quarter, _LEAST_LOOPED), _MOST_LOOPED)
 
 
 @dataclass(frozen=True)
