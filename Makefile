@@ -49,7 +49,7 @@ test: $(READY) test-kernels  ## run the tests that need no CUDA device, but for 
 
 # Triton decides when it is imported whether kernels are interpreted, so these have their own process.
 test-kernels: $(READY)  ## run kernels in Triton's interpreter
-	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -m interpreter $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) tests/interpreter $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-quick: $(READY)  ## the same without the slow ones
 	$(PYTEST) -n $(WORKERS) -m "not slow and not cuda and not exhaustive and not interpreter" $(PYTEST_ARGS)
