@@ -116,6 +116,7 @@ class Shares:
         quick=("buffers",),
         exhaustive=(
             *("mixtral", "t5", "vit", "frozen", "llama_bf16", "resnet", "tied"),
+            *("llama", "bert"),
             *("unused_parameter", "logging", "module_twice", "kwargs_only"),
         ),
     ),

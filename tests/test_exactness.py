@@ -42,7 +42,7 @@ def budget_of(subject: Subject, share: str) -> int:
 
 every_model = pytest.mark.parametrize(
     "subject",
-    tiers(zoo.CASES, quick=("resnet", "rand_ops", "buffers"), exhaustive=("mixtral",)),
+    tiers(zoo.CASES, quick=("resnet", "rand_ops", "buffers"), exhaustive=("mixtral", "t5")),
     indirect=True,
 )
 

@@ -157,7 +157,7 @@ def test_a_gradient_that_came_is_held_until_its_backward_ends(pool):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["1f1b", "zb1p"])
+@pytest.mark.parametrize("schedule", ["zb1p", pytest.param("1f1b", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     "name", ["mlp", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("wide", "gpt2"))]
 )
@@ -234,7 +234,7 @@ def test_a_stage_without_parameters():
     ("name", "zero"),
     [
         ("tied", 2),
-        ("tied", 3),
+        pytest.param("tied", 3, marks=pytest.mark.exhaustive),
         *(pytest.param("gpt2", zero, marks=pytest.mark.exhaustive) for zero in (1, 2, 3)),
     ],
 )
@@ -350,7 +350,11 @@ def test_a_dead_rank_is_named(tmp_path):
         (2, {"failing": 1, "last": True, "pass_": "forward", "runs": 2, "schedule": "1f1b"}),
         (2, {"failing": 0, "last": False, "pass_": "backward", "runs": 3, "schedule": "zb1p"}),
         (4, {"failing": 3, "last": True, "pass_": "forward", "runs": 1, "zero": 3}),
-        (4, {"failing": 1, "last": False, "pass_": "backward", "runs": 2, "zero": 2}),
+        pytest.param(
+            4,
+            {"failing": 1, "last": False, "pass_": "backward", "runs": 2, "zero": 2},
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_an_error_of_one_rank_is_told_to_all(ranks, given):
@@ -378,7 +382,10 @@ def test_an_error_of_one_rank_is_told_to_all(ranks, given):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "almost"), [(2, 49 * 2**10), (4, 28 * 2**10)])
+@pytest.mark.parametrize(
+    ("ranks", "almost"),
+    [(2, 49 * 2**10), pytest.param(4, 28 * 2**10, marks=pytest.mark.exhaustive)],
+)
 def test_a_budget_that_does_not_fit_is_refused_on_every_rank(ranks, almost):
     """When the model is compiled, or in its first step; also where one rank alone needs more."""
     given = {"sizes": {"pp": 2, "dp": 2}, "zero": 3} if ranks == 4 else {}

@@ -95,7 +95,14 @@ def _peaks(model: Any) -> Peaks:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("share", [None, 0.5, 0.0], ids=["no budget", "half way", "smallest"])
+@pytest.mark.parametrize(
+    "share",
+    [
+        pytest.param(None, id="no budget"),
+        pytest.param(0.5, id="half way", marks=pytest.mark.exhaustive),
+        pytest.param(0.0, id="smallest"),
+    ],
+)
 def test_the_measured_peak_is_the_rehearsed_one_and_within_plan_and_budget(
     name: str, share: float | None
 ) -> None:
