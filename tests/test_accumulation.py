@@ -357,7 +357,7 @@ def test_without_the_pass_autograd_adds(monkeypatch: pytest.MonkeyPatch) -> None
     assert "pass accumulate is switched off by FXZERO_SKIP" in model.plan.notes
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="needs a C++ compiler")
 def test_generated_code_adds_within_its_plan() -> None:
     model, twin = pair(Net(), inner="inductor")

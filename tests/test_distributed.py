@@ -74,7 +74,8 @@ def test_accumulated_and_clipped_gradients_equal_ddps(pools, zero):
 
 # Not before a batch norm: gradients that are zero but for rounding become steps of AdamW.
 @pytest.mark.parametrize(
-    ("world", "name"), [(3, "bert"), pytest.param(4, "gpt2", marks=pytest.mark.exhaustive)]
+    ("world", "name"),
+    [pytest.param(*case, marks=pytest.mark.exhaustive) for case in ((3, "bert"), (4, "gpt2"))],
 )
 def test_more_ranks_differ_by_rounding_and_repeat_themselves(pools, world, name):
     pool = pools(world)
@@ -107,6 +108,7 @@ def test_gathers_run_side_by_side(pools):
         assert answer == "done"
 
 
+@pytest.mark.exhaustive
 def test_generated_code_keeps_the_order_of_collectives(pools):
     """Inductor would wait for each where it starts, which takes the least memory."""
     for planned, written in pools(2).run("rank_cases:collectives_in_generated_code")[0]:

@@ -170,6 +170,7 @@ every_model = pytest.mark.parametrize(
     tiers(
         ("rand_ops", "gpt2", "unet", "mixed_dtype"),
         quick=("rand_ops",),
+        exhaustive=("gpt2",),
     ),
     indirect=True,
 )

@@ -263,7 +263,13 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}, {"dtype": torch.bfloat16}],
+    [
+        {},
+        pytest.param(
+            {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}, marks=pytest.mark.exhaustive
+        ),
+        pytest.param({"dtype": torch.bfloat16}, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_weights_and_momenta_are_the_same_on_any_number_of_ranks(
     pools: Any, options: dict[str, Any]

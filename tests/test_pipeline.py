@@ -191,7 +191,7 @@ def test_a_budget_holds_for_all_that_is_in_flight(pool):
 @pytest.mark.parametrize(
     ("zero", "schedule", "first"),
     [
-        (0, "zb1p", False),
+        pytest.param(0, "zb1p", False, marks=pytest.mark.exhaustive),
         pytest.param(1, "1f1b", True, marks=pytest.mark.exhaustive),
         pytest.param(2, "zb1p", False, marks=pytest.mark.exhaustive),
         (3, "zbv", True),
