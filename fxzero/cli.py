@@ -107,6 +107,13 @@ def _model_options(command: _Command) -> _Command:
             ),
             click.option("--offload", is_flag=True, help="Saved values may wait in host memory."),
             click.option("--accumulate", is_flag=True, help="The step finds gradients to add to."),
+            click.option(
+                "--update",
+                type=click.Choice(["step", "backward"]),
+                default="step",
+                show_default=True,
+                help="Where the optimizer updates weights.",
+            ),
             click.option("--devices", type=click.IntRange(1), help="How many train together."),
             click.option("--mesh", metavar="DIMS", help='Such as "dp_replicate=8,dp_shard=16".'),
             click.option(

@@ -49,11 +49,17 @@ def clip_grad_norm_(
         The norm before clipping, a scalar tensor, the same on every rank.
 
     Raises:
-        UsageError: the optimizer is not of ``fxzero.optim``, or has other parameters.
+        UsageError: the optimizer is not of ``fxzero.optim``, or has other parameters, or the model
+            was compiled with ``update="backward"``.
         RuntimeStateError: gradients of ``no_sync`` steps were not reduced yet.
         RuntimeError: the norm is not finite, and ``error_if_nonfinite`` is set.
     """
     state = vars(model).get("_fxzero")
+    if state is not None and state.options.updates:
+        raise UsageError(
+            'clipping needs the norm of all gradients, which update="backward" never has at once\n'
+            '  compile with update="step" to clip'
+        )
     ranks: Ranks | None = state.ranks if state is not None else None
     pipeline: PipelinedModel | None = state.pipeline if state is not None else None
     parameters = [p for p in model.parameters() if p.grad is not None]

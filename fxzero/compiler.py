@@ -38,6 +38,7 @@ from fxzero.pipelining.training import PipelinedModel
 from fxzero.planner import Planner
 from fxzero.plans import Plan
 from fxzero.ranks import Ranks, connect
+from fxzero.receiving import Updates, check_updater
 from fxzero.sharding import agree_on_values, ids_elsewhere, is_spread
 from fxzero.structure import Structure, flatten
 from fxzero.training_step import TrainingStep
@@ -48,6 +49,7 @@ _DEFAULT_RECOMPILE_LIMIT = 16
 _OPTIONS = (
     "memory_budget", "optimizer", "recompute", "objective", "inner", "strict", "offload", "mesh",
     "zero", "pipeline", "precision", "example_inputs", "loss_fn", "plan", "microbatches",
+    "update",
 )  # fmt: skip
 
 
@@ -66,6 +68,7 @@ def compile(
     precision: Any = None,
     loss_fn: Any = None,
     microbatches: int | str = 1,
+    update: str = "step",
     inner: str | None = None,
     plan: Plan | str | Path | None = None,
     strict: bool = False,
@@ -96,6 +99,9 @@ def compile(
         offload: whether saved values may wait for the backward in host memory.
         microbatches: into how many parts ``model.step`` cuts a batch, or "auto": so many that the
             step fits the budget and takes the least time.
+        update: where the optimizer updates weights: in its "step", or in the "backward", each as
+            soon as its gradient is there, so that gradients never exist all at once; then the
+            optimizer is of ``fxzero.optim``, and ``model.update_with`` names it.
         inner: "inductor" or "eager"; None: inductor where a compiler is present.
         plan: a Plan or a path to one, replayed without a solver for the graph it was made for.
         strict: what cannot be applied (a pass that is switched off, a value that was to be
@@ -129,6 +135,8 @@ def compile(
         zero=zero,
         mesh=ranks,
         microbatches=microbatches,
+        update=update,
+        pipeline=asked,
     )
     if isinstance(plan, (str, Path)):
         plan = Plan.load(plan)
@@ -241,6 +249,22 @@ class CompiledModule(nn.Module):
                 losses.append(_train(self, part, keywords, state.loss_fn, count))
         return torch.stack(losses).sum()
 
+    def update_with(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lets backwards hand gradients to an optimizer, where ``update="backward"`` asks for that.
+
+        ``optimizer.step()`` is called as always: it ends the step.
+
+        Raises:
+            UsageError: the optimizer cannot update weights one by one, or has not all of them.
+        """
+        state = self._fxzero
+        if not state.options.updates:
+            raise UsageError(
+                "the model was compiled to return gradients\n"
+                '  give fxzero.compile update="backward"'
+            )
+        state.updates.receiver = check_updater(optimizer, self)
+
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Inside, gradients are added up without reduction; the next step outside reduces all.
@@ -248,6 +272,11 @@ class CompiledModule(nn.Module):
         On one device there is nothing to reduce.
         """
         ranks = self._fxzero.ranks
+        if self._fxzero.options.updates:
+            raise UsageError(
+                'no_sync adds gradients up, and update="backward" keeps none\n'
+                '  compile with update="step" to accumulate'
+            )
         if ranks is None:
             yield
             return
@@ -341,6 +370,7 @@ class _State:
         self.steps: OrderedDict[tuple[Hashable, bool], TrainingStep] = OrderedDict()
         self.latest: TrainingStep | None = None
         self.pipeline: PipelinedModel | None = None
+        self.updates = Updates()
         self.counts: dict[Hashable, int] = {}  # of micro-batches, by what is cut
 
     def fresh(self) -> _State:
@@ -377,7 +407,8 @@ class _State:
     ) -> Any:
         """The model's return value from planned graphs, attached to autograd."""
         trained = [p for p in model.parameters() if p.requires_grad]
-        accumulates = any(p.grad is not None for p in trained)
+        exist = any(p.grad is not None for p in trained)
+        accumulates = exist and not self.options.updates
         reduces = True
         if self.ranks is not None:
             reduces = self.ranks.syncing and not self.ranks.any_pending(trained)
@@ -481,6 +512,7 @@ class _State:
                 reduces=reduces,
                 accumulates=accumulates,
                 sibling=sibling,
+                updates=self.updates,
             )
         self.latest = step
         return step

@@ -19,6 +19,7 @@ from fxzero.collectives import is_collective, is_gather, is_reduction, is_wait, 
 from fxzero.randomness import draw, draw_again
 from fxzero.storages import tensor_leaves
 from fxzero.transfers import TRANSFERS
+from fxzero.updating import UPDATE
 
 # Share of its own time that an elementwise operator costs inside a kernel, so that none is free.
 _TIE = 0.02
@@ -153,9 +154,9 @@ def bucket_bytes(hardware: Hardware) -> int:
 
 
 def modelled_cost(node: fx.Node, hardware: Hardware) -> NodeCost:
-    """Roofline price of one node; inputs and views are free."""
+    """Roofline price of one node; inputs and views are free, updates not part of the price."""
     operator = drawn_operator(node) if node.op == "call_function" else None
-    if operator is None or makes_view(operator) or is_wait(node):
+    if operator is None or makes_view(operator) or is_wait(node) or operator is UPDATE:
         return NodeCost(0.0, 0)
     outputs = tensor_leaves(node.meta.get("val"))
     if operator in TRANSFERS:

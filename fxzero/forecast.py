@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fxzero.capture import capture
-from fxzero.errors import BudgetError
+from fxzero.errors import BudgetError, UsageError
 from fxzero.mesh import planned_mesh
 from fxzero.microbatches import Batch, loss_of
 from fxzero.options import Options, call_arguments, check_options, model_device
@@ -39,6 +39,7 @@ def plan(
     loss_fn: Any = None,
     microbatches: int | str = 1,
     accumulate: bool = False,
+    update: str = "step",
     sweep: int = 0,
     name: str | None = None,
 ) -> Plan:
@@ -66,6 +67,8 @@ def plan(
         microbatches: into how many parts pipelines cut the batch, if ``pipeline`` does not say.
         accumulate: whether the step finds gradients that it adds to, as the second of several
             micro-batches does.
+        update: where the optimizer updates weights: in its "step" or, each as soon as its gradient
+            is there, in the "backward".
         sweep: for how many budgets besides to find the step time, for ``Plan.pareto``.
 
     Returns:
@@ -91,7 +94,11 @@ def plan(
         precision=precision,
         mesh=ranks,
         microbatches=microbatches,
+        update=update,
+        pipeline=request,
     )
+    if accumulate and options.updates:
+        raise UsageError('update="backward" keeps no gradients that accumulate=True could add to')
     called = name or type(model).__name__
     if request is None:
         return without_pipeline(

@@ -24,6 +24,7 @@ from fxzero.execution import BoxedFunction, compile_to_python
 from fxzero.passes.split_backward import split_backward
 from fxzero.rehearsal import Peaks
 from fxzero.runtime import Executable, Halves, Owner
+from fxzero.updating import UPDATE
 
 if TYPE_CHECKING:
     from fxzero.passes.partition import Split
@@ -78,6 +79,7 @@ def compile_split(
             Accumulated(position, Layout.of(node.meta["val"]))
             for position, node in zip(split.accumulated, split.backward_inputs()[1], strict=True)
         ),
+        updated=_updated(split),
         gradients=split.gradients,
         reached=_reached(split),
         owner=owner,
@@ -152,6 +154,13 @@ def _inductor_target(target: Any) -> Any:
     if target is randomness.draw:
         return _torch.run_and_save_rng_state
     return _torch.run_with_rng_state if target is randomness.draw_again else target
+
+
+def _updated(split: Split) -> dict[str, int]:
+    """By name, positions among the inputs of parameters that the backward updates."""
+    positions = {r.name: i for i, r in enumerate(split.inputs) if r.kind == "parameter"}
+    names = [str(n.args[2]) for n in split.backward.graph.nodes if n.target is UPDATE]
+    return {name: positions[name] for name in names}
 
 
 def _reached(split: Split) -> dict[int, frozenset[int]]:

@@ -99,6 +99,12 @@ def profile_optimizer(
     )
 
 
+def updates_one_by_one(optimizer: object) -> bool:
+    """Whether it is a class of fxzero.optim that can update a parameter without the others."""
+    ours = _ours(optimizer)
+    return ours is not None and issubclass(ours[0], Optimizer)
+
+
 def _ours(optimizer: object) -> tuple[_Ours, Mapping[str, Any]] | None:
     """A class of fxzero.optim and its options, or None: it is something else."""
     options: Mapping[str, Any] = {}

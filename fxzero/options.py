@@ -14,13 +14,14 @@ from torch import nn
 from fxzero import _torch
 from fxzero.errors import UsageError, unknown_option
 from fxzero.mesh import Mesh, Sharding, check_zero
-from fxzero.optimizers import profile_optimizer
+from fxzero.optimizers import profile_optimizer, updates_one_by_one
 from fxzero.policies import check_recompute_option
 from fxzero.precision import Precision, check_precision
 from fxzero.units import parse_budget
 
 OBJECTIVES = ("time", "flops")
 INNERS = ("eager", "inductor")
+UPDATES = ("step", "backward")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Options:
         precision: what is computed, reduced and kept in which dtype.
         sharding: how parameters and gradients are spread over ranks.
         microbatches: into how many parts ``step`` cuts a batch, or "auto".
+        update: where the optimizer updates weights: in its "step" or in the "backward".
     """
 
     memory_budget: int | None = None
@@ -50,6 +52,12 @@ class Options:
     precision: Precision = field(default_factory=Precision)
     sharding: Sharding = field(default_factory=Sharding)
     microbatches: int | str = 1
+    update: str = "step"
+
+    @property
+    def updates(self) -> bool:
+        """Whether the optimizer updates weights in the backward."""
+        return self.update == "backward"
 
     def on(self, mesh: Mesh) -> Options:
         """The same on other ranks."""
@@ -71,8 +79,14 @@ def check_options(
     zero: object = "auto",
     mesh: Mesh | None = None,
     microbatches: object = 1,
+    update: object = "step",
+    pipeline: object = None,
 ) -> Options:
-    """Options from user input; raises UsageError for the first that cannot be right."""
+    """Options from user input; raises UsageError for the first that cannot be right.
+
+    Args:
+        pipeline: the one that is asked for, or None.
+    """
     check_recompute_option(recompute)
     if objective not in OBJECTIVES:
         raise unknown_option(str(objective), OBJECTIVES, where="objective")
@@ -80,6 +94,7 @@ def check_options(
         raise UsageError(f"offload={offload!r} must be True or False")
     profile_optimizer(optimizer, [], device)
     stage, dtypes = check_zero(zero), check_precision(precision)
+    parts = check_microbatches(microbatches)
     return Options(
         memory_budget=parse_budget(memory_budget, device_memory(device)),
         optimizer=optimizer,
@@ -90,8 +105,33 @@ def check_options(
         offload=offload,
         precision=dtypes,
         sharding=(mesh or Mesh({})).sharding(stage, dtypes),
-        microbatches=check_microbatches(microbatches),
+        microbatches=parts,
+        update=_check_update(update, optimizer, parts, pipeline),
     )
+
+
+def _check_update(
+    update: object, optimizer: object, microbatches: int | str, pipeline: object
+) -> str:
+    """Where weights are updated."""
+    if update not in UPDATES:
+        raise unknown_option(str(update), UPDATES, where="update")
+    if update == "backward" and not updates_one_by_one(optimizer):
+        raise UsageError(
+            f'update="backward" needs an optimizer that updates parameters one by one, not '
+            f"optimizer={optimizer!r}\n  optimizer=fxzero.optim.AdamW, SGD or Lion"
+        )
+    if update == "backward" and microbatches != 1:
+        raise UsageError(
+            f'update="backward" keeps no gradients, and microbatches={microbatches!r} adds them up'
+            '\n  leave microbatches out, or give update="step"'
+        )
+    if update == "backward" and pipeline is not None:
+        raise UsageError(
+            'update="backward" keeps no gradients, and a pipeline adds up those of micro-batches'
+            '\n  leave pipeline out, or give update="step"'
+        )
+    return str(update)
 
 
 def check_microbatches(count: object) -> int | str:

@@ -58,6 +58,8 @@ _FREE = 0.01
 _PART_GATHERED = 1 / 8
 # How many gathers, and how many reductions, run beside operators.
 _IN_FLIGHT = 2
+# Passes that decide what becomes of gradients: a graph is the same one whatever does.
+_OF_GRADIENTS = ("accumulate", "update")
 # Merged values below this share of what the forward makes are not worth planning twice.
 _SMALL_SHARE = 1 / 400
 
@@ -235,9 +237,10 @@ class GraphPlanner:
             reduces=reduces,
             accumulates=accumulates,
             gathers=not (is_stage and options.sharding.gathers_once),
+            updates=options.updates,
         )
         chosen = select(skipped_passes(), preparation)
-        plain = tuple(item for item in chosen if item.name != "accumulate")
+        plain = tuple(item for item in chosen if item.name not in _OF_GRADIENTS)
         prepared, reports = run_passes(graph.copy(), self.context, plain)
         self.digest = prepared.digest()
         self.graph, last = run_passes(prepared, self.context, chosen[len(plain) :])
@@ -285,6 +288,7 @@ class GraphPlanner:
             policy=self.settled,
             recompute=self.recompute != "none",
             offload=self.offload,
+            update_bytes=self.optimizer.transient_bytes,
         )
         return Solver(problem, objective=self.options.objective)
 
@@ -459,7 +463,11 @@ class GraphPlanner:
     def surroundings(self) -> Surroundings:
         """What the timeline must know besides the graphs."""
         return Surroundings(
-            self.optimizer.state_bytes, self.outputs_held, self.loss_bytes, self.granularity
+            self.optimizer.state_bytes,
+            self.outputs_held,
+            self.loss_bytes,
+            self.granularity,
+            self.optimizer.transient_bytes,
         )
 
     def _facts(self, emitted: Emitted, decisions: Decisions) -> Facts:

@@ -20,7 +20,7 @@ from typing import Any
 
 from fxzero.errors import PlanError
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 _MAX_FILE_BYTES = 256 * 2**20
 # Larger than any count of bytes or operations; such numbers would overflow later.
 _LARGEST = 10**30
@@ -48,6 +48,7 @@ class Request:
         mesh: ranks by dimension; empty on one device.
         zero: "0" to "3" or "auto".
         accumulate: whether the step finds gradients and adds to them.
+        update: where the optimizer updates weights, in its "step" or in the "backward".
     """
 
     memory_budget: int | None
@@ -61,6 +62,7 @@ class Request:
     mesh: dict[str, int]
     zero: str
     accumulate: bool = False
+    update: str = "step"
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,10 @@ class StepParameters:
                 found[i] = self._handed_out(gradient, parameter)
         return found
 
+    def handed_over(self, gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        """A reduced gradient that the backward does not return, as the parameter's."""
+        return self.ranks.shards.gradient(gradient, parameter)
+
     def _handed_out(self, gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         """What ``torch.autograd.grad`` returns; what earlier steps have added up stays as it is."""
         shards = self.ranks.shards

@@ -29,6 +29,7 @@ from fxzero.storages import is_scalar, storage_identity
 from fxzero.timeline import Surroundings
 from fxzero.transfers import TO_HOST
 from fxzero.units import format_bytes
+from fxzero.updating import UPDATE
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def rehearse(
         saved.clear()
         counter.restart(counter.current)
         gradients = backward(arguments)
-        backward_peak = counter.peak
+        updates = any(node.target is UPDATE for node in split.backward.graph.nodes)
+        backward_peak = counter.peak + (around.update_bytes if updates else 0)
         # The caller holds these to the end.
         del inputs, outputs, existing, tangents, gradients
     return Peaks(forward_peak, backward_peak)

@@ -22,10 +22,12 @@ from fxzero.accumulation import Accumulated, sums_of
 from fxzero.errors import RuntimeStateError
 from fxzero.execution import BoxedFunction
 from fxzero.randomness import RandomState
+from fxzero.receiving import Updates
+from fxzero.updating import taking
 
 
 class Owner(Protocol):
-    """Who learns from what a backward shows."""
+    """Whose graphs these are: it learns from what a backward shows."""
 
     def observe(self, outputs_held: bool, received: tuple[int, ...]) -> None:
         """Called at the start of each backward: are outputs alive, which received a gradient."""
@@ -34,6 +36,10 @@ class Owner(Protocol):
         self, inputs: Sequence[torch.Tensor], state: RandomState, gradients: dict[int, torch.Tensor]
     ) -> list[torch.Tensor | None]:
         """Gradients of the inputs when an output without a planned tangent received one."""
+
+    @property
+    def updates(self) -> Updates:
+        """Who takes the gradients that a backward does not return."""
 
 
 class Parameters(Protocol):
@@ -58,6 +64,9 @@ class Parameters(Protocol):
             kept: positions of those that autograd adds to the ``.grad`` of their input.
         """
 
+    def handed_over(self, gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        """A gradient that the backward does not return, spread as the parameter is."""
+
     def explained(self, error: RuntimeError) -> RuntimeError:
         """What is raised for an error in a graph."""
 
@@ -78,6 +87,9 @@ class _InPlace:
         kept: Collection[int],
     ) -> list[torch.Tensor | None]:
         return [None if i in in_place else gradient for i, gradient in enumerate(gradients)]
+
+    def handed_over(self, gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        return gradient
 
     def explained(self, error: RuntimeError) -> RuntimeError:
         return error
@@ -152,6 +164,8 @@ class Executable:
         attached: positions of outputs that autograd must know, ``differentiable`` among them.
         saved_inputs: for each saved value, its position among the inputs, or None if computed.
         accumulated: the gradients that the backward adds up itself.
+        updated: by name, positions among the inputs of parameters whose gradients the backward
+            hands over.
         gradients: for each input, its position among the gradients, or None.
         reached: for each output with a tangent, the positions of the gradients that depend on it.
         owner: told what each backward shows.
@@ -167,6 +181,7 @@ class Executable:
     attached: tuple[int, ...]
     saved_inputs: tuple[int | None, ...]
     accumulated: tuple[Accumulated, ...]
+    updated: Mapping[str, int]
     gradients: tuple[int | None, ...]
     reached: dict[int, frozenset[int]]
     owner: Owner
@@ -267,13 +282,51 @@ class _Step(torch.autograd.Function):
         takers = [node for node, _ in ctx.next_functions]
         reached = executable.reached_by(received)
         pairs = zip(takers, executable.gradients, strict=True)
-        taking = [node if at in reached else None for node, at in pairs]
-        sums = sums_of(taking, executable.accumulated, parameters.existing)
+        reached_takers = [node if at in reached else None for node, at in pairs]
+        sums = sums_of(reached_takers, executable.accumulated, parameters.existing)
         saved += sums.tensors
         kept = [i for i, node in enumerate(takers) if _torch.adds_to_leaf(node)]
-        with explained_errors(parameters):
+        with explained_errors(parameters), _updating(executable, reached_takers, parameters):
             found = _run_backward(executable, saved, received, ctx.shapes)
             return None, None, *parameters.returned(found, sums.in_place, kept)
+
+
+@contextlib.contextmanager
+def _updating(
+    executable: Executable, takers: Sequence[Any], parameters: Parameters
+) -> Iterator[None]:
+    """Inside, gradients that the backward hands over go to the model's optimizer.
+
+    Args:
+        takers: for each of the step's inputs, the autograd node that would take its gradient; None
+            where the backward does not reach it, and its parameter is not updated.
+
+    Raises:
+        RuntimeStateError: somebody else asks for a gradient, or nobody takes it.
+    """
+    if not executable.updated:
+        yield
+        return
+    reached: dict[str, torch.Tensor] = {}
+    for name, position in executable.updated.items():
+        if takers[position] is not None:
+            parameter = _torch.parameter_to_add_to(takers[position])
+            if parameter is None:
+                raise RuntimeStateError(
+                    f'the gradient of {name} is asked for, but update="backward" gives it to the '
+                    "optimizer alone\n  take hooks of the parameter away, call loss.backward(), or "
+                    'compile with update="step"'
+                )
+            reached[name] = parameter
+    receiver = executable.owner.updates.begin(reached)
+
+    def take(name: str, gradient: torch.Tensor) -> None:
+        if name in reached:
+            parameter = reached[name]
+            receiver.take(parameter, parameters.handed_over(gradient, parameter))
+
+    with taking(take):
+        yield
 
 
 @contextlib.contextmanager
@@ -316,7 +369,11 @@ def _run_backward(
     if missing:
         reached = executable.reached_by(received)
         results = [r if i in reached else None for i, r in enumerate(results)]
-    return [None if at is None else results[at] for at in executable.gradients]
+    handed_over = set(executable.updated.values())
+    return [
+        None if at is None or i in handed_over else results[at]
+        for i, at in enumerate(executable.gradients)
+    ]
 
 
 def tangents_of(

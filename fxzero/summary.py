@@ -174,6 +174,7 @@ def _request(facts: Facts) -> Request:
         mesh={axis.name: axis.size for axis in options.sharding.axes},
         zero="auto" if options.sharding.zero is None else str(options.sharding.zero),
         accumulate=facts.graph.accumulates,
+        update=facts.options.update,
     )
 
 
@@ -366,7 +367,12 @@ def _notes(facts: Facts) -> tuple[str, ...]:
             f"the model returns no loss; one outside of it is taken to need "
             f"{format_bytes(facts.loss_bytes)}, three times the outputs"
         )
-    if "gradient" in facts.timeline.fixed:
+    if facts.options.updates:
+        notes.append(
+            "the optimizer updates each weight in the backward; gradients are not clipped, scaled "
+            "or added up"
+        )
+    elif "gradient" in facts.timeline.fixed:
         notes.append("gradients exist before the step, and new ones are added where they are made")
     elif facts.timeline.gradient_bytes:
         size = format_bytes(facts.timeline.gradient_bytes)

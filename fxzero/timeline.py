@@ -9,8 +9,9 @@ What the books hold besides activations:
     model outputs                                   to the end, if the caller holds them
     tangents                                        from the loss to the end of the backward
     offloaded values                                in books of their own, for host memory
-    gradients                                       from the node that makes them to the end, or
-                                                    always, where a step adds to those that exist
+    gradients                                       from the node that makes them to the end, to
+                                                    their update in the backward, or always, where
+                                                    a step adds to those that exist
     what collectives read, and their workspace      until they are waited for
 """
 
@@ -34,6 +35,7 @@ from fxzero.passes.bucket import GATHERED
 from fxzero.passes.partition import Split
 from fxzero.storages import Storages, analyse, is_scalar, storage_identity
 from fxzero.transfers import TO_DEVICE, TO_HOST
+from fxzero.updating import UPDATE
 
 CUDA_GRANULARITY = 512
 # A loss outside the model and its gradient: scalars that the caller holds.
@@ -105,12 +107,14 @@ class Surroundings:
         loss_bytes: what a loss outside the model needs between forward and backward, tangents
             included; 0 if the model returns the loss.
         granularity: the allocator rounds sizes up to a multiple of this.
+        update_bytes: what the optimizer needs besides while it updates a weight in the backward.
     """
 
     optimizer_bytes: int = 0
     outputs_held: bool = True
     loss_bytes: int = 0
     granularity: int = 1
+    update_bytes: int = 0
 
 
 def simulate(split: Split, surroundings: Surroundings) -> Timeline:
@@ -229,7 +233,9 @@ class _Books:
             for node in _results(self.split.backward)
             for s in self.backward.of[node]
         }
-        roles = dict.fromkeys(gradients, "gradient")
+        handed_over = [n.args[1] for n in self.split.backward.graph.nodes if n.target is UPDATE]
+        named = {self._key("b", s) for node in handed_over for s in self.backward.of[node]}
+        roles = dict.fromkeys(gradients | named, "gradient")
         self._walk(self.split.backward.graph, self.backward, "b", roles, keep | gradients)
         return sum(self.alive[key].bytes for key in gradients - self.permanent)
 
@@ -256,7 +262,7 @@ class _Books:
                     self._birth(key, storages, storage, roles.get(key, _role(node)), node.name)
             if is_collective(node):
                 self._open_workspace(node)
-            self._record(node)
+            self._record(node, self.around.update_bytes if node.target is UPDATE else 0)
             if is_wait(node):
                 self._death(("workspace", collective_of(node)))
             for dead in dying.get(node, ()):
@@ -304,11 +310,14 @@ class _Books:
             self._record(None)
             self._death("loss")
 
-    def _record(self, node: fx.Node | None) -> None:
-        self.points.append(self.total)
-        if self.total > self.peak:
-            self.peak, self.peak_node = self.total, node
+    def _record(self, node: fx.Node | None, besides: int = 0) -> None:
+        total = self.total + besides
+        self.points.append(total)
+        if total > self.peak:
+            self.peak, self.peak_node = total, node
             self.peak_alive = tuple(self.alive.values())
+            if besides:
+                self.peak_alive += (Alive(besides, "temporary", "update", node),)
 
 
 def _role(node: fx.Node) -> str:

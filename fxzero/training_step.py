@@ -32,6 +32,7 @@ from fxzero.planner import Decided, Emitted, Planner
 from fxzero.plans import Plan
 from fxzero.randomness import RandomState
 from fxzero.ranks import Ranks
+from fxzero.receiving import Updates
 from fxzero.rehearsal import as_it_runs
 from fxzero.runtime import IN_PLACE, Executable, Parameters
 from fxzero.structure import flatten
@@ -58,6 +59,7 @@ class TrainingStep:
             assumes); None: all of ``view`` is trained.
         in_halves: whether the backward may run in two parts, see ``run_in_halves``.
         is_stage: whether it is a stage of a pipeline, whose outputs are sent away.
+        updates: who takes the gradients that backwards do not return.
         sibling: the step that differs in that alone, if there is one: it shares its trace, and its
             plan where that fits.
 
@@ -80,8 +82,10 @@ class TrainingStep:
         trace: Trace | None = None,
         in_halves: bool = False,
         is_stage: bool = False,
+        updates: Updates | None = None,
     ) -> None:
         self.options = options
+        self.updates = updates or Updates()
         self.given = given
         self.ranks = ranks
         self.reduces = reduces

@@ -21,6 +21,7 @@ class PassContext:
         accumulates: whether gradients are added to those that exist.
         gathers: whether the graph gathers parameters itself, or is given what a step has gathered
             for all of its micro-batches.
+        updates: whether the optimizer takes gradients in the backward, which returns none.
     """
 
     decisions: Decisions = field(default_factory=Decisions)
@@ -30,3 +31,4 @@ class PassContext:
     reduces: bool = True
     accumulates: bool = False
     gathers: bool = True
+    updates: bool = False

@@ -2,13 +2,15 @@
 
     FXZERO_SKIP=name,name    run without these passes; the Plan notes it
 
-shard, quantize, deduplicate and accumulate run before the plan is made: quantize changes what the
-collectives of shard move, and what those reduce is added to the gradients that exist.
+shard, quantize, deduplicate, accumulate and update run before the plan is made: quantize changes
+what the collectives of shard move, and what those reduce is added to the gradients that exist, or
+handed to the optimizer.
 
 The others carry the plan out.  Of these offload runs first: rematerialize lets the backward read
 what was fetched.  It also rebuilds views in the backward, so that write_back sees which buffers the
 backward still reads.  replay_randomness needs the clones that rematerialize makes, bucket the
-places where gathers are done again, and overlap the buckets.
+places where gathers are done again, and overlap the buckets.  postpone_updates comes last: what
+runs before it moves readers of weights.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ from fxzero.passes.context import PassContext
 from fxzero.passes.deduplicate import deduplicate_pass
 from fxzero.passes.offload import offload_pass
 from fxzero.passes.overlap import overlap_pass
+from fxzero.passes.postpone_updates import postpone_updates_pass
 from fxzero.passes.quantize import quantize_pass
 from fxzero.passes.rematerialize import rematerialize_pass
 from fxzero.passes.replay_randomness import replay_randomness_pass
 from fxzero.passes.shard import shard_pass
+from fxzero.passes.update import update_pass
 from fxzero.passes.write_back import write_back_pass
 
 PassFunction = Callable[[TrainGraph, PassContext], TrainGraph]
@@ -72,6 +76,7 @@ PREPARATION: tuple[Pass, ...] = (
     make_pass("quantize", quantize_pass, numerics="changes"),
     make_pass("deduplicate", deduplicate_pass),
     make_pass("accumulate", accumulate_pass),
+    make_pass("update", update_pass),
 )
 
 # After it: what carries it out.
@@ -82,6 +87,7 @@ PASSES: tuple[Pass, ...] = (
     make_pass("replay_randomness", replay_randomness_pass, completes="rematerialize"),
     make_pass("bucket", bucket_pass),
     make_pass("overlap", overlap_pass),
+    make_pass("postpone_updates", postpone_updates_pass, completes="update"),
 )
 
 

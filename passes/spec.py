@@ -34,6 +34,7 @@ from fxzero.passes.replay_randomness import is_random
 from fxzero.passes.shard import WHOLE
 from fxzero.storages import Storages, analyse, tensor_leaves, written_arguments
 from fxzero.transfers import TO_DEVICE, TO_HOST
+from fxzero.updating import UPDATE
 
 log = logging.getLogger(__name__)
 
@@ -295,8 +296,8 @@ def gradients(subject: Subject) -> Iterator[Finding]:
     """Each gradient is like its input in shape, dtype and device, or like it when gathered."""
     placeholders = dict(subject.graph.pairs())
     for role, node in subject.graph.result_pairs():
-        if role.kind != "gradient" or node is None:  # None: an input that the outputs ignore
-            continue
+        if role.kind != "gradient" or node is None or node.target is UPDATE:
+            continue  # None: of an input that the outputs ignore
         if role.of not in placeholders:
             yield node, f"gradient of an unknown input {role.of}"
         elif _kind(node.meta["val"]) != _kind(placeholders[role.of].meta.get(WHOLE)):

@@ -157,14 +157,13 @@ def mark_written(members: Iterable[Member]) -> None:
     torch.autograd.graph.increment_version([*written, *parts])
 
 
-def gradient_of(member: Member) -> Tensor:
+def gradient_of(member: Member, given: Tensor) -> Tensor:
     """This rank's part of a parameter's gradient, in the order of the parameter's memory.
 
     Raises:
         UsageError: a sparse gradient.
     """
-    assert member.parameter.grad is not None
-    gradient = local(member.parameter.grad)
+    gradient = local(given)
     if gradient.layout is not torch.strided:
         raise UsageError(
             f"the gradient of a parameter of shape {list(member.parameter.shape)} is sparse\n"

@@ -4,19 +4,22 @@ A step has three parts.  States: each trainable parameter belongs to the arena o
 there is to do: gradients that exist, and the number that gradients are multiplied by (of a loss
 scale, and of clipping).  The update: one launch for each arena on CUDA; on a CPU torch's fused
 kernels, in chunks that stay in the cache where weights or moments are narrower than float32.
+
+A backward may do the update itself, a parameter at a time (``begin``, ``take``); then ``step``
+updates the rest.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fxzero import _torch
-from fxzero.errors import UsageError, unknown_option
+from fxzero.errors import RuntimeStateError, UsageError, unknown_option
 from fxzero.optim.arenas import (
     ALIGNMENT,
     Arena,
@@ -33,6 +36,7 @@ from fxzero.optim.forms import Form, Numerics
 from fxzero.optim.rule import Control, Rule, Update
 
 _BACKENDS = ("auto", "triton", "torch")
+_PLAIN = Control(None, None, None)
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -66,8 +70,10 @@ class Optimizer(torch.optim.Optimizer):
         self._updates: list[Update] = []
         self._untrained: list[Tensor] = []
         self._probes: list[tuple[Member, State]] = []
+        self._places: dict[int, tuple[Update, Member]] = {}
         self._stale = True
         self._scale: Tensor | None = None
+        self._updated: set[int] = set()
 
     def scale_next_step(self, factor: Tensor) -> None:
         """The next step multiplies gradients by ``factor``, and by no factor that was set before.
@@ -104,10 +110,39 @@ class Optimizer(torch.optim.Optimizer):
         loss_scale: Tensor | None = getattr(self, "grad_scale", None)
         control = Control(clipped, loss_scale, getattr(self, "found_inf", None))
         for update in self._updates:
-            ready = [m for m in update.arena.members if m.parameter.grad is not None]
+            members = ((m, m.parameter.grad) for m in update.arena.members)
+            ready = [(m, gradient_of(m, given)) for m, given in members if given is not None]
             if ready:
-                update(ready, [gradient_of(m) for m in ready], control, self.param_groups)
+                taken, gradients = [m for m, _ in ready], [gradient for _, gradient in ready]
+                update(taken, gradients, control, self.param_groups)
+        self._updated.clear()
         return loss
+
+    def begin(self, parameters: Mapping[str, Tensor]) -> None:
+        """Prepares for ``take`` of the gradients of these, by name, while a backward runs.
+
+        Raises:
+            RuntimeStateError: the last backward has updated one of them, and no step followed.
+        """
+        again = [name for name, p in parameters.items() if id(p) in self._updated]
+        if again:
+            raise RuntimeStateError(
+                f"a second backward would update {again[0]} once more before optimizer.step()\n"
+                '  call optimizer.step() after each backward, or compile with update="step" to '
+                "accumulate"
+            )
+        self._prepare()
+
+    @torch.no_grad()
+    def take(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Updates one parameter for the step that ``step`` ends.
+
+        Args:
+            gradient: of the parameter, and spread over ranks as it is.
+        """
+        update, member = self._places[id(parameter)]
+        self._updated.add(id(parameter))
+        update([member], [gradient_of(member, gradient)], _PLAIN, self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; states of the parameters that were there before stay as they are.
@@ -190,6 +225,8 @@ class Optimizer(torch.optim.Optimizer):
         if stale:
             self._stale = True  # should a state be refused
             self._updates = [self._update_of(arena) for arena in self._build()]
+            pairs = ((update, m) for update in self._updates for m in update.arena.members)
+            self._places = {id(m.parameter): (update, m) for update, m in pairs}
         for update in self._updates:
             for member, view in update.arena.pairs:
                 state = self.state.get(member.parameter)

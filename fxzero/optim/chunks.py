@@ -102,6 +102,22 @@ class _Batch:
     moments: list[list[Tensor]]
 
 
+@dataclass(frozen=True)
+class _Division:
+    """What some parameters of an arena are updated by: batches, or chunks.
+
+    Attributes:
+        key: what it was made for: the gradients' dtype, who is at which step, addresses.
+        loop: generated code; None: torch's operators.
+    """
+
+    key: object
+    kind: Kind
+    loop: Loop | None
+    batches: tuple[_Batch, ...]
+    chunks: tuple[_Chunk, ...]
+
+
 class ChunkedUpdate:
     """Updates an arena on a CPU."""
 
@@ -110,11 +126,7 @@ class ChunkedUpdate:
         self._size = sum(member.elements for member in arena.members)
         self._length = chunk_elements(self._size)
         self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._known: object = None
-        self._kind: Kind
-        self._loop: Loop | None = None
-        self._batches: list[_Batch] = []
-        self._chunks: list[_Chunk] = []
+        self._divisions: dict[tuple[int, ...], _Division] = {}
 
     def __call__(
         self,
@@ -135,19 +147,19 @@ class ChunkedUpdate:
         if len(dtypes) > 1:
             gradients, dtypes = [gradient.float() for gradient in gradients], {torch.float32}
         numbers = arena.steps.tolist()
-        self._divide(ready, dtypes.pop(), numbers)
-        if self._batches and factor is not None:
+        division = self._divide(ready, dtypes.pop(), numbers)
+        if division.batches and factor is not None:
             _torch.scale_all(gradients, factor)
-        for batch in self._batches:
+        for batch in division.batches:
             given = [gradients[i] for i in batch.positions]
             step, group = arena.steps[batch.member.row], groups[batch.member.group]
             batch.kernel(group, batch.weights, given, batch.moments, step)
         rows: dict[tuple[int, float], Tensor] = {}
-        for chunk in self._chunks:
+        for chunk in division.chunks:
             at = chunk.member.group, numbers[chunk.member.row]
             if at not in rows:
                 rows[at] = self._scalars(groups[at[0]], at[1], factor)
-            self._update(chunk, gradients, rows[at])
+            self._update(chunk, division, gradients, rows[at])
         mark_written(ready)  # neither generated code nor torch's kernels for lists do
 
     def _scalars(self, group: Group, number: float, factor: Tensor | None) -> Tensor:
@@ -161,36 +173,46 @@ class ChunkedUpdate:
         row[-1] = number
         return row
 
-    def _divide(self, ready: Sequence[Member], dtype: torch.dtype, numbers: list[float]) -> None:
-        """Into batches or chunks; they stay while memory and who is at which step do.
+    def _divide(
+        self, ready: Sequence[Member], dtype: torch.dtype, numbers: list[float]
+    ) -> _Division:
+        """Batches or chunks; they stay while memory and who is at which step do.
 
         Args:
             dtype: of gradients.
         """
-        first = numbers[ready[0].row]
-        known = dtype, [(m.row, numbers[m.row] - first, m.address) for m in ready]
-        if known == self._known:
-            return
-        self._known, self._batches, self._chunks = known, [], []
+        rows = tuple(member.row for member in ready)
+        first = numbers[rows[0]]
+        key = dtype, [(numbers[m.row] - first, m.address) for m in ready]
+        known = self._divisions.get(rows)
+        if known is None or known.key != key:
+            known = self._divisions[rows] = self._divided(ready, dtype, numbers, key)
+        return known
+
+    def _divided(
+        self, ready: Sequence[Member], dtype: torch.dtype, numbers: list[float], key: object
+    ) -> _Division:
         alike: dict[tuple[int, float], list[int]] = {}
         for position, member in enumerate(ready):
             alike.setdefault((member.group, numbers[member.row]), []).append(position)
-        form = self.arena.form
-        kernel = self._rule.fused
-        if kernel is not None and form.plain and dtype == form.weight:
-            self._batches = [self._batch(kernel, ready, each) for each in alike.values()]
-            return
+        form, kernel = self.arena.form, self._rule.fused
         low_bits = 8 * form.low.itemsize if form.low is not None else 0
         narrow = {form.weight, dtype, form.moments} == {torch.bfloat16}
         pairs = compiles(self._size) and low_bits == 16 and narrow
-        self._kind = Kind(self._rule.name, low_bits, form.stochastic, form.quantum, pairs)
-        self._loop = self._generate(dtype) if compiles(self._size) else None
-        for positions in alike.values():
-            for pieces in _together(_pieces(ready, positions, self._length), self._length):
-                self._chunks.append(self._chunk(pieces))
+        kind = Kind(self._rule.name, low_bits, form.stochastic, form.quantum, pairs)
+        if kernel is not None and form.plain and dtype == form.weight:
+            batches = tuple(self._batch(kernel, ready, each) for each in alike.values())
+            return _Division(key, kind, None, batches, ())
+        loop = self._generate(kind, dtype) if compiles(self._size) else None
+        chunks = tuple(
+            self._chunk(pieces, kind, loop)
+            for positions in alike.values()
+            for pieces in _together(_pieces(ready, positions, self._length), self._length)
+        )
+        return _Division(key, kind, loop, (), chunks)
 
-    def _generate(self, gradient: torch.dtype) -> Loop:
-        kind, form, count = self._kind, self.arena.form, len(self.arena.moments)
+    def _generate(self, kind: Kind, gradient: torch.dtype) -> Loop:
+        form, count = self.arena.form, len(self.arena.moments)
         moments = (torch.int8, torch.uint8)[:count] if kind.quantum else (form.moments,) * count
         low = {0: (), 8: (torch.int8,), 16: (torch.int32,)}[kind.low_bits]
         dtypes = (form.weight, gradient, *low, *moments)
@@ -203,7 +225,7 @@ class ChunkedUpdate:
         weights = [local(member.parameter) for member in members]
         return _Batch(kernel, positions, members[0], weights, moments)
 
-    def _chunk(self, pieces: tuple[_Piece, ...]) -> _Chunk:
+    def _chunk(self, pieces: tuple[_Piece, ...], kind: Kind, loop: Loop | None) -> _Chunk:
         place, size = pieces[0].place, sum(piece.size for piece in pieces)
         parts = {"weight": [piece.of(local(piece.member.parameter)) for piece in pieces]}
         for name, arena in self.arena.tensors.items():
@@ -211,9 +233,9 @@ class ChunkedUpdate:
             parts[name] = [arena[place // divisor : (place + size) // divisor]]
         held, copied = {}, []
         for name, tensors in parts.items():
-            held[name] = self._hold(name, tensors)
+            held[name] = self._hold(name, tensors, kind, loop)
             if held[name].data_ptr() != tensors[0].data_ptr():
-                own = held[name].view(tensors[0].dtype) if self._kind.pairs else held[name]
+                own = held[name].view(tensors[0].dtype) if kind.pairs else held[name]
                 copied.append((own[: _count(tensors)], tensors))
         return _Chunk(pieces, held, tuple(copied))
 
@@ -221,10 +243,10 @@ class ChunkedUpdate:
         """Elements of the model for one of an arena."""
         return self.arena.form.quantum if name.endswith(SCALE) else 1
 
-    def _hold(self, name: str, tensors: list[Tensor]) -> Tensor:
+    def _hold(self, name: str, tensors: list[Tensor], kind: Kind, loop: Loop | None) -> Tensor:
         """What a step is given for tensors: the only one itself, or scratch."""
-        first, pairs = tensors[0], self._kind.pairs
-        size = self._length // self._divisor(name) if self._loop else _count(tensors)
+        first, pairs = tensors[0], kind.pairs
+        size = self._length // self._divisor(name) if loop else _count(tensors)
         widened = first.dtype == torch.int16 and not pairs
         even = not pairs or first.storage_offset() % 2 == 0
         if len(tensors) > 1 or first.numel() != size or widened or not even:
@@ -237,26 +259,29 @@ class ChunkedUpdate:
             self._scratch[name, dtype] = torch.zeros(self._length, dtype=dtype)
         return self._scratch[name, dtype]
 
-    def _update(self, chunk: _Chunk, gradients: Sequence[Tensor], scalars: Tensor) -> None:
+    def _update(
+        self, chunk: _Chunk, division: _Division, gradients: Sequence[Tensor], scalars: Tensor
+    ) -> None:
         """One chunk, in place where its memory allows, otherwise by way of scratch."""
+        kind, loop = division.kind, division.loop
         taken = [piece.of(gradients[piece.position]) for piece in chunk.pieces]
-        gradient = self._hold("gradient", taken)
+        gradient = self._hold("gradient", taken, kind, loop)
         if gradient.data_ptr() != taken[0].data_ptr():
-            own = gradient.view(taken[0].dtype) if self._kind.pairs else gradient
+            own = gradient.view(taken[0].dtype) if kind.pairs else gradient
             torch.cat(taken, out=own[: _count(taken)])
         for scratch, tensors in chunk.copied:
             _collect(tensors, scratch)
-        held, kind = chunk.held, self._kind
+        held = chunk.held
         moments = [held[name] for name in self.arena.moments]
         scales = [held[name + SCALE] for name in self.arena.moments] if kind.quantum else []
         weight, low = held["weight"], held.get(LOW)
-        if self._loop is None:
+        if loop is None:
             random = self._random(chunk, int(scalars[-1])) if kind.random else None
             update(kind, weight, low, gradient, moments, scales, scalars, random, exact_root)
         else:
             index = self._index(chunk) if kind.random else None
             given = arguments(weight, low, gradient, moments, scales, scalars, self._seed, index)
-            self._loop(given)
+            loop(given)
         for scratch, tensors in chunk.copied:
             _torch.copy_all(tensors, scratch.split([tensor.numel() for tensor in tensors]))
 

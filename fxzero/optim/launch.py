@@ -82,8 +82,9 @@ class LaunchedUpdate:
         self._seed = torch.tensor([seed], device=arena.device)
         self._scalars = torch.zeros(len(arena.members), kernel.SCALARS, device=arena.device)
         self._columns: dict[int, Columns] = {}
-        self._templates: dict[torch.dtype, _Template] = {}
-        self._tables: dict[torch.dtype, tuple[_Addresses, Tensor, bool]] = {}
+        # By the gradients' dtype and the rows of the members.
+        self._templates: dict[tuple[torch.dtype, _Addresses], _Template] = {}
+        self._tables: dict[tuple[torch.dtype, _Addresses], tuple[_Addresses, Tensor, bool]] = {}
 
     def __call__(
         self,
@@ -210,7 +211,8 @@ class LaunchedUpdate:
         captured = _torch.is_capturing()
         weights = tuple(number for m, _ in pairs for number in (m.row, m.address))
         gradients = tuple(gradient.data_ptr() for _, gradient in pairs)
-        template = self._templates.get(dtype)
+        key = dtype, tuple(member.row for member, _ in pairs)
+        template = self._templates.get(key)
         if template is None or template.weights != weights:
             if captured:
                 raise UsageError(
@@ -218,13 +220,13 @@ class LaunchedUpdate:
                     f"the same {len(pairs)} parameters\n  run one before, with the same gradients"
                 )
             template = self._template([member for member, _ in pairs], weights, dtype)
-            self._templates[dtype] = template
-            self._tables.pop(dtype, None)
+            self._templates[key] = template
+            self._tables.pop(key, None)
         if captured:
             return template.pointed(gradients)
-        if dtype not in self._tables or self._tables[dtype][0] != gradients:
-            self._tables[dtype] = (gradients, *template.pointed(gradients))
-        return self._tables[dtype][1:]
+        if key not in self._tables or self._tables[key][0] != gradients:
+            self._tables[key] = (gradients, *template.pointed(gradients))
+        return self._tables[key][1:]
 
     def _template(
         self, members: Sequence[Member], weights: _Addresses, dtype: torch.dtype

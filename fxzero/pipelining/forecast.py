@@ -37,6 +37,7 @@ from fxzero.pipelining.stages import Exports, Loss
 from fxzero.planner import Emitted, Planner
 from fxzero.plans import CurvePoint, ModelSummary, Plan, Rank
 from fxzero.randomness import RandomState
+from fxzero.receiving import Updates
 from fxzero.rehearsal import UNKNOWN
 from fxzero.runtime import Executable
 from fxzero.timeline import tensor_bytes
@@ -343,6 +344,8 @@ def _within_or_smallest(
 
 class _Nobody:
     """Whom functions that are only rehearsed report to."""
+
+    updates = Updates()
 
     def observe(self, outputs_held: bool, received: tuple[int, ...]) -> None:
         pass

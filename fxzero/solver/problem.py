@@ -28,6 +28,7 @@ from fxzero.cost import CostModel
 from fxzero.graph import TrainGraph
 from fxzero.passes.replay_randomness import is_random, rng_state_bytes
 from fxzero.storages import Storages, analyse, fills_storage, is_scalar
+from fxzero.updating import UPDATE
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ def build_problem(
     policy: Mapping[str, str] | None = None,
     recompute: bool = True,
     offload: bool = False,
+    update_bytes: int = 0,
 ) -> Problem:
     """The problem of a captured joint graph.
 
@@ -188,6 +190,7 @@ def build_problem(
         recompute: whether operators other than gathers may run again.
         offload: whether values may lie in host memory between forward and backward.
         policy: "save" or "recompute" by node name, for values that a user or a tag has settled.
+        update_bytes: what the optimizer needs besides while it updates a weight in the backward.
     """
     nodes = [n for n in graph.graph.nodes if n.op in ("call_function", "get_attr")]
     forward = [n for n in nodes if not graph.is_backward(n)]
@@ -223,7 +226,10 @@ def build_problem(
         s for role, node in graph.pairs() if role.kind == "tangent" for s in storages.of[node]
     }
     tangent_bytes = sum(sizes[s] for s in tangents)
-    base, after = _backward_base(backward, storages, sizes, results["gradient"], tangent_bytes)
+    besides = [_bytes_besides(node, update_bytes) for node in backward]
+    base, after = _backward_base(
+        backward, storages, sizes, results["gradient"], tangent_bytes, besides
+    )
     prices = [costs.price(node) for node in nodes]
     made = {s for s, index in enumerate(maker) if index >= 0}
     return Problem(
@@ -375,12 +381,20 @@ def _forward_reads(node: fx.Node, storages: Storages, maker: tuple[int, ...]) ->
     return tuple(sorted(reads))
 
 
+def _bytes_besides(node: fx.Node, update_bytes: int) -> int:
+    """What a node of the backward needs besides its arguments and results."""
+    if node.target is UPDATE:
+        return update_bytes
+    return workspace_of(node) if is_collective(node) else 0
+
+
 def _backward_base(
     backward: list[fx.Node],
     storages: Storages,
     sizes: tuple[int, ...],
     gradients: frozenset[int],
     tangent_bytes: int,
+    besides: list[int],
 ) -> tuple[list[int], list[int]]:
     """Bytes of gradients, tangents and backward temporaries during and after each backward step."""
     last: dict[int, int] = {}
@@ -398,7 +412,7 @@ def _backward_base(
     base, after = [], []
     for step, node in enumerate(backward):
         alive += sum(sizes[s] for s in set(storages.of[node]) if storages.maker[s] is node)
-        base.append(alive + (workspace_of(node) if is_collective(node) else 0))
+        base.append(alive + besides[step])
         alive -= sum(sizes[s] for s in dying.get(step, ()))
         after.append(alive)
     return base, after

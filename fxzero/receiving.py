@@ -1,0 +1,100 @@
+"""Who takes the gradients that a backward hands over instead of returning them.
+
+    loss.backward()      updates each weight, as soon as its gradient is there and nothing reads it
+    optimizer.step()     updates the others, and ends the step
+
+``model.update_with`` names the optimizer.  Where a step is verified, gradients are kept instead.
+
+Invariant: weights and states are bitwise what ``optimizer.step()`` alone would make of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from fxzero.errors import RuntimeStateError, UsageError
+from fxzero.optim.base import Optimizer
+
+
+class Receiver(Protocol):
+    """Who takes gradients while a backward runs."""
+
+    def begin(self, parameters: Mapping[str, Tensor]) -> None:
+        """Called before a backward that will hand over the gradients of these, by name."""
+
+    def take(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Called in it for each, with a gradient that is spread over ranks as the parameter is."""
+
+
+class Updates:
+    """What a compiled model's backwards do with gradients that they do not return."""
+
+    def __init__(self) -> None:
+        self.receiver: Receiver | None = None
+
+    def begin(self, parameters: Mapping[str, Tensor]) -> Receiver:
+        """Who takes the gradients of these parameters.
+
+        Raises:
+            RuntimeStateError: nobody does, or there are gradients from before.
+        """
+        if self.receiver is None:
+            raise RuntimeStateError(
+                'update="backward", but no optimizer is there to take gradients\n'
+                "  call model.update_with(optimizer) before the first backward"
+            )
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                raise RuntimeStateError(
+                    f'{name} has a gradient from before, which update="backward" does not add to\n'
+                    '  call optimizer.zero_grad(), or compile with update="step" to accumulate'
+                )
+        self.receiver.begin(parameters)
+        return self.receiver
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside, backwards update nothing: gradients are left in ``.grad``."""
+        before, self.receiver = self.receiver, _Keeper()
+        try:
+            yield
+        finally:
+            self.receiver = before
+
+
+class _Keeper:
+    """Leaves gradients where autograd would."""
+
+    def begin(self, parameters: Mapping[str, Tensor]) -> None:
+        pass
+
+    def take(self, parameter: Tensor, gradient: Tensor) -> None:
+        parameter.grad = gradient
+
+
+def check_updater(optimizer: object, model: nn.Module) -> Optimizer:
+    """An optimizer that can update the model's parameters one by one.
+
+    Raises:
+        UsageError: it cannot, or has not all of them.
+    """
+    if not isinstance(optimizer, Optimizer):
+        kind = type(optimizer)
+        raise UsageError(
+            f"{kind.__module__}.{kind.__name__} cannot update parameters one by one in a backward\n"
+            "  use fxzero.optim.AdamW, SGD or Lion"
+        )
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for name, p in trained.items() if id(p) not in owned]
+    if missing:
+        raise UsageError(
+            f"the optimizer has not {len(missing)} of the model's {len(trained)} trained "
+            f"parameters, {missing[0]} among them\n"
+            "  make it after fxzero.compile, from model.parameters()"
+        )
+    return optimizer
