@@ -240,3 +240,32 @@ def differing_in_a_pipeline(name: str, stages: int) -> list[str]:
     ours, theirs = results
     assert ours.keys() == theirs.keys()
     return [n for n, value in ours.items() if not torch.equal(value, theirs[n])]
+
+
+def in_backward(zero: int) -> Any:
+    """Weights and states after updates in steps, and in backwards; peaks, measured and planned."""
+    results = []
+    for update in ("step", "backward"):
+        torch.manual_seed(0)
+        given = {"optimizer": AdamW, "inner": "eager", "zero": zero, "update": update}
+        stack = [layer for _ in range(6) for layer in (nn.Linear(128, 128), nn.Tanh())]
+        model: Any = MeanSquare(nn.Sequential(*stack))
+        x = torch.randn(4, 128, generator=torch.Generator().manual_seed(dist.get_rank()))
+        if update == "backward":  # so little that gradients are reduced one by one
+            plan = fxzero.plan(model, x, devices=dist.get_world_size(), **given)
+            given["memory_budget"] = plan.minimum_budget
+        model = fxzero.compile(model, (x,), **given)
+        optimizer = AdamW(model.parameters(), lr=0.01)
+        if update == "backward":
+            model.update_with(optimizer)
+
+        def step(model: Any = model, optimizer: Any = optimizer, x: Tensor = x) -> None:
+            model(x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for _ in range(3):
+            measured = fxzero.measure(step)
+        found = state_of(model, optimizer)
+        results.append((found, measured.tensor_bytes, model.plan.peak_bytes))
+    return results

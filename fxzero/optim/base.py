@@ -73,6 +73,7 @@ class Optimizer(torch.optim.Optimizer):
         self._places: dict[int, tuple[Update, Member]] = {}
         self._stale = True
         self._scale: Tensor | None = None
+        self._reached: set[int] = set()  # by backwards that update
         self._updated: set[int] = set()
 
     def scale_next_step(self, factor: Tensor) -> None:
@@ -131,6 +132,10 @@ class Optimizer(torch.optim.Optimizer):
                 '  call optimizer.step() after each backward, or compile with update="step" to '
                 "accumulate"
             )
+        new = {id(p) for p in parameters.values()} - self._places.keys()
+        if new:
+            self._reached |= new
+            self._stale = True
         self._prepare()
 
     @torch.no_grad()
@@ -237,9 +242,10 @@ class Optimizer(torch.optim.Optimizer):
         self._stale = False
 
     def _build(self) -> list[Arena]:
-        """Arenas of zeros for all parameters that are trained."""
+        """Arenas of zeros for all parameters that have had a gradient, or have a state."""
         everything = self._parameters
-        trained = {id(p) for p in everything if (p.requires_grad or p.grad is not None)}
+        trained = {id(p) for p in everything if p.grad is not None or self.state.get(p)}
+        trained |= self._reached
         trained -= {id(p) for p in everything if p.is_meta}
         self._untrained = [p for p in everything if id(p) not in trained and not p.is_meta]
         index = first_indices(everything)

@@ -122,7 +122,7 @@ class ChunkedUpdate:
     """Updates an arena on a CPU."""
 
     def __init__(self, arena: Arena, rule: Rule, seed: int) -> None:
-        self.arena, self._rule, self._seed = arena, rule, torch.tensor(seed)
+        self.arena, self._rule, self._seed = arena, rule, seed
         self._size = sum(member.elements for member in arena.members)
         self._length = chunk_elements(self._size)
         self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -280,14 +280,15 @@ class ChunkedUpdate:
             update(kind, weight, low, gradient, moments, scales, scalars, random, exact_root)
         else:
             index = self._index(chunk) if kind.random else None
-            given = arguments(weight, low, gradient, moments, scales, scalars, self._seed, index)
+            seed = torch.tensor(self._seed)
+            given = arguments(weight, low, gradient, moments, scales, scalars, seed, index)
             loop(given)
         for scratch, tensors in chunk.copied:
             _torch.copy_all(tensors, scratch.split([tensor.numel() for tensor in tensors]))
 
     def _random(self, chunk: _Chunk, number: int) -> Tensor:
         """16 random bits for each element."""
-        seed, device = int(self._seed), self.arena.device
+        seed, device = self._seed, self.arena.device
         drawn = [
             eager_numerics.random_bits(seed, number, piece.index, piece.size, device)
             for piece in chunk.pieces

@@ -22,6 +22,7 @@ from fxzero.optim.homes import TURN_ELEMENTS
 from fxzero.optim.rule import SCALARS
 
 _STEP_BYTES = 4
+_SEED_BYTES = 8
 # Of the kernel's table: a row of 8 int64 for a block of at least 1024 elements.
 _BLOCK, _ROW_BYTES = 1024, 64
 # Of a chunk's element while torch's operators run one by one: temporaries, most of them float32.
@@ -80,7 +81,8 @@ def footprint(
     chunked = {f: n for f, n in elements.items() if not (f.plain and kind.rule.fused)}
     scratch = sum(chunk_elements(n) * _scratch_bytes(f, count) for f, n in chunked.items())
     by_operators = [min(n, chunk_elements(n)) for n in chunked.values() if not compiles(n)]
-    return Footprint(state, scratch, _OPERATORS_BYTES * max(by_operators, default=0))
+    transient = _OPERATORS_BYTES * max(by_operators, default=0)
+    return Footprint(state, scratch, max(transient, _SEED_BYTES if chunked else 0))
 
 
 def _scratch_bytes(form: Form, moments: int) -> int:
