@@ -161,14 +161,16 @@ def test_the_list_of_passes_prints() -> None:
         ["quantize", "changes"],
         ["deduplicate", "exact"],
         ["accumulate", "exact"],
+        ["update", "exact"],
         ["offload", "exact"],
         ["rematerialize", "exact"],
         ["write_back", "exact"],
         ["replay_randomness", "exact"],
         ["bucket", "exact"],
         ["overlap", "exact"],
+        ["postpone_updates", "exact"],
     ]
-    assert lines[6].endswith("Buffer updates become writes at the end of the forward.")
+    assert lines[7].endswith("Buffer updates become writes at the end of the forward.")
     assert all(item.summary for item in PASSES)
     assert "write_back" in repr(PASSES)
 
@@ -177,6 +179,7 @@ def test_a_pass_is_switched_off_by_name() -> None:
     assert select(()) == PASSES
     chosen = select(["write_back"])
     kept = ["offload", "rematerialize", "replay_randomness", "bucket", "overlap"]
+    kept += ["postpone_updates"]
     assert [item.name for item in chosen] == kept
     graph, reports = run_passes(graphs.tiny(), NOTHING, chosen)
     assert [report.name for report in reports] == kept
@@ -192,8 +195,9 @@ def test_the_environment_switches_passes_off(monkeypatch: pytest.MonkeyPatch) ->
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)), torch.randn(4, 8)
     monkeypatch.setenv("FXZERO_SKIP", "rematerialize,replay_randomness")
     plan = fxzero.plan(model, (x,), recompute="full")
-    kept = ("shard", "quantize", "deduplicate", "accumulate", "offload", "write_back", "bucket")
-    assert plan.passes == (*kept, "overlap")
+    kept = ("shard", "quantize", "deduplicate", "accumulate", "update")
+    kept += ("offload", "write_back", "bucket", "overlap")
+    assert plan.passes == (*kept, "postpone_updates")
     assert plan.decisions.recompute == ()
     assert "pass rematerialize is switched off by FXZERO_SKIP" in plan.notes
     with pytest.raises(UsageError, match="strict=True, but\n  pass rematerialize is switched off"):
@@ -233,6 +237,7 @@ def test_dumps_hold_the_graph_before_each_pass_and_after_it_if_it_changed(tmp_pa
         "03-replay_randomness.before.txt",
         "04-bucket.before.txt",
         "05-overlap.before.txt",
+        "06-postpone_updates.before.txt",
     ]
     text = (tmp_path / "new" / "01-rematerialize.before.txt").read_text()
     FileCheck().check("primals_1  parameter up.weight  float32[8, 4]  F").check(

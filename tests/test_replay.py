@@ -157,7 +157,7 @@ def sabotage(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], tuple[Pass, ...
 @pytest.mark.parametrize(
     ("fault", "kind", "message"),
     [
-        (forgets_a_copy, GraphLawError, r"after pass overlap: .*\n *\[writes\]"),
+        (forgets_a_copy, GraphLawError, r"after pass postpone_updates: .*\n *\[writes\]"),
         (crashes, InternalError, r"pass write_back failed: KeyError: 'lost'"),
     ],
 )
