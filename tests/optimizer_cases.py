@@ -68,6 +68,40 @@ def give_gradients(owned: list[Any], step: int) -> None:
         parameter.grad = values.to(parameter.device, parameter.dtype)
 
 
+def text_of(caught: Any) -> str:
+    """The message of an error, without its code."""
+    return str(caught.value).removeprefix("[FXZ101] ")
+
+
+def owned(optimizer: Any) -> list[Any]:
+    """All parameters of an optimizer."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    """Weights and states of two optimizers are the same to the bit."""
+    for a, b in zip(owned(one), owned(other), strict=True):
+        assert torch.equal(bits(a), bits(b))
+        assert one.state[a].keys() == other.state[b].keys()
+        for key, value in one.state[a].items():
+            assert torch.equal(bits(value), bits(other.state[b][key]))
+
+
+def train(optimizer: Any, steps: Any) -> None:
+    """Steps with gradients that are set by hand."""
+    for step in steps:
+        give_gradients(owned(optimizer), step)
+        optimizer.step()
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Tensors by name are the same to the bit."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.dtype == other[name].dtype
+        assert torch.equal(bits(value), bits(other[name])), name
+
+
 @dataclass
 class Reference:
     """One parameter that is updated in numpy's float32, one operation after the other."""

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import bits, give_gradients, parameters
+from optimizer_cases import (
+    assert_equal,
+    assert_same,
+    give_gradients,
+    owned,
+    parameters,
+    text_of,
+    train,
+)
 from pool import Pool
 from torch import Tensor, nn
 
@@ -27,28 +35,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"lr": torch.tensor([0.02])},
 ]
 WORLDS = (1, 2, 4)
-
-
-def text_of(caught: Any) -> str:
-    return str(caught.value).removeprefix("[FXZ101] ")
-
-
-def owned(optimizer: Any) -> list[Any]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def assert_equal(one: Any, other: Any) -> None:
-    for a, b in zip(owned(one), owned(other), strict=True):
-        assert torch.equal(bits(a), bits(b))
-        assert one.state[a].keys() == other.state[b].keys()
-        for key, value in one.state[a].items():
-            assert torch.equal(bits(value), bits(other.state[b][key]))
-
-
-def train(optimizer: Any, steps: Any) -> None:
-    for step in steps:
-        give_gradients(owned(optimizer), step)
-        optimizer.step()
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -251,13 +237,6 @@ def pools() -> Any:
 
 def run(pool: Pool, case: str, **given: Any) -> Any:
     return pool.run(f"matrix_rank_cases:{case}", **given)
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert value.dtype == other[name].dtype
-        assert torch.equal(bits(value), bits(other[name])), name
 
 
 @pytest.mark.slow

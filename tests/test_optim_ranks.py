@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from optimizer_cases import FORMS, bits
+from optimizer_cases import FORMS, assert_same
 from optimizer_rank_cases import NARROW, RANDOM
 from pool import Pool
 
@@ -33,13 +32,6 @@ def pools() -> Any:
 
 def run(pool: Pool, case: str, **given: Any) -> Any:
     return pool.run(f"optimizer_rank_cases:{case}", **given)
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert value.dtype == other[name].dtype
-        assert torch.equal(bits(value), bits(other[name])), name
 
 
 @pytest.mark.parametrize("world", WORLDS)

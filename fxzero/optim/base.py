@@ -33,13 +33,14 @@ from fxzero.optim.arenas import (
 )
 from fxzero.optim.chunks import ChunkedUpdate
 from fxzero.optim.forms import Form, Numerics
+from fxzero.optim.loading import Uncast
 from fxzero.optim.rule import Control, Rule, Update
 
 _BACKENDS = ("auto", "triton", "torch")
 _PLAIN = Control(None, None, None)
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(Uncast):
     """An optimizer whose states lie in arenas.
 
     Args:
@@ -159,42 +160,11 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         self._stale = True
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but states are copied and keep their dtypes: torch casts them.
+    def _check_state(self, parameter: Tensor, state: State) -> None:
+        check_state(parameter, self._numerics.form(parameter), self.rule.moments, state)
 
-        Raises:
-            UsageError: a state was made by an optimizer that keeps other things; nothing is loaded.
-        """
-        taken: dict[Tensor, State] = {}
-
-        def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            taken.update(self._states_in(given))
-            return {**given, "state": {}}
-
-        def give(_: torch.optim.Optimizer) -> None:
-            self.state.update(taken)
-            self._prepare()
-
-        # The last to see what the user's hooks make of it, and the first to be ready for others.
-        hooks = (
-            self.register_load_state_dict_pre_hook(take),
-            self.register_load_state_dict_post_hook(give, prepend=True),
-        )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _states_in(self, state_dict: dict[str, Any]) -> dict[Tensor, State]:
-        """By parameter: what a state dict has, checked."""
-        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
-        # Where there are more of one than of the other, torch will say so.
-        by_number = dict(zip(numbers, self._parameters, strict=False))
-        found = {by_number[n]: dict(s) for n, s in state_dict["state"].items() if n in by_number}
-        for parameter, state in found.items():
-            check_state(parameter, self._numerics.form(parameter), self.rule.moments, state)
-        return found
+    def _adopt_loaded(self) -> None:
+        self._prepare()
 
     def __getstate__(self) -> dict[str, Any]:
         # Each state by itself: a pickled view would take all of its arena along.
@@ -208,10 +178,6 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._begin()
-
-    @property
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
     def _prepare(self) -> None:
         """Puts every parameter's states into arenas; nothing to do in most steps.

@@ -1,8 +1,9 @@
 """Homes: where an optimizer that needs whole matrices computes, while each rank keeps rows of each.
 
-Every matrix has one rank as its home.  All ranks send their rows of it there, the home computes
-from the whole, and sends each rank its rows of what came out.  Both ways are one all-to-all for a
-turn, in which every rank is home to one matrix, or to some small ones:
+Every matrix has one rank as its home.  All ranks send there their rows of it, and of what else the
+work needs, the home computes from the whole, and sends each rank its rows of what came out.  Both
+ways are one all-to-all of bytes for a turn, in which every rank is home to one matrix, or to some
+small ones:
 
     2 ranks, matrices a b c; a is the largest        rank 0          rank 1
     first turn    rows arrive, rows leave            a, whole        b, whole
@@ -15,6 +16,7 @@ comes to does not depend on the number of ranks: its home sees the same whole on
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,7 +28,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fxzero.errors import DivergenceError, UsageError
-from fxzero.optim.arenas import local
 from fxzero.sharding import padded_rows
 
 # Elements that a home takes in a turn, unless a single matrix has more.
@@ -62,10 +63,10 @@ class Cut:
         """This one's number among them."""
         return self.mesh.get_local_rank(self.dimension)
 
-    def rows(self, matrix: Tensor) -> list[int]:
-        """Rows of a matrix that each rank has."""
-        each = padded_rows(matrix.shape[0], self.ranks)
-        return [max(min(each, matrix.shape[0] - rank * each), 0) for rank in range(self.ranks)]
+    def rows(self, total: int) -> list[int]:
+        """Rows that each rank has of so many."""
+        each = padded_rows(total, self.ranks)
+        return [max(min(each, total - rank * each), 0) for rank in range(self.ranks)]
 
 
 def cut_of(parameter: Tensor) -> Cut | None:
@@ -122,8 +123,31 @@ def _next_of(waiting: list[int], sizes: Sequence[int], most: int) -> list[int]:
     return taken
 
 
+@dataclass(frozen=True)
+class Share:
+    """A tensor that the ranks of a cut share, each with some rows of it.
+
+    Attributes:
+        shape: of all rows.
+        returns: whether its home sends rows back.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    returns: bool = True
+
+    def sizes(self, cut: Cut) -> list[int]:
+        """Bytes of the rows that each rank has."""
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return [rows * row for rows in cut.rows(self.shape[0])]
+
+    def joined(self, pieces: Sequence[Tensor], rows: int) -> Tensor:
+        """Rows from their bytes, in memory of their own: what has arrived may not be aligned."""
+        return torch.cat(list(pieces)).view(self.dtype).view(rows, *self.shape[1:])
+
+
 class Homed(Protocol):
-    """A matrix whose update takes a part of work that needs all of it."""
+    """A parameter whose update takes a part of work that needs all of it."""
 
     @property
     def parameter(self) -> Tensor: ...
@@ -133,71 +157,79 @@ class Homed(Protocol):
         """Of the work, an integer that is the same on all ranks."""
         ...
 
-    def send(self) -> Tensor:
-        """This rank's rows of what the work needs, in a dtype that all matrices share."""
+    @property
+    def shares(self) -> Sequence[Share]:
+        """What goes to the home."""
         ...
 
-    def work(self, whole: Tensor) -> Tensor:
-        """From all rows of what was sent what rows are sent back of, of its shape and dtype."""
+    def send(self) -> Sequence[Tensor]:
+        """This rank's rows of each share."""
         ...
 
-    def receive(self, rows: Tensor) -> None:
-        """Takes this rank's rows of what came out."""
+    def work(self, wholes: list[Tensor]) -> Sequence[Tensor]:
+        """From all shares, which it may overwrite, those that return."""
+        ...
+
+    def receive(self, rows: Sequence[Tensor]) -> None:
+        """Takes this rank's rows of what returned."""
         ...
 
 
-def at_homes(cut: Cut, matrices: Sequence[Homed]) -> None:
-    """Does the work of some matrices, each whole at its home; all ranks call it.
+def at_homes(cut: Cut, homed: Sequence[Homed]) -> None:
+    """Does the work of some parameters, each whole at its home; all ranks call it.
 
     Args:
-        matrices: those of one cut, in the same order on all ranks.
+        homed: those of one cut, in the same order on all ranks.
     """
-    homes = choose_homes([m.cost for m in matrices], cut.ranks)
-    for turn in turns(homes, [m.parameter.numel() for m in matrices], TURN_ELEMENTS):
-        _take_turn(cut, [[matrices[n] for n in own] for own in turn])
+    homes = choose_homes([h.cost for h in homed], cut.ranks)
+    for turn in turns(homes, [h.parameter.numel() for h in homed], TURN_ELEMENTS):
+        _take_turn(cut, [[homed[n] for n in own] for own in turn])
 
 
 def _take_turn(cut: Cut, turn: Sequence[Sequence[Homed]]) -> None:
-    """Does the work of the matrices of each rank."""
-    everyone, mine = [m for own in turn for m in own], turn[cut.rank]
-    here = [[_elements(cut, m)[cut.rank] for m in own] for own in turn]
-    there = [[_elements(cut, m)[rank] for m in mine] for rank in range(cut.ranks)]
-    rows = [m.send() for m in everyone]
-    nothing = rows[0].new_empty(0)
-    arrived = _exchange(rows, here, there, cut)
-    results = []
-    for place, matrix in enumerate(mine):
-        whole = torch.cat([own[place] for own in arrived]).view(matrix.parameter.shape)
-        results.append(matrix.work(whole).split(cut.rows(matrix.parameter)))
+    """Does the work of the parameters of each rank."""
+    mine = turn[cut.rank]
+    shares = [share for homed in mine for share in homed.shares]
+    leaving = [[_bytes(part) for homed in own for part in homed.send()] for own in turn]
+    coming = [[share.sizes(cut)[rank] for share in shares] for rank in range(cut.ranks)]
+    arrived = _exchange(leaving, coming, cut)
+    wholes = deque(s.joined(p, s.shape[0]) for s, *p in zip(shares, *arrived, strict=True))
     del arrived
-    # A rank that is home to no matrix in this turn sends nothing, of the same dtype.
-    leaving = [nothing, *(result[rank] for rank in range(cut.ranks) for result in results)]
-    del results
-    returned = _exchange(leaving, there, here, cut)
-    parts = (part for own in returned for part in own)
-    for matrix, part in zip(everyone, parts, strict=True):
-        matrix.receive(part.view(local(matrix.parameter).shape))
+    results: list[Tensor] = []
+    for homed in mine:
+        results += homed.work([wholes.popleft() for _ in homed.shares])
+    cuts = [whole.split(cut.rows(len(whole))) for whole in results]
+    leaving = [[_bytes(parts[rank]) for parts in cuts] for rank in range(cut.ranks)]
+    del results, cuts
+    returning = [[[s for s in homed.shares if s.returns] for homed in own] for own in turn]
+    coming = [[s.sizes(cut)[cut.rank] for own in rank for s in own] for rank in returning]
+    returned = _exchange(leaving, coming, cut)
+    for own, whose, parts in zip(turn, returning, returned, strict=True):
+        pieces = iter(parts)
+        for homed, back in zip(own, whose, strict=True):
+            homed.receive([s.joined([next(pieces)], cut.rows(s.shape[0])[cut.rank]) for s in back])
 
 
-def _elements(cut: Cut, matrix: Homed) -> list[int]:
-    """Elements of a matrix that each rank has."""
-    columns = math.prod(matrix.parameter.shape[1:])
-    return [rows * columns for rows in cut.rows(matrix.parameter)]
+def _bytes(part: Tensor) -> Tensor:
+    return part.reshape(-1).view(torch.uint8)
 
 
-def _exchange(parts: list[Tensor], leaving: Sizes, coming: Sizes, cut: Cut) -> list[Any]:
-    """What each rank has sent to this one, in pieces of the sizes that are coming.
+def _exchange(leaving: list[list[Tensor]], coming: Sizes, cut: Cut) -> list[list[Tensor]]:
+    """Bytes that each rank has sent to this one, in pieces of the sizes that are coming.
 
     Args:
-        parts: for the ranks one after the other; dropped from the list when they have been read.
+        leaving: bytes for each rank, dropped from the list when they have been read.
     """
-    sent, received = ([sum(sizes) for sizes in each] for each in (leaving, coming))
-    flat = torch.cat([part.reshape(-1) for part in parts])
-    parts.clear()
+    sent = [sum(len(part) for part in own) for own in leaving]
+    received = [sum(sizes) for sizes in coming]
+    # A rank that is home to nothing in this turn sends nothing.
+    nothing = torch.empty(0, dtype=torch.uint8, device=cut.mesh.device_type)
+    flat = torch.cat([nothing, *(part for own in leaving for part in own)])
+    leaving.clear()
     arrived = flat.new_empty(sum(received))
     dist.all_to_all_single(arrived, flat, received, sent, group=cut.group)
     pairs = zip(arrived.split(received), coming, strict=True)
-    return [own.split(sizes) if sizes else () for own, sizes in pairs]
+    return [list(own.split(sizes)) if sizes else [] for own, sizes in pairs]
 
 
 def agree_on_gradients(cut: Cut, parameters: Sequence[Tensor]) -> list[int]:

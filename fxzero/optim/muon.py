@@ -14,18 +14,18 @@ Matrices that are whole on every rank are updated by each for itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fxzero.errors import UsageError, unknown_option
 from fxzero.optim.arenas import local
 from fxzero.optim.checks import check_not_negative
-from fxzero.optim.homes import Cut, agree_on_gradients, at_homes, cut_of, has_usable_gradient
+from fxzero.optim.homes import Share
+from fxzero.optim.whole import WholeOptimizer, spread
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _BUFFER = "momentum_buffer"
@@ -46,36 +46,43 @@ class _Matrix:
         short, long = sorted(self.parameter.shape)
         return int(max(self.group["ns_steps"], 1) * short * short * (2 * long + short))
 
-    def send(self) -> Tensor:
+    @property
+    def shares(self) -> list[Share]:
+        """The direction, which becomes the update."""
+        return [Share(tuple(self.parameter.shape), torch.bfloat16)]
+
+    def send(self) -> list[Tensor]:
         """Of this rank's rows, where to step, in bfloat16; the momentum takes the gradient in."""
         assert self.parameter.grad is not None
         gradient, momentum = local(self.parameter.grad), local(self.momentum)
         share = self.group["momentum"]
         momentum.lerp_(gradient, 1 - share)
         if self.group["nesterov"]:
-            return gradient.lerp(momentum, share).bfloat16()
+            return [gradient.lerp(momentum, share).bfloat16()]
         # Of a bfloat16 momentum, too, a copy: the iteration scales what it is given.
-        return momentum.to(torch.bfloat16, copy=True)
+        return [momentum.to(torch.bfloat16, copy=True)]
 
-    def work(self, whole: Tensor) -> Tensor:
+    def work(self, wholes: list[Tensor]) -> list[Tensor]:
         """The update of the whole matrix from its direction, which is overwritten."""
-        group = self.group
-        return orthogonalize(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        group, direction = self.group, wholes.pop()
+        coefficients, steps = group["ns_coefficients"], group["ns_steps"]
+        return [orthogonalize(direction, coefficients, steps, group["eps"])]
 
-    def receive(self, rows: Tensor) -> None:
+    def receive(self, rows: Sequence[Tensor]) -> None:
         """Steps by this rank's rows of the update."""
+        (update,) = rows
         lr, weight = self.group["lr"], local(self.parameter)
         if isinstance(lr, Tensor):
             lr = lr.squeeze()
         weight.mul_(1 - lr * self.group["weight_decay"])
         size = float(-lr * _stretch(self.parameter, self.group["adjust_lr_fn"]))
         if weight.dtype.itemsize > 2 or weight.device.type != "cpu":
-            weight.add_(rows, alpha=size)
+            weight.add_(update, alpha=size)
             return
         # On a CPU torch rounds a product before it adds it at the end of a narrow tensor, and in a
         # transposed one, and nowhere else; rows end elsewhere: here only the sum is rounded.
         narrow = float(torch.tensor(size, dtype=weight.dtype))
-        weight.copy_(weight.float().add_(rows, alpha=narrow))
+        weight.copy_(weight.float().add_(update, alpha=narrow))
 
 
 def orthogonalize(
@@ -110,7 +117,7 @@ def _stretch(parameter: Tensor, adjustment: str | None) -> float:
     return math.sqrt(max(1, rows / columns)) if columns else 1.0
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(WholeOptimizer):
     """Muon for the matrices of hidden layers, equal to ``torch.optim.Muon``.
 
     To the bit in float32 and float64.  In 16 bits on a CPU torch rounds some elements twice, and
@@ -161,97 +168,30 @@ class Muon(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's.
-
-        Raises:
-            UsageError: a parameter that is no matrix, or an option outside of its range.
-        """
-        _check_options({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        try:
-            for parameter in self.param_groups[-1]["params"]:
-                _check_matrix(parameter)
-        except UsageError:
-            self.param_groups.pop()
-            raise
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates all matrices that have gradients; all ranks that share some must call it.
-
-        Args:
-            closure: computes the loss again; what it returns is returned.
-
-        Raises:
-            UsageError: a gradient is sparse, or spread over ranks otherwise than its parameter.
-            DivergenceError: only some ranks have a gradient; on every rank, and nothing changes.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        whole, shared = self._ready()
-        for matrix in whole:
-            matrix.receive(matrix.work(matrix.send()))
-        for cut, matrices in shared.items():
-            at_homes(cut, matrices)
-        return loss
-
-    def _ready(self) -> tuple[list[_Matrix], dict[Cut, list[_Matrix]]]:
-        """What has gradients: matrices that are whole, and those that ranks share."""
-        whole: list[_Matrix] = []
-        by_cut: dict[Cut, list[tuple[Tensor, dict[str, Any]]]] = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                cut = cut_of(parameter)
-                if cut is not None:
-                    by_cut.setdefault(cut, []).append((parameter, group))
-                elif has_usable_gradient(parameter):
-                    whole.append(self._matrix(parameter, group))
-        shared = {}
-        for cut, pairs in by_cut.items():
-            numbers = agree_on_gradients(cut, [parameter for parameter, _ in pairs])
-            shared[cut] = [self._matrix(*pairs[n]) for n in numbers]
-        return whole, shared
-
-    def _matrix(self, parameter: Tensor, group: dict[str, Any]) -> _Matrix:
-        """With a momentum that is spread as the parameter is; one that was loaded may be whole."""
+    def _homed(self, parameter: Tensor, group: dict[str, Any]) -> _Matrix:
         state = self.state[parameter]
         momentum = state.get(_BUFFER)
         if momentum is None:
             momentum = torch.zeros_like(parameter, requires_grad=False)
-        elif isinstance(parameter, DTensor) and not isinstance(momentum, DTensor):
-            # Without a source everyone cuts what it has, and nothing is sent.
-            momentum = distribute_tensor(
-                momentum.to(local(parameter).device),
-                parameter.device_mesh,
-                parameter.placements,
-                src_data_rank=None,
-            )
-        state[_BUFFER] = momentum
+        state[_BUFFER] = momentum = spread(momentum, parameter, parameter.dtype)
         return _Matrix(parameter, momentum, group)
 
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        check_not_negative(group, "lr", "weight_decay", "momentum", "eps")
+        steps, coefficients = group["ns_steps"], group["ns_coefficients"]
+        if not 0 <= steps < 100:
+            raise UsageError(f"ns_steps={steps} must be at least 0 and below 100")
+        if len(coefficients) != 3:
+            raise UsageError(f"ns_coefficients={coefficients} must be three numbers")
+        adjustment = group["adjust_lr_fn"]
+        if adjustment is not None and adjustment not in _ADJUSTMENTS:
+            raise unknown_option(adjustment, _ADJUSTMENTS, where="adjust_lr_fn")
 
-def _check_options(group: dict[str, Any]) -> None:
-    """Raises a UsageError for the first option that cannot be right."""
-    check_not_negative(group, "lr", "weight_decay", "momentum", "eps")
-    steps, coefficients = group["ns_steps"], group["ns_coefficients"]
-    if not 0 <= steps < 100:
-        raise UsageError(f"ns_steps={steps} must be at least 0 and below 100")
-    if len(coefficients) != 3:
-        raise UsageError(f"ns_coefficients={coefficients} must be three numbers")
-    adjustment = group["adjust_lr_fn"]
-    if adjustment is not None and adjustment not in _ADJUSTMENTS:
-        raise unknown_option(adjustment, _ADJUSTMENTS, where="adjust_lr_fn")
-
-
-def _check_matrix(parameter: Tensor) -> None:
-    """Raises a UsageError for a parameter that Muon cannot update."""
-    if parameter.ndim != 2:
-        raise UsageError(
-            f"Muon updates matrices, not a parameter of shape {list(parameter.shape)}\n"
-            "  give it to fxzero.optim.AdamW, in an optimizer of its own"
-        )
-    if not parameter.is_floating_point():
-        raise UsageError(f"Muon updates matrices of real numbers, not of {parameter.dtype}")
+    def _check_parameter(self, parameter: Tensor) -> None:
+        if parameter.ndim != 2:
+            raise UsageError(
+                f"Muon updates matrices, not a parameter of shape {list(parameter.shape)}\n"
+                "  give it to fxzero.optim.AdamW, in an optimizer of its own"
+            )
+        if not parameter.is_floating_point():
+            raise UsageError(f"Muon updates matrices of real numbers, not of {parameter.dtype}")
