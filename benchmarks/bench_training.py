@@ -1,6 +1,6 @@
 """Training of a small GPT-2 with each form of each optimizer: does it get as far as in float32?
 
-    python benchmarks/bench_training.py [--steps 300]
+    python benchmarks/bench_training.py [--steps 300] [--only Adafactor]
 
 Text is this project's own source, a byte a token.  Every variant starts from the same weights and
 sees the same batches; the final loss is the mean of the last twenty.  Weights in bfloat16 are used
@@ -57,25 +57,32 @@ _VARIANTS: dict[str, tuple[Any, torch.dtype, dict[str, Any]]] = {
     "Lion, split master": (optim.Lion, torch.bfloat16, {"lr": 2e-4, "weight_decay": 0.05}),
     "SGD, float32": (optim.SGD, torch.float32, {"lr": 0.05}),
     "SGD, split master": (optim.SGD, torch.bfloat16, {"lr": 0.05}),
+    "torch Adafactor, float32": (torch.optim.Adafactor, torch.float32, {"lr": 1e-2}),
+    "Adafactor, float32": (optim.Adafactor, torch.float32, {"lr": 1e-2}),
+    "Adafactor, bfloat16": (optim.Adafactor, torch.bfloat16, {"lr": 1e-2}),
+    "torch Adafactor, bfloat16": (torch.optim.Adafactor, torch.bfloat16, {"lr": 1e-2}),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--only", default="", help="part of the names of what is run")
     parser.add_argument("--output", type=Path, default=_HERE / "results")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     text = text_of()
     found: dict[str, float] = {}
     cells: list[tuple[str, ...]] = [("optimizer", "final loss", "of float32's")]
-    for name, (make, dtype, given) in _VARIANTS.items():
+    chosen = {name: variant for name, variant in _VARIANTS.items() if options.only in name}
+    for name, (make, dtype, given) in chosen.items():
         found[name] = _final_loss(text, make, dtype, given, options.steps)
         base = found.get(f"{name.partition(',')[0]}, float32", found[name])
         cells.append((name, f"{found[name]:.4f}", f"{found[name] / base:.4f}"))
         print(*cells[-1], flush=True)
     harness.show(cells)
-    path = options.output / f"{datetime.date.today()}-training-parity.json"
+    part = f"-{options.only.lower()}" if options.only else ""
+    path = options.output / f"{datetime.date.today()}-training-parity{part}.json"
     facts = {"versions": harness.versions(), "machine": harness.machine("cpu")}
     path.write_text(json.dumps(facts | {"steps": options.steps, "loss": found}, indent=1) + "\n")
     path.with_suffix(".md").write_text(harness.markdown(cells))

@@ -1,8 +1,8 @@
 """What an optimizer will keep on the device, from its name or class.
 
-The state of torch's optimizers has the parameters' dtype and shape; the counts are those of the
-classes with their default arguments.  Those of fxzero.optim say themselves what they keep, with
-options too: ``functools.partial(fxzero.optim.AdamW, moments="int8")``.
+The state of torch's optimizers has the parameters' dtype and, but for Adafactor's, their shape; the
+counts are those of the classes with their default arguments.  Those of fxzero.optim say themselves
+what they keep, with options too: ``functools.partial(fxzero.optim.AdamW, moments="int8")``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 
 from fxzero import optim
 from fxzero.errors import UsageError, unknown_option
+from fxzero.optim.adafactor import moment_shapes
 from fxzero.optim.base import Optimizer
-from fxzero.optim.footprint import footprint, muon_footprint
+from fxzero.optim.footprint import adafactor_footprint, footprint, muon_footprint
+from fxzero.optim.whole import WholeOptimizer
 
 # States per parameter element, in the parameter's dtype.
 _STATES = {
@@ -40,8 +42,9 @@ _STATES = {
 # Temporaries of one parameter's update in torch's single-tensor loop, in copies of the parameter.
 _TEMPORARIES = {"adam": 2, "adamw": 2, "nadam": 2, "radam": 2, "rmsprop": 1, "adagrad": 2}
 _STEP_COUNTER_BYTES = 4
-_Ours = type[Optimizer] | type[optim.Muon]
-_KINDS: tuple[_Ours, ...] = (optim.AdamW, optim.Lion, optim.Muon, optim.SGD)
+_FACTORED = "adafactor"
+_Ours = type[Optimizer] | type[WholeOptimizer]
+_KINDS: tuple[_Ours, ...] = (optim.Adafactor, optim.AdamW, optim.Lion, optim.Muon, optim.SGD)
 _OURS: dict[str, _Ours] = {f"fxzero.optim.{kind.__name__}": kind for kind in _KINDS}
 _NUMERICS = ("master_bits", "stochastic_rounding", "moments")
 
@@ -87,6 +90,8 @@ def profile_optimizer(
     if ours is not None:
         return _profile_ours(*ours, parameters, device, shards)
     name = _name_of(optimizer)
+    if name == _FACTORED:
+        return _profile_factored(parameters, device, shards)
     states = _STATES[name]
     sizes = [p.numel() * p.element_size() for p in parameters]
     counters = _STEP_COUNTER_BYTES * len(sizes) if states and device == "cpu" else 0
@@ -105,6 +110,29 @@ def updates_one_by_one(optimizer: object) -> bool:
     return ours is not None and issubclass(ours[0], Optimizer)
 
 
+def _profile_factored(
+    parameters: Sequence[torch.Tensor], device: str, shards: int
+) -> OptimizerProfile:
+    """Torch's Adafactor, one parameter after the other on any device."""
+    if shards > 1:
+        raise UsageError(
+            "torch.optim.Adafactor cannot update matrices that are cut over ranks\n"
+            '  use "fxzero.optim.Adafactor", or zero=0'
+        )
+    elements, state, sizes, squares = 0, 0, [0], 0
+    for p in parameters:
+        kept = p.element_size() * sum(math.prod(s) for s in moment_shapes(p.shape).values())
+        elements += p.numel()
+        state += kept + (_STEP_COUNTER_BYTES if device == "cpu" else 0)
+        sizes.append(p.nbytes)
+        means = math.prod(p.shape[:-2]) * p.element_size() if p.ndim > 1 else 0
+        squares = max(squares, kept + means)
+    # An update, and squares or their means, are there until the next have been made.
+    transient = squares + max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
+    each = state / elements if elements else 0.0
+    return OptimizerProfile(_FACTORED, each, state, transient)
+
+
 def _ours(optimizer: object) -> tuple[_Ours, Mapping[str, Any]] | None:
     """A class of fxzero.optim and its options, or None: it is something else."""
     options: Mapping[str, Any] = {}
@@ -112,7 +140,7 @@ def _ours(optimizer: object) -> tuple[_Ours, Mapping[str, Any]] | None:
         options, optimizer = optimizer.keywords, optimizer.func
     if isinstance(optimizer, str):
         optimizer = _OURS.get(optimizer)
-    if isinstance(optimizer, type) and issubclass(optimizer, (Optimizer, optim.Muon)):
+    if isinstance(optimizer, type) and issubclass(optimizer, (Optimizer, WholeOptimizer)):
         return optimizer, options
     return None
 
@@ -127,8 +155,10 @@ def _profile_ours(
     elements = sum(p.numel() for p in parameters)
     if issubclass(kind, Optimizer):
         found = footprint(kind, options, parameters, device)
-    else:
+    elif issubclass(kind, optim.Muon):
         found = muon_footprint(parameters, shards)
+    else:
+        found = adafactor_footprint(parameters, shards)
     written = ", ".join(f"{name}={options[name]!r}" for name in _NUMERICS if name in options)
     name = f"fxzero.optim.{kind.__name__}" + (f"({written})" if written else "")
     each = found.state / elements if elements else 0.0
@@ -143,6 +173,6 @@ def _name_of(optimizer: object) -> str:
             f"optimizer={optimizer!r} must be a name, a torch.optim class, or bytes per parameter, "
             "or a class of fxzero.optim, alone or in a functools.partial"
         )
-    if name.lower() not in _STATES:
-        raise unknown_option(name.lower(), [*_STATES, *_OURS], where="optimizer")
+    if name.lower() not in (_FACTORED, *_STATES):
+        raise unknown_option(name.lower(), [_FACTORED, *_STATES, *_OURS], where="optimizer")
     return name.lower()

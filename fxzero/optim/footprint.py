@@ -3,22 +3,25 @@
     footprint(AdamW, {"moments": "int8"}, parameters, "cpu").state
 
 States follow from each parameter's form.  Beside them are, on CUDA, the kernel's table and what
-aligns parameters, and on a CPU scratch of some chunks, which does not grow with the model.
+aligns parameters, and on a CPU scratch of some chunks, which does not grow with the model.  What
+needs whole tensors has those of a turn at a home, and the messages there and back.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fxzero.optim.adafactor import moment_shapes
 from fxzero.optim.arenas import ALIGNMENT
 from fxzero.optim.base import Optimizer
 from fxzero.optim.chunks import chunk_elements, compiles
 from fxzero.optim.forms import Form, Numerics
-from fxzero.optim.homes import TURN_ELEMENTS
+from fxzero.optim.homes import TURN_ELEMENTS, choose_homes, turns
 from fxzero.optim.rule import SCALARS
 
 _STEP_BYTES = 4
@@ -111,10 +114,78 @@ def muon_footprint(parameters: Sequence[torch.Tensor], shards: int) -> Footprint
     # In a turn no home has more than its share of all, and one matrix.
     share = sum(p.numel() for p in matrices) + largest
     taken = max(largest, min(share, TURN_ELEMENTS))
-    return Footprint(state, 0, max(wide, 4 * taken + work, _TRAVELING_BYTES * taken))
+    return Footprint(state, 0, max(wide, 2 * taken + work, _TRAVELING_BYTES * taken))
 
 
 def _iteration_bytes(parameter: torch.Tensor, shards: int) -> int:
     """Of Muon's iteration, in bfloat16: three of the whole matrix, two of its shorter side."""
     short, long = sorted((parameter.shape[0] * shards, parameter.shape[1]))
     return 6 * short * long + 4 * short * short
+
+
+@dataclass(frozen=True)
+class _Factored:
+    """A weight of an ``Adafactor``, as its home sees it.
+
+    Attributes:
+        shape: of the whole.
+        dtype: of the weight and its gradient.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def moments(self) -> int:
+        """Bytes of what is kept."""
+        shapes = moment_shapes(self.shape).values()
+        return self._wide.itemsize * sum(math.prod(shape) for shape in shapes)
+
+    @property
+    def returning(self) -> int:
+        """Bytes of the weight and its moments."""
+        return self.elements * self.dtype.itemsize + self.moments
+
+    @property
+    def going(self) -> int:
+        """Bytes of those and of the gradient."""
+        return self.returning + self.elements * self.dtype.itemsize
+
+    @property
+    def work(self) -> int:
+        """Bytes of a step's temporaries: the update, a mean a matrix, and what is widened."""
+        copies = 1 if self.dtype == self._wide else 2
+        means = math.prod(self.shape[:-2]) if len(self.shape) > 1 else 0
+        return self._wide.itemsize * (copies * self.elements + means)
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+
+def adafactor_footprint(parameters: Sequence[torch.Tensor], shards: int) -> Footprint:
+    """What an ``Adafactor`` takes.
+
+    Args:
+        parameters: as a rank has them.
+        shards: ranks that each have rows of all of them.
+    """
+    shapes = [(p.shape[0] * shards, *p.shape[1:]) if p.ndim else () for p in parameters]
+    weights = [_Factored(s, p.dtype) for s, p in zip(shapes, parameters, strict=True)]
+    state = sum(-(-w.moments // shards) + _STEP_BYTES for w in weights)
+    if shards == 1:
+        return Footprint(state, 0, max((w.work for w in weights), default=0))
+    sizes, transient = [w.elements for w in weights], 0
+    for turn in turns(choose_homes(sizes, shards), sizes, TURN_ELEMENTS):
+        homes = [[weights[n] for n in own] for own in turn]
+        here = -(-sum(w.going for own in homes for w in own) // shards)
+        for own in homes:
+            going, returning = sum(w.going for w in own), sum(w.returning for w in own)
+            there = max(here + going, 2 * going, going + max((w.work for w in own), default=0))
+            # What has been worked on, a copy of it in one piece, and what comes back.
+            transient = max(transient, there, 2 * returning + here)
+    return Footprint(state, 0, transient)
