@@ -14,7 +14,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import fx
 from fxzero.capture import capture
 from fxzero.cost import CostModel, drawn_operator, hardware_for, modelled_cost, operator_key
 from fxzero.errors import PlanError
+from fxzero.hardware import Hardware
 from fxzero.options import model_device
 from fxzero.plans import read_value
 from fxzero.randomness import RandomState
@@ -78,13 +79,21 @@ class CalibrationReport:
         return "\n".join([*lines, f"written to {self.path}; plans on this device use it"])
 
 
-def cost_model(device: str, *, fused: bool = False) -> CostModel:
+def cost_model(
+    device: str,
+    *,
+    fused: bool = False,
+    hardware: Hardware | None = None,
+    mesh: Mapping[str, int] | None = None,
+) -> CostModel:
     """Prices for a device type ("cpu" or "cuda"): measured ones where there is a calibration.
 
     Args:
-        fused: as ``CostModel.fused``.
+        hardware: what they are for instead, by its description alone.
+        fused, mesh: as in ``CostModel``.
     """
-    return replace(_calibrated(device), fused=fused)
+    costs = _calibrated(device) if hardware is None else CostModel(hardware)
+    return replace(costs, fused=fused, mesh=dict(mesh or {}))
 
 
 def _calibrated(device: str) -> CostModel:
@@ -193,7 +202,7 @@ def _measure(kinds: dict[str, fx.Node], device: str) -> tuple[dict[str, float], 
             operator = drawn_operator(node)
             assert operator is not None
             try:
-                measured[key] = _seconds(_runner(operator, node, device), device)
+                measured[key] = seconds_of(_runner(operator, node, device), device)
             except (RuntimeError, IndexError, ValueError, TypeError, MemoryError):
                 failed[str(operator)] = None
     state.restore()
@@ -225,8 +234,8 @@ def _example(value: Any, device: str) -> Any:
     return base.as_strided(value.shape, value.stride())
 
 
-def _seconds(run: Callable[[], Any], device: str) -> float:
-    """The median of several runs, the first one apart."""
+def seconds_of(run: Callable[[], Any], device: str) -> float:
+    """What a function takes: the median of several runs, the first one apart."""
     run()
     times: list[float] = []
     while len(times) < _RUNS or sum(times) < _SECONDS:

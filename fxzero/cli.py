@@ -90,7 +90,8 @@ def _model_options(command: _Command) -> _Command:
                 default="adamw",
                 show_default=True,
                 metavar="NAME",
-                help='Of torch, or such as "fxzero.optim.AdamW".',
+                help='Of torch, or such as "fxzero.optim.AdamW", or its bytes for a parameter: 12 '
+                "are a float32 copy and two moments.",
             ),
             click.option(
                 "--recompute",
@@ -115,6 +116,12 @@ def _model_options(command: _Command) -> _Command:
                 help="Where the optimizer updates weights.",
             ),
             click.option("--devices", type=click.IntRange(1), help="How many train together."),
+            click.option(
+                "--hardware",
+                metavar="NAME",
+                help="What each of them is: a name that `fxzero hardware` lists, or the path of a "
+                "TOML file. Its memory is then the budget.",
+            ),
             click.option("--mesh", metavar="DIMS", help='Such as "dp_replicate=8,dp_shard=16".'),
             click.option(
                 "--zero",
@@ -160,11 +167,15 @@ def _make_plan(
     microbatches: int | None,
     send_weights: str | None,
     send_gradients: str | None,
+    optimizer: str,
     **options: Any,
 ) -> Plan:
+    from fxzero.hardware import describe
     from fxzero.precision import Precision
     from fxzero.sources import load_model
 
+    if options["hardware"] is not None:  # what is wrong with it is said before anything is loaded
+        options["hardware"] = describe(options["hardware"])
     asked = _pipeline(pipeline, schedule, microbatches)
     source = load_model(model, batch=batch, seq=seq, dtype=dtype)
     if "transformers" in sys.modules:  # its advice on configurations is not about the plan
@@ -177,9 +188,18 @@ def _make_plan(
         kwargs=source.kwargs,
         name=source.name,
         pipeline=asked,
+        optimizer=_name_or_number(optimizer),
         precision=Precision(send_weights=send_weights, send_gradients=send_gradients),
         **options,
     )
+
+
+def _name_or_number(optimizer: str) -> str | float:
+    """An optimizer's name, or its bytes for a parameter."""
+    try:
+        return float(optimizer)
+    except ValueError:
+        return optimizer
 
 
 def _pipeline(stages: str | None, schedule: str | None, microbatches: int | None) -> Any:
@@ -258,6 +278,14 @@ def diff(before: Path, after: Path) -> None:
 
 
 @cli.command()
+def hardware() -> None:
+    """List the devices that plans can be made for, by the names that --hardware takes."""
+    from fxzero.report.hardware import table
+
+    click.echo(table())
+
+
+@cli.command()
 def passes() -> None:
     """List the passes in the order in which they run."""
     from fxzero.passes.pipeline import describe
@@ -297,16 +325,31 @@ def replay(directory: Path) -> None:
 
 
 @cli.command()
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option("--batch", type=int, help="Examples per step.  [default: 1]")
 @click.option("--seq", type=int, help="Tokens per example.  [default: up to 1024]")
 @click.option("--dtype", type=click.Choice(_DTYPES), help="[default: the configuration's]")
-def calibrate(model: str, **options: Any) -> None:
+@click.option(
+    "--hardware-file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Measure this machine itself, and write a description of it for --hardware; under "
+    "torchrun its links, too.",
+)
+def calibrate(model: str | None, hardware_file: Path | None, **options: Any) -> None:
     """Measure every operator of MODEL on this device; later plans use the times."""
-    from fxzero.calibration import calibrate_model
-    from fxzero.sources import load_model
+    if model is None and hardware_file is None:
+        raise click.UsageError("Missing argument 'MODEL', or --hardware-file.")
+    if hardware_file is not None:
+        from fxzero.hardware_measurement import measure_hardware
 
-    click.echo(str(calibrate_model(load_model(model, **options))))
+        if said := measure_hardware(hardware_file):
+            click.echo(said)
+    if model is not None:
+        from fxzero.calibration import calibrate_model
+        from fxzero.sources import load_model
+
+        click.echo(str(calibrate_model(load_model(model, **options))))
 
 
 @cli.command()

@@ -122,8 +122,14 @@ def workspace_bytes(target: Any, read: Iterable[Any], made: Iterable[Any]) -> in
     return sent if "reduce_scatter" in name or "coalesced" in name else 0
 
 
-def workspace_of(collective: fx.Node) -> int:
-    """What a collective in a graph needs besides its tensors, in bytes."""
+def workspace_of(collective: fx.Node, device: str) -> int:
+    """What a collective in a graph needs besides its tensors, in bytes.
+
+    Args:
+        device: what it will run on: graphs for CUDA devices may be traced on others.
+    """
+    if device != "cpu":
+        return 0
     read = [source.meta["val"] for source in collective.all_input_nodes]
     return workspace_bytes(collective.target, read, tensor_leaves(collective.meta["val"]))
 

@@ -1,8 +1,9 @@
 """Time of one operator: measured where a calibration has it, modelled elsewhere.
 
-The model is a roofline (Williams et al., CACM 2009): seconds = launch + max(FLOPs / peak, bytes /
-bandwidth). Only ratios between operators matter to the solver; absolute times carry the error of
-the hardware description.  Modelled times beside measured ones are scaled to compare with them.
+The model is a roofline (Williams et al., CACM 2009): seconds = launch + max(FLOPs / speed, bytes /
+bandwidth), with the speed that ``utilisation.py`` says, and that of links in ``network.py``. Only
+ratios between operators matter to the solver; absolute times carry the error of the hardware
+description.  Modelled times beside measured ones are scaled to compare with them.
 """
 
 from __future__ import annotations
@@ -15,43 +16,43 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from fxzero.collectives import is_collective, is_gather, is_reduction, is_wait, ranks_of
+from fxzero.collectives import (
+    ALL_TO_ALL,
+    group_of,
+    is_collective,
+    is_gather,
+    is_reduction,
+    is_wait,
+    ranks_of,
+)
+from fxzero.hardware import Hardware, Link, describe
+from fxzero.network import Route, route
 from fxzero.randomness import draw, draw_again
 from fxzero.storages import tensor_leaves
 from fxzero.transfers import TRANSFERS
 from fxzero.updating import UPDATE
+from fxzero.utilisation import is_attention, speed
 
 # Share of its own time that an elementwise operator costs inside a kernel, so that none is free.
 _TIE = 0.02
 # Where the wrapped operator stands among the arguments.
 _WRAPPED: dict[Any, int] = {draw: 0, draw_again: 1}
+# Ranks of a collective that does not say how many take part, along no known dimension.
+_MANY = 2**16
 
-
-@dataclass(frozen=True)
-class Hardware:
-    """A device as the cost model sees it.
-
-    Attributes:
-        flops: dense floating-point operations a second by bytes per element (2 or 4).
-        bandwidth: bytes a second to and from device memory.
-        launch: seconds that any operator takes.
-        link: bytes a second between device and host memory, in one direction.
-        network: bytes a second that a rank receives from others in a collective.
-        latency: seconds that any collective takes.
-    """
-
-    name: str
-    flops: dict[int, float]
-    bandwidth: float
-    launch: float
-    link: float
-    network: float
-    latency: float
-
-
-# On the CPU a copy "to the host" is a copy: it reads and writes the same memory.
-CPU = Hardware("cpu", {2: 5e10, 4: 5e10}, 1.0e10, 3e-6, 5.0e9, 1.0e9, 3e-4)
-CUDA = Hardware("cuda", {2: 4.0e14, 4: 4.0e13}, 2.0e12, 4e-6, 2.5e10, 2.0e11, 2e-5)
+# What plans count on that name no hardware.
+CPU = describe("cpu")
+CUDA = Hardware(
+    name="cuda",
+    device="cuda",
+    peak_flops={"float32": 4.0e13, "bfloat16": 4.0e14, "float16": 4.0e14},
+    peak_bandwidth=2.0e12,
+    launch=4e-6,
+    host=2.5e10,
+    node=Link(2.0e11, 0.0),
+    network=Link(2.0e11, 0.0),
+    startup=2e-5,
+)
 
 
 def hardware_for(device: str) -> Hardware:
@@ -77,6 +78,7 @@ class CostModel:
         scale: what modelled seconds are multiplied by.
         fused: whether elementwise operators run inside the kernels of those that read them.
         exposed: share of its time that a gather costs which runs again beside operators.
+        mesh: ranks by dimension, as they lie in nodes.
     """
 
     hardware: Hardware
@@ -84,10 +86,15 @@ class CostModel:
     scale: float = 1.0
     fused: bool = False
     exposed: float = 1.0
+    mesh: Mapping[str, int] = field(default_factory=dict)
+
+    def route(self, along: str) -> Route:
+        """What ranks along a dimension of the mesh exchange bytes over."""
+        return route(self.hardware, self.mesh, along)
 
     def price(self, node: fx.Node) -> NodeCost:
         """Price of running a node once; inputs and views are free."""
-        modelled = modelled_cost(node, self.hardware)
+        modelled = modelled_cost(node, self.hardware, self.mesh)
         if not modelled.seconds or is_collective(node):
             return modelled
         seconds = modelled.seconds * self.scale
@@ -131,29 +138,29 @@ class CostModel:
 
 def transfer_seconds(tensor: torch.Tensor, hardware: Hardware) -> float:
     """Seconds that a copy between device and host memory takes, in one direction."""
-    return hardware.launch + _size(tensor) / hardware.link
+    return hardware.launch + _size(tensor) / hardware.host_bandwidth
 
 
-def collective_seconds(node: fx.Node, hardware: Hardware) -> float:
-    """Seconds of a collective by itself: a latency, and what a rank receives by its bandwidth.
-
-    On a ring of n ranks, each receives (n - 1) / n of the whole for a gather or a reduce-scatter,
-    and twice that for an all-reduce (Thakur et al., IJHPCA 2005).
-    """
+def collective_seconds(node: fx.Node, hardware: Hardware, mesh: Mapping[str, int]) -> float:
+    """Seconds of a collective by itself."""
+    along = route(hardware, mesh, group_of(node), ranks_of(node) or _MANY)
     received = sum(map(_size, tensor_leaves(node.meta["val"])))
-    ranks = ranks_of(node)
-    if is_reduction(node):
-        received = sum(map(_size, _inputs(node))) * (1 if ranks else 2)
-    share = (ranks - 1) / ranks if ranks else 1.0
-    return hardware.latency + received * share / hardware.network
+    if not is_reduction(node):
+        return along.gather(received)
+    sent = sum(map(_size, _inputs(node)))
+    if node.target is ALL_TO_ALL:
+        return along.all_to_all(sent)
+    return along.gather(sent) if ranks_of(node) else along.all_reduce(sent)
 
 
-def bucket_bytes(hardware: Hardware) -> int:
+def bucket_bytes(along: Route) -> int:
     """Bytes of a collective whose latency is a tenth of its time."""
-    return int(9 * hardware.latency * hardware.network)
+    return int(9 * along.latency * along.bandwidth)
 
 
-def modelled_cost(node: fx.Node, hardware: Hardware) -> NodeCost:
+def modelled_cost(
+    node: fx.Node, hardware: Hardware, mesh: Mapping[str, int] | None = None
+) -> NodeCost:
     """Roofline price of one node; inputs and views are free, updates not part of the price."""
     operator = drawn_operator(node) if node.op == "call_function" else None
     if operator is None or makes_view(operator) or is_wait(node) or operator is UPDATE:
@@ -162,12 +169,20 @@ def modelled_cost(node: fx.Node, hardware: Hardware) -> NodeCost:
     if operator in TRANSFERS:
         return NodeCost(transfer_seconds(outputs[0], hardware), 0)
     if is_collective(node):
-        return NodeCost(collective_seconds(node, hardware), 0)
+        return NodeCost(collective_seconds(node, hardware, mesh or {}), 0)
     flops = count_flops(node)
     traffic = sum(map(_size, (*outputs, *_inputs(node))))
-    width = 2 if outputs and outputs[0].element_size() <= 2 else 4
-    seconds = hardware.launch + max(flops / hardware.flops[width], traffic / hardware.bandwidth)
-    return NodeCost(seconds, flops)
+    # Attention leaves out what a causal mask hides, which its count of operations has.
+    work = flops / 2 if is_attention(operator) and _is_causal(node, operator) else flops
+    computing = work / speed(node, operator, flops, hardware) if flops else 0.0
+    return NodeCost(hardware.launch + max(computing, traffic / hardware.bandwidth), flops)
+
+
+def _is_causal(node: fx.Node, operator: torch._ops.OpOverload) -> bool:
+    names = [argument.name for argument in operator._schema.arguments]
+    args = node.args[_WRAPPED.get(node.target, -1) + 1 :]
+    given = {**dict(zip(names, args, strict=False)), **node.kwargs}
+    return given.get("is_causal") is True
 
 
 def makes_view(operator: torch._ops.OpOverload) -> bool:

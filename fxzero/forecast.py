@@ -9,6 +9,7 @@ from torch import nn
 
 from fxzero.capture import capture
 from fxzero.errors import BudgetError, UsageError
+from fxzero.hardware import describe
 from fxzero.mesh import planned_mesh
 from fxzero.microbatches import Batch, loss_of
 from fxzero.options import Options, call_arguments, check_options, model_device
@@ -35,6 +36,7 @@ def plan(
     pipeline: Any = None,
     mesh: Any = None,
     devices: int | None = None,
+    hardware: Any = None,
     precision: Any = None,
     loss_fn: Any = None,
     microbatches: int | str = 1,
@@ -62,6 +64,9 @@ def plan(
         mesh: ranks by dimension, such as ``{"dp": 64}`` or "dp=64", or a DeviceMesh; no process has
             to run.
         devices: number of ranks, all along "dp" if there is no ``mesh``.
+        hardware: what each of them is: a name such as "h100-sxm-80gb" (`fxzero hardware` lists
+            them), or the path of a TOML file that describes it.  Without a ``memory_budget`` the
+            budget is its memory, less a reserve.  None: the device that the model is on.
         precision: a ``fxzero.Precision``.
         loss_fn: from the model's output to the loss; pipelines of models that return none need it.
         microbatches: into how many parts pipelines cut the batch, if ``pipeline`` does not say.
@@ -78,7 +83,8 @@ def plan(
         UsageError, CaptureError, DeviceError: see ``fxzero.compile``.
     """
     args, keywords = call_arguments(example_inputs, kwargs)
-    device = model_device(model)
+    described = None if hardware is None else describe(hardware)
+    device = model_device(model) if described is None else described.device
     request = check_pipeline(pipeline)
     ranks = planned_mesh(mesh, devices, device, ranks_along(request))
     options = check_options(
@@ -96,6 +102,7 @@ def plan(
         microbatches=microbatches,
         update=update,
         pipeline=request,
+        hardware=described,
     )
     if accumulate and options.updates:
         raise UsageError('update="backward" keeps no gradients that accumulate=True could add to')

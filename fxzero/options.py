@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from fxzero import _torch
 from fxzero.errors import UsageError, unknown_option
+from fxzero.hardware import Hardware
 from fxzero.mesh import Mesh, Sharding, check_zero
 from fxzero.optimizers import profile_optimizer, updates_one_by_one
 from fxzero.policies import check_recompute_option
@@ -40,6 +41,8 @@ class Options:
         sharding: how parameters and gradients are spread over ranks.
         microbatches: into how many parts ``step`` cuts a batch, or "auto".
         update: where the optimizer updates weights: in its "step" or in the "backward".
+        ranks: of all dimensions of the mesh, in its order.
+        hardware: what is planned for; None: the device that the model is on.
     """
 
     memory_budget: int | None = None
@@ -53,6 +56,8 @@ class Options:
     sharding: Sharding = field(default_factory=Sharding)
     microbatches: int | str = 1
     update: str = "step"
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    hardware: Hardware | None = None
 
     @property
     def updates(self) -> bool:
@@ -62,7 +67,7 @@ class Options:
     def on(self, mesh: Mesh) -> Options:
         """The same on other ranks."""
         sharding = mesh.sharding(self.sharding.zero, self.precision)
-        return dataclasses.replace(self, sharding=sharding)
+        return dataclasses.replace(self, sharding=sharding, ranks=mesh.sizes)
 
 
 def check_options(
@@ -81,11 +86,13 @@ def check_options(
     microbatches: object = 1,
     update: object = "step",
     pipeline: object = None,
+    hardware: Hardware | None = None,
 ) -> Options:
     """Options from user input; raises UsageError for the first that cannot be right.
 
     Args:
         pipeline: the one that is asked for, or None.
+        device: "cpu" or "cuda", that of ``hardware`` where there is one.
     """
     check_recompute_option(recompute)
     if objective not in OBJECTIVES:
@@ -95,18 +102,24 @@ def check_options(
     profile_optimizer(optimizer, [], device)
     stage, dtypes = check_zero(zero), check_precision(precision)
     parts = check_microbatches(microbatches)
+    memory = device_memory(device) if hardware is None else hardware.memory
+    if memory_budget is None and hardware is not None:
+        memory_budget = hardware.usable
+    ranks = mesh or Mesh({})
     return Options(
-        memory_budget=parse_budget(memory_budget, device_memory(device)),
+        memory_budget=parse_budget(memory_budget, memory),
         optimizer=optimizer,
         recompute=recompute,
         objective=objective,
-        inner=choose_inner(inner, device),
+        inner=choose_inner(inner, device, present=hardware is not None),
         strict=strict,
         offload=offload,
         precision=dtypes,
-        sharding=(mesh or Mesh({})).sharding(stage, dtypes),
+        sharding=ranks.sharding(stage, dtypes),
         microbatches=parts,
         update=_check_update(update, optimizer, parts, pipeline),
+        ranks=ranks.sizes,
+        hardware=hardware,
     )
 
 
@@ -143,15 +156,18 @@ def check_microbatches(count: object) -> int | str:
     return "auto"
 
 
-def choose_inner(inner: str | None, device: str) -> str:
+def choose_inner(inner: str | None, device: str, present: bool = False) -> str:
     """The inner compiler: as asked, else "inductor" where a compiler for ``device`` is present.
+
+    Args:
+        present: it is, as far as anybody knows: the device is elsewhere.
 
     Raises:
         UsageError: an unknown name, or "inductor" without a compiler.
     """
     if inner is not None and inner not in INNERS:
         raise unknown_option(str(inner), INNERS, where="inner")
-    present = _torch.has_compiler(device)
+    present = present or _torch.has_compiler(device)
     if inner == "inductor" and not present:
         needed = "triton" if device == "cuda" else "a C++ compiler (set CXX)"
         raise UsageError(f'inner="inductor" needs {needed}, which was not found; use inner="eager"')

@@ -91,8 +91,12 @@ class Planner:
     """
 
     def __init__(self, graph: TrainGraph, options: Options, name: str, **given: Any) -> None:
-        device = device_of([node.meta["val"] for _, node in graph.pairs()])
-        costs = cost_model(device, fused=options.inner == "inductor")
+        costs = cost_model(
+            device_of([node.meta["val"] for _, node in graph.pairs()]),
+            fused=options.inner == "inductor",
+            hardware=options.hardware,
+            mesh=options.ranks,
+        )
         merged = GraphPlanner(graph, options, name, PREPARATION, costs, **given)
         self.variants: tuple[GraphPlanner, ...] = (merged,)
         if _merged_share(graph, merged.graph) > _SMALL_SHARE:
@@ -229,7 +233,11 @@ class GraphPlanner:
         unapplied: tuple[str, ...] = (),
         sweep: int = 0,
     ) -> None:
-        self.device = device_of([node.meta["val"] for node in graph.placeholders])
+        self.device = (
+            device_of([node.meta["val"] for node in graph.placeholders])
+            if options.hardware is None
+            else options.hardware.device
+        )
         self.context = PassContext(
             device=self.device,
             writes_buffers=writes_buffers,
@@ -344,7 +352,8 @@ class GraphPlanner:
         nodes = list(self.graph.graph.nodes)
         if not any(map(is_collective, nodes)):
             return ((0, 0),)
-        largest = bucket_bytes(self.costs.hardware)
+        axes = self.options.sharding.axes
+        largest = max((bucket_bytes(self.costs.route(axis.name)) for axis in axes), default=0)
         if self.options.sharding.zero == 3:
             # Nobody asks for it to have most of the model there at once.
             whole = tensor_bytes(node.meta["val"] for node in nodes if is_gather(node))
@@ -468,6 +477,7 @@ class GraphPlanner:
             self.loss_bytes,
             self.granularity,
             self.optimizer.transient_bytes,
+            self.device,
         )
 
     def _facts(self, emitted: Emitted, decisions: Decisions) -> Facts:

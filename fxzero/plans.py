@@ -49,6 +49,7 @@ class Request:
         zero: "0" to "3" or "auto".
         accumulate: whether the step finds gradients and adds to them.
         update: where the optimizer updates weights, in its "step" or in the "backward".
+        hardware: the name of the description that was planned for; None: none was given.
     """
 
     memory_budget: int | None
@@ -63,6 +64,7 @@ class Request:
     zero: str
     accumulate: bool = False
     update: str = "step"
+    hardware: str | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,30 @@ class Rank:
     index: int
     peak_bytes: int
     breakdown: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ModelStates:
+    """What a rank has of the model's states, as the ZeRO paper counts them (Rajbhandari, 2020).
+
+    Each kind at its most, which is not at one instant: stage 1 frees what it gathered of a layer
+    when it has made that layer's gradients.
+
+    Attributes:
+        parameters: whole where the step keeps what it gathers for the backward, as stages 1 and 2
+            do, else the rank's part.
+        gradients: whole where they are reduced when the backward has ended, else the rank's part.
+        optimizer: its state.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def bytes(self) -> int:
+        """All of them."""
+        return self.parameters + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
@@ -289,6 +315,7 @@ class Plan:
             for a pipeline.
         pipeline: its stages and their schedule; None: there is no pipeline.
         notes: what could not be applied, and assumptions that the numbers rest on.
+        states: what a rank has of parameters, gradients and optimizer state; None: a pipeline.
     """
 
     schema_version: int
@@ -322,6 +349,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     passes: tuple[str, ...] = field(default=())
     pipeline: PipelinePlan | None = None
+    states: ModelStates | None = None
 
     @property
     def fits(self) -> bool:

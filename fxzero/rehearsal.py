@@ -70,7 +70,8 @@ def rehearse(
         fixed_bytes: what lives throughout, the step's inputs included.
     """
     forward, backward = _torch.without_kernels(forward), _torch.without_kernels(backward)
-    with _torch.FakeTensorMode(allow_non_fake_inputs=True), Counter(around.granularity) as counter:
+    counter = Counter(around.granularity, around.device)
+    with _torch.FakeTensorMode(allow_non_fake_inputs=True), counter:
         inputs = [example_of(node) for node in split.forward.graph.find_nodes(op="placeholder")]
         _, existing_nodes, tangent_nodes = split.backward_inputs()
         existing = [example_of(node) for node in existing_nodes]
@@ -148,9 +149,10 @@ def example_of(node: fx.Node) -> torch.Tensor:
 class Counter(_torch.TransparentDispatchMode):
     """Bytes of the fake storages that operators make inside the ``with`` block."""
 
-    def __init__(self, granularity: int) -> None:
+    def __init__(self, granularity: int, device: str = "cpu") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.granularity = granularity
+        self.device = device
         self.current = 0
         self.peak = 0
         self._sizes: dict[int, int] = {}
@@ -176,7 +178,8 @@ class Counter(_torch.TransparentDispatchMode):
     def _follow_transfer(self, func: Any, args: Any, result: Any) -> None:
         """Holds what a collective reads until its last wait, and its workspace until the first."""
         sent, made = _torch.tensors_in(args), _torch.tensors_in(result)
-        workspace = torch.empty(workspace_bytes(func, sent, made), dtype=torch.uint8)
+        size = workspace_bytes(func, sent, made) if self.device == "cpu" else 0
+        workspace = torch.empty(size, dtype=torch.uint8)
         self._count(workspace)
         held = sent, [workspace]
         for tensor in made:

@@ -12,7 +12,7 @@ from torch import fx
 from fxzero import __version__
 from fxzero.capture import user_line
 from fxzero.clock import elapsed
-from fxzero.collectives import is_collective, is_gather, preparation
+from fxzero.collectives import arrives_as, is_collective, is_gather, preparation
 from fxzero.cost import CostModel
 from fxzero.graph import TrainGraph, describe
 from fxzero.optimizers import OptimizerProfile
@@ -28,6 +28,7 @@ from fxzero.plans import (
     Alternative,
     CurvePoint,
     Decisions,
+    ModelStates,
     ModelSummary,
     Peak,
     Phase,
@@ -119,7 +120,31 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
         graph_digest=facts.digest,
         notes=_notes(facts),
         passes=facts.passes,
+        states=_states(facts),
     )
+
+
+def _states(facts: Facts) -> ModelStates:
+    sharding, graph = facts.options.sharding, facts.graph
+    # Stage 3 keeps the smallest of what it gathers (``policies``), which are none of its states.
+    saved = set(facts.decisions.saved) if sharding.zero is None else set()
+    gathered = {
+        preparation(gather)[-1]: arrives_as(gather).meta["val"]
+        for gather in graph.graph.nodes
+        if is_gather(gather)
+        if sharding.gathers_once or arrives_as(gather).name in saved
+    }
+    parameters = gradients = 0
+    for role, node in graph.pairs():
+        if role.kind != "parameter":
+            continue
+        own, whole = node.meta["val"], gathered.get(node)
+        parameters += _size([own] if whole is None else [whole])
+        if whole is not None and whole.dtype != own.dtype:
+            parameters += _size([own])  # kept in another dtype than it is computed in
+        if role in graph.trainable:
+            gradients += _size([node.meta.get(WHOLE, own) if sharding.zero == 1 else own])
+    return ModelStates(parameters, gradients, facts.optimizer.state_bytes)
 
 
 def _steps(split: Split) -> list[fx.Node]:
@@ -175,6 +200,7 @@ def _request(facts: Facts) -> Request:
         zero="auto" if options.sharding.zero is None else str(options.sharding.zero),
         accumulate=facts.graph.accumulates,
         update=facts.options.update,
+        hardware=options.hardware.name if options.hardware else None,
     )
 
 
@@ -386,4 +412,6 @@ def _notes(facts: Facts) -> tuple[str, ...]:
             "need less, and runs under a budget only if its rehearsed peak is within it"
         )
     notes.append(facts.costs.source)
+    if facts.options.hardware is not None:
+        notes += facts.options.hardware.assumptions()
     return tuple(notes)

@@ -108,6 +108,7 @@ class Surroundings:
             included; 0 if the model returns the loss.
         granularity: the allocator rounds sizes up to a multiple of this.
         update_bytes: what the optimizer needs besides while it updates a weight in the backward.
+        device: "cpu" or "cuda", which the step runs on.
     """
 
     optimizer_bytes: int = 0
@@ -115,6 +116,7 @@ class Surroundings:
     loss_bytes: int = 0
     granularity: int = 1
     update_bytes: int = 0
+    device: str = "cpu"
 
 
 def simulate(split: Split, surroundings: Surroundings) -> Timeline:
@@ -291,7 +293,7 @@ class _Books:
 
     def _open_workspace(self, collective: fx.Node) -> None:
         """What a collective needs besides its tensors, until it is waited for."""
-        if size := workspace_of(collective):
+        if size := workspace_of(collective, self.around.device):
             entry = Alive(size, "temporary", f"{collective.name} workspace", collective)
             self.alive["workspace", collective] = entry
             self.total += size

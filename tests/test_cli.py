@@ -91,6 +91,7 @@ def test_the_set_of_commands_and_options_is_this() -> None:
         "offload",
         "accumulate",
         "devices",
+        "hardware",
         "mesh",
         "zero",
         "send_weights",
@@ -107,10 +108,11 @@ def test_the_set_of_commands_and_options_is_this() -> None:
         "plan": planning | {"json", "html", "sweep"},
         "explain": planning,
         "diff": {"before", "after"},
+        "hardware": set(),
         "passes": set(),
         "verify": {"model", "memory_budget", "inner"},
         "replay": {"directory"},
-        "calibrate": {"model", "batch", "seq", "dtype"},
+        "calibrate": {"model", "batch", "seq", "dtype", "hardware_file"},
         "doctor": set(),
         "demo": {"memory_budget", "steps", "out"},
     }
@@ -154,6 +156,7 @@ def test_plan_prints_the_report_and_returns_0_where_it_fits(
         "accumulate": False,
         "pipeline": None,
         "devices": None,
+        "hardware": None,
         "mesh": None,
         "zero": "auto",
         "precision": Precision(),
@@ -268,6 +271,10 @@ def test_a_bug_names_its_reproducer(run: Callable[..., Ran], stub: Stub) -> None
         (["verify", "gpt2"], "'gpt2' is not a factory"),
         (["diff", "/no/a.json", "/no/b.json"], "cannot read plan /no/a.json"),
         (["replay", "/no/directory"], "does not exist"),
+        (["calibrate"], "Missing argument 'MODEL', or --hardware-file"),
+        (["calibrate", "--hardware-file", "mine.json"], "mine.json: the name of a description"),
+        (["plan", "gpt2", "--hardware", "h100-sxm"], "did you mean 'h100-sxm-80gb'?"),
+        (["plan", "gpt2", "--hardware", "/no/mine.toml"], "cannot read /no/mine.toml"),
     ],
 )
 def test_wrong_use_returns_2_and_says_why(
@@ -287,6 +294,29 @@ def test_diff_prints_what_changed(run: Callable[..., Ran], tmp_path: Path) -> No
     result = run("diff", tmp_path / "a.json", tmp_path / "b.json")
     assert result.code == 0
     assert "recomputed values            10 -> 12" in result.out
+
+
+def test_hardware_lists_every_device_with_its_memory_and_links(run: Callable[..., Ran]) -> None:
+    result = run("hardware")
+    assert result.code == 0
+    lines = {line.split()[0]: line for line in result.out.splitlines()}
+    assert "79.6 GiB" in lines["h100-sxm-80gb"]
+    assert "989.4 TFLOP/s  3350 GB/s" in lines["h100-sxm-80gb"]
+    assert "8 x 450 GB/s" in lines["h100-sxm-80gb"]
+    assert len(lines) == 16
+
+
+def test_an_optimizer_may_be_bytes_for_a_parameter(run: Callable[..., Ran], stub: Stub) -> None:
+    given = []
+
+    def plan(*_: Any, optimizer: object, **__: Any) -> Plan:
+        given.append(optimizer)
+        return gpt_plan()
+
+    stub("fxzero.forecast", plan=plan)
+    assert run("plan", FACTORY, "--optimizer", "12").code == 0
+    assert run("plan", FACTORY, "--optimizer", "lion").code == 0
+    assert given == [12.0, "lion"]
 
 
 def test_passes_lists_name_numerics_and_summary(run: Callable[..., Ran]) -> None:

@@ -89,7 +89,12 @@ class Forecaster:
     def __init__(self, model: nn.Module, loss: Loss, options: Options, name: str) -> None:
         self.model, self.loss, self.name = model, loss, name
         self.options = options
-        self.costs = cost_model(model_device(model), fused=options.inner == "inductor")
+        self.costs = cost_model(
+            model_device(model),
+            fused=options.inner == "inductor",
+            hardware=options.hardware,
+            mesh=options.ranks,
+        )
         self._choosers: dict[int, Chooser] = {}
 
     def chooser(self, setting: Setting) -> Chooser:
@@ -283,15 +288,18 @@ class _Forecast:
         Weights that are gathered once, and gradients that are averaged at last: the last backward
         hides some of that.
         """
-        sharding, link = self.options.sharding, self.costs.hardware
+        sharding = self.options.sharding
+        routes = [self.costs.route(axis.name) for axis in sharding.axes]
         weights = self.stages.routes.weight_bytes
         mine = map(self.schedule.stages_of, range(self.schedule.ranks))
         largest = max(sum(weights[stage] for stage in stages) for stages in mine)
-        once = link.latency + largest * (sharding.ranks - 1) / sharding.ranks / link.network
+        once = sum(along.gather(largest) for along in routes)
         seconds = once if sharding.gathers_once else 0.0
         if not reduces_usually(sharding):
             hidden = max(times.input_gradient + times.weight_gradient for times in choice.times)
-            seconds += max((2 if sharding.zero == 0 else 1) * once - hidden, 0.0)
+            if sharding.zero == 0:
+                once = sum(along.all_reduce(largest) for along in routes)
+            seconds += max(once - hidden, 0.0)
         return seconds
 
     @cached_property

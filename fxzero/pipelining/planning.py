@@ -107,6 +107,7 @@ class Chooser:
         """The same for another budget or sharding."""
         other = copy.copy(self)
         other.options = options
+        other.costs = replace(self.costs, mesh=options.ranks)
         vars(other).pop("footprint", None)
         return other
 
@@ -125,10 +126,8 @@ class Chooser:
         """The seconds that it takes; none at the ends."""
         if cut not in self.bytes_across:
             return 0.0
-        link = self.costs.hardware
-        return len(self.row.values_across(cut)) * link.latency + (
-            self.bytes_across[cut] / link.network
-        )
+        along, count = self.costs.route("pp"), len(self.row.values_across(cut))
+        return max(count - 1, 0) * along.send(0) + along.send(self.bytes_across[cut])
 
     def choices(
         self,

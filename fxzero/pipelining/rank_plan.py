@@ -149,7 +149,8 @@ class RankPlanner(Generic[Step]):
         sizes = _static_bytes(stages)
         static = sum(sizes.values()) + _shared_bytes(stages, self.schedule, self.routes)
         held = static + self.held + _SCALARS * self.schedule.microbatches
-        working = rehearse_rank(self._few, self.rank, self.routes, parts, held)
+        device = next(iter(stages.values())).plan.request.device
+        working = rehearse_rank(self._few, self.rank, self.routes, parts, held, device)
         # Beyond what is there throughout, an optimizer needs memory for what it computes.
         beyond = [
             phase.peak_bytes - sum(step.emitted.timeline.fixed.values())
@@ -204,6 +205,7 @@ class RankPlanner(Generic[Step]):
             ),
             timeline=(),  # that of one micro-batch would show neither the peak nor the step
             notes=(*plan.notes, note),
+            states=None,
         )
 
 

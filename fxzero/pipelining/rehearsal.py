@@ -48,6 +48,7 @@ def rehearse_rank(
     routes: Routes,
     parts: Mapping[int, Part],
     static_bytes: int,
+    device: str,
 ) -> int:
     """The rank's peak in forwards and backwards.
 
@@ -58,8 +59,10 @@ def rehearse_rank(
     Args:
         parts: of each of the rank's stages.
         static_bytes: what lives throughout.
+        device: "cpu" or "cuda", which the rank runs on.
     """
-    with _torch.FakeTensorMode(allow_non_fake_inputs=True), Counter(granularity=1) as counter:
+    counter = Counter(granularity=1, device=device)
+    with _torch.FakeTensorMode(allow_non_fake_inputs=True), counter:
         play = _Play(schedule, rank, routes, parts)
         counter.restart(static_bytes)
         for action in schedule.orders[rank]:

@@ -285,7 +285,9 @@ class PipelinedModel:
 
         def choose() -> str:
             device = model_device(exports.exported.model)
-            costs = cost_model(device, fused=self.options.inner == "inductor")
+            costs = cost_model(
+                device, fused=self.options.inner == "inductor", mesh=self.options.ranks
+            )
             chooser = Chooser(exports, self.options, costs)
             setting = Setting(self.request, batch, microbatches, self.mesh, self.options)
             return fitting_choice(chooser, setting).to_json()

@@ -27,7 +27,7 @@ def diff(before: Plan, after: Plan) -> str:
 
 def _side(which: str, plan: Plan) -> str:
     budget = wording.budget_text(plan)
-    facts = [f"plan {plan.hash[:8]}", plan.model.name, plan.request.device, budget]
+    facts = [f"plan {plan.hash[:8]}", plan.model.name, wording.device_text(plan), budget]
     facts += [wording.verdict(plan), wording.solved(plan)]
     return f"{which:<7} " + "  ".join(fact for fact in facts if fact)
 
@@ -49,6 +49,7 @@ _SETTINGS: tuple[tuple[str, Callable[[Plan], str]], ...] = (
     ("inner", lambda plan: plan.request.inner),
     ("gradients", lambda plan: "added to" if plan.request.accumulate else "made anew"),
     ("device", lambda plan: plan.request.device),
+    ("hardware", lambda plan: plan.request.hardware or "not named"),
     ("mesh", lambda plan: wording.mesh_text(plan) or "one device"),
     ("torch", lambda plan: plan.torch_version),
     ("fxzero", lambda plan: plan.fxzero_version),

@@ -35,7 +35,7 @@ def render(plan: Plan, width: int = 100) -> str:
 
 def _heading(plan: Plan, width: int) -> Iterator[str]:
     model = plan.model
-    facts = [plan.request.device, wording.budget_text(plan), wording.verdict(plan)]
+    facts = [wording.device_text(plan), wording.budget_text(plan), wording.verdict(plan)]
     rest = "  ".join(fact for fact in facts if fact)
     start = f"fxzero {plan.fxzero_version} plan {plan.hash[:8]}  "
     yield start + _clip(model.name, max(8, width - len(start) - len(rest) - 2)) + "  " + rest
@@ -53,6 +53,8 @@ def _heading(plan: Plan, width: int) -> Iterator[str]:
         f"step    {format_seconds(plan.step_seconds)} modelled, forward and backward; "
         f"solver: {wording.solved(plan)}"
     )
+    if plan.states is not None:
+        yield f"states  {wording.states_text(plan.states)}"
     mesh = wording.mesh_text(plan)
     if mesh and not plan.communication_seconds:
         yield f"mesh    {mesh}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from fxzero.plans import PipelinePlan, PipelineStage, Plan, Rank
+from fxzero.plans import ModelStates, PipelinePlan, PipelineStage, Plan, Rank
 from fxzero.units import format_bytes, format_count, format_seconds
 
 ROLES = (
@@ -41,6 +41,20 @@ def budget_text(plan: Plan) -> str:
     """'budget 64.0 GiB', or '' without one."""
     budget = plan.request.memory_budget
     return "" if budget is None else f"budget {format_bytes(budget)}"
+
+
+def device_text(plan: Plan) -> str:
+    """'h100-sxm-80gb', or 'cpu' where no hardware was named."""
+    return plan.request.hardware or plan.request.device
+
+
+def states_text(states: ModelStates) -> str:
+    """'30.0 GiB at most: parameters 10.0 GiB, gradients 10.0 GiB, optimizer 10.0 GiB'."""
+    return (
+        f"{format_bytes(states.bytes)} of a rank at most: parameters "
+        f"{format_bytes(states.parameters)}, gradients {format_bytes(states.gradients)}, "
+        f"optimizer {format_bytes(states.optimizer)}"
+    )
 
 
 def mesh_text(plan: Plan) -> str:

@@ -205,7 +205,7 @@ def build_problem(
     stay.update(s for node in forward if is_gather(node) for s in storages.of[node])
     operators, maker = _operators(forward, storages, costs, device, _mutated(graph))
     death = _deaths(forward, storages, graph)
-    workspaces = _workspaces(operators, forward)
+    workspaces = _workspaces(operators, forward, device)
     for index, size in workspaces.items():
         operator = operators[index]
         operators[index] = replace(operator, makes=(*operator.makes, len(sizes)))
@@ -226,7 +226,7 @@ def build_problem(
         s for role, node in graph.pairs() if role.kind == "tangent" for s in storages.of[node]
     }
     tangent_bytes = sum(sizes[s] for s in tangents)
-    besides = [_bytes_besides(node, update_bytes) for node in backward]
+    besides = [_bytes_besides(node, update_bytes, device) for node in backward]
     base, after = _backward_base(
         backward, storages, sizes, results["gradient"], tangent_bytes, besides
     )
@@ -298,12 +298,12 @@ def _operators(
     return operators, tuple(maker)
 
 
-def _workspaces(operators: list[Operator], forward: list[fx.Node]) -> dict[int, int]:
+def _workspaces(operators: list[Operator], forward: list[fx.Node], device: str) -> dict[int, int]:
     """Bytes of values that nobody reads: what gathers need while they run."""
     found = {}
     for index, operator in enumerate(operators):
         node = forward[operator.position]
-        if is_gather(node) and (size := workspace_of(node)):
+        if is_gather(node) and (size := workspace_of(node, device)):
             found[index] = size
     return found
 
@@ -381,11 +381,11 @@ def _forward_reads(node: fx.Node, storages: Storages, maker: tuple[int, ...]) ->
     return tuple(sorted(reads))
 
 
-def _bytes_besides(node: fx.Node, update_bytes: int) -> int:
+def _bytes_besides(node: fx.Node, update_bytes: int, device: str) -> int:
     """What a node of the backward needs besides its arguments and results."""
     if node.target is UPDATE:
         return update_bytes
-    return workspace_of(node) if is_collective(node) else 0
+    return workspace_of(node, device) if is_collective(node) else 0
 
 
 def _backward_base(
