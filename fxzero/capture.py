@@ -15,6 +15,7 @@ such as the logits then costs no tangent.  ``differentiable`` names another set 
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import re
 import sysconfig
@@ -166,7 +167,12 @@ def export(
     """
     model, leaves = _on_fake_tensors(model, leaves)
     traced = _Traced(model, inputs, differentiable, precision, loss)
-    with _named_errors(type(model).__name__), torch.enable_grad(), _torch.keep_annotations():
+    with (
+        _named_errors(type(model).__name__),
+        torch.enable_grad(),
+        _torch.keep_annotations(),
+        _no_collections(),
+    ):
         exported = torch.export.export(traced, tuple(leaves), strict=False)
         forward = exported.module(check_guards=False)
         _refuse_dynamic_values(forward.graph, type(model).__name__)
@@ -189,13 +195,31 @@ def join(
     Args:
         name: of the model, for errors.
     """
-    with _named_errors(name), torch.enable_grad(), _torch.keep_annotations():
+    with (
+        _named_errors(name),
+        torch.enable_grad(),
+        _torch.keep_annotations(),
+        _no_collections(),
+    ):
         if inner == "eager":
             restore_eager_operators(forward)
         joint = _torch.export_joint(forward, leaves, decompositions_for(inner))
     graph = TrainGraph.from_joint(joint, rename=lambda name: name.removeprefix(_PREFIX))
     _refuse_sparse_gradients(graph, name)
     return graph
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Inside, nobody looks for garbage: a trace leaves hardly any, and has much to look through."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class _Record:

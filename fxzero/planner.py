@@ -29,7 +29,7 @@ from fxzero.passes.context import PassContext
 from fxzero.passes.partition import Split, partition
 from fxzero.passes.pipeline import PREPARATION, Pass, select, skipped_passes
 from fxzero.passes.runner import checking, run_passes
-from fxzero.passes.shard import left_whole
+from fxzero.passes.shard import WHOLE, left_whole
 from fxzero.passes.spec import check_split
 from fxzero.plans import Decisions, Fetch, Plan, Rematerialization
 from fxzero.policies import settled_nodes, unmet_wishes
@@ -53,8 +53,8 @@ log = logging.getLogger(__name__)
 _TIGHTENINGS = 4
 # Share of the step that recompute may cost without a budget, where generated code makes up for it.
 _FREE = 0.01
-# Share of the parameters in one bucket of stage 3, unless a budget has less room; those in flight
-# come on top.
+# Share of the parameters in one bucket of stage 3, or on named hardware, unless a budget has less
+# room; those in flight come on top.
 _PART_GATHERED = 1 / 8
 # How many gathers, and how many reductions, run beside operators.
 _IN_FLIGHT = 2
@@ -357,6 +357,11 @@ class GraphPlanner:
         if self.options.sharding.zero == 3:
             # Nobody asks for it to have most of the model there at once.
             whole = tensor_bytes(node.meta["val"] for node in nodes if is_gather(node))
+            largest = min(largest, int(_PART_GATHERED * whole))
+        elif self.options.hardware is not None:
+            # Where hundreds of hops make latencies long, one message for all would hide nothing.
+            weights = [n for role, n in self.graph.pairs() if role.kind == "parameter"]
+            whole = tensor_bytes(node.meta.get(WHOLE, node.meta["val"]) for node in weights)
             largest = min(largest, int(_PART_GATHERED * whole))
         small = largest // 8
         return ((largest, _IN_FLIGHT), (small, _IN_FLIGHT), (small, 1), (small, 0), (0, 0))
