@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from synthetic import gpt_plan
 from torch import Tensor, nn
 
 import fxzero
 from fxzero.capture import capture
 from fxzero.cost import CPU, CUDA, CostModel, modelled_cost
-from fxzero.errors import UsageError
+from fxzero.errors import PlanError, UsageError
 from fxzero.hardware import Achieved, Hardware, Link, describe, load, names
 from fxzero.hardware_measurement import measure_hardware, to_toml
 from fxzero.network import route
 from fxzero.options import device_memory
+from fxzero.report.diff import diff
+from fxzero.report.html import render
 from fxzero.utilisation import utilisation
 
 LIBRARY = (
@@ -386,6 +389,16 @@ def test_a_plan_for_hardware_is_replayed_where_the_model_is(tmp_path: Path) -> N
     compiled(x).sum().backward()
     assert compiled.plan.decisions == plan.decisions
     assert compiled.verify(x).ok
+
+
+def test_reports_and_differences_show_the_hardware() -> None:
+    before = gpt_plan()
+    after = gpt_plan(request=dataclasses.replace(before.request, hardware="l40s", device="cuda"))
+    assert "hardware                     not named -> l40s" in diff(before, after)
+    assert "gpt2  l40s  budget" in str(after)
+    assert "\n    l40s, inputs" in render(after)
+    with pytest.raises(PlanError, match=r"plan.request.hardware must be str, not int"):
+        fxzero.Plan.from_json(after.to_json().replace('"l40s"', "3"))
 
 
 def test_costs_without_hardware_are_the_old_ones() -> None:

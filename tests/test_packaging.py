@@ -76,6 +76,20 @@ def test_listed_packages_equal_the_tree() -> None:
     assert set(SETUPTOOLS["packages"]) == in_tree
 
 
+def test_every_data_file_is_packaged() -> None:
+    data = SETUPTOOLS["package-data"]
+    packaged = {
+        file
+        for name, patterns in data.items()
+        for pattern in patterns
+        for file in ROOT.joinpath(*name.split(".")).glob(pattern)
+    }
+    kinds = (".toml", ".json", ".j2", ".typed")
+    assert packaged == {file for file in (ROOT / "fxzero").rglob("*") if file.suffix in kinds} | {
+        ROOT / "fxzero" / "py.typed"
+    }
+
+
 def test_mapped_folders_have_symlinks_for_editors() -> None:
     for name in MAPPED:
         assert SETUPTOOLS["package-dir"][f"fxzero.{name}"] == name
