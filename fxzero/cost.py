@@ -233,7 +233,7 @@ def count_flops(node: fx.Node) -> int:
     """Floating-point operations of matrix products, convolutions and attention; 0 for the rest."""
     operator = drawn_operator(node)
     packet = operator._overloadpacket if operator is not None else None
-    formula = flop_registry.get(packet) or _EXTRA_FORMULAS.get(packet)
+    formula = flop_registry.get(packet) or _EXTRA_FORMULAS.get(packet) or _BY_NAME.get(str(packet))
     if formula is None:
         return 0
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
@@ -275,9 +275,27 @@ def _cpu_flash_attention_backward_flops(
     return int(2.5 * sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
+def _grouped_product_flops(left: torch.Tensor, right: torch.Tensor, *_: Any, **__: Any) -> int:
+    """Each row meets the matrix of its own group only: no more than one product of the rows."""
+    groups = left.shape[0] if left.ndim == right.ndim == 3 else 1
+    return groups * 2 * left.shape[-2] * left.shape[-1] * right.shape[-1]
+
+
+def _grouped_product_backward_flops(
+    left: torch.Tensor, right: torch.Tensor, *_: Any, **__: Any
+) -> int:
+    return 2 * _grouped_product_flops(left, right)
+
+
 _EXTRA_FORMULAS: dict[Any, Any] = {
+    torch.ops.aten._grouped_mm: _grouped_product_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_flash_attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         _cpu_flash_attention_backward_flops
     ),
+}
+# Operators of libraries that need not be there.
+_BY_NAME: dict[str, Any] = {
+    "transformers.grouped_mm_fallback": _grouped_product_flops,
+    "transformers.grouped_mm_fallback_backward": _grouped_product_backward_flops,
 }

@@ -176,6 +176,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
+def described(error: BaseException) -> str:
+    """An error of somebody else's in one line: 'KeyError: 'n_embd''."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def unknown_option(name: str, known: Iterable[str], *, where: str) -> UsageError:
     """Error for an option name nobody knows, with the nearest known one."""
     known = sorted(known)

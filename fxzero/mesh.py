@@ -205,10 +205,19 @@ def planned_mesh(
         mesh = _in_pipelines(stages(devices), devices)
     if mesh is None:
         mesh = {"dp": 1 if devices is None else devices}
+    if isinstance(mesh, Mapping) and devices is not None:
+        _check_product(_checked(dict(mesh)), devices)
     found = resolve_mesh(mesh, device, stages)
-    if devices is not None and found.size != devices:
-        raise UsageError(f"mesh has {found.size} ranks, devices={devices}; leave one of them out")
+    _check_product(found.sizes, devices)
     return found
+
+
+def _check_product(sizes: Mapping[str, int], devices: int | None) -> None:
+    ranks = math.prod(sizes.values())
+    if devices is not None and ranks != devices:
+        product = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        shown = f" ({product})" if len(sizes) > 1 else ""
+        raise UsageError(f"mesh has {ranks} ranks{shown}, devices={devices}; leave one of them out")
 
 
 def _parse(text: str) -> dict[str, int]:

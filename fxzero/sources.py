@@ -3,7 +3,7 @@
 Three kinds of names, tried in this order:
 
     gpt2                    a preset: a configuration that ships with fxzero
-    path/to/config.json     a Hugging Face configuration; no weights are read
+    path/to/config.json     a configuration (``configurations.py``); no weights are read
     package.module:factory  a function of yours that returns (module, inputs)
 
 Nothing is downloaded, and whatever the size of the model it costs no memory, unless a factory
@@ -16,7 +16,6 @@ import copy
 import difflib
 import importlib
 import inspect
-import json
 import logging
 import os
 import sys
@@ -28,13 +27,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxzero.errors import UsageError, first_line
+from fxzero.configurations import build_configuration
+from fxzero.errors import UsageError, described
 from fxzero.structure import flatten
 
 log = logging.getLogger(__name__)
 
 _PRESETS = Path(__file__).parent / "presets"
-_DEFAULT_BATCH, _DEFAULT_SEQ = 1, 1024
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -103,6 +102,14 @@ def presets() -> list[str]:
     return sorted(path.stem for path in _PRESETS.glob("*.json"))
 
 
+def _from_config(
+    name: str, path: Path, batch: int | None, seq: int | None, dtype: str | None
+) -> Source:
+    weights = None if dtype is None else _DTYPES[dtype]
+    model, inputs = build_configuration(path, batch=batch, seq=seq, dtype=weights)
+    return Source(name, model.train(), (), inputs)
+
+
 # Factories
 
 
@@ -131,7 +138,7 @@ def _find_factory(spec: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise UsageError(f"cannot import {module_name!r}: {_described(error)}") from error
+        raise UsageError(f"cannot import {module_name!r}: {described(error)}") from error
     factory: Callable[..., Any] | None = getattr(module, attribute, None)
     if factory is None or not callable(factory):
         nearest = difflib.get_close_matches(attribute, vars(module), n=1)
@@ -149,7 +156,7 @@ def _call(spec: str, factory: Callable[..., Any], options: dict[str, Any]) -> So
     try:
         result = factory(**options)
     except Exception as error:
-        raise UsageError(f"{spec} raised {_described(error)}") from error
+        raise UsageError(f"{spec} raised {described(error)}") from error
     match result:
         case (nn.Module() as model, tuple() | list() as args, dict() as kwargs):
             return Source(spec, model.train(), tuple(args), kwargs)
@@ -179,107 +186,3 @@ def _meta_like(tensor: torch.Tensor) -> torch.Tensor:
         tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta"
     ).requires_grad_(tensor.requires_grad)
     return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-
-
-# Hugging Face configurations
-
-
-def _from_config(
-    name: str, path: Path, batch: int | None, seq: int | None, dtype: str | None
-) -> Source:
-    data = _read_config(path)
-    try:
-        import transformers
-        from transformers import CONFIG_MAPPING
-    except ImportError as error:
-        raise UsageError(f"{name} needs transformers: {_described(error)}") from error
-    kind = data.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise UsageError(
-            f"{path}: model_type {kind!r} is not known to transformers {transformers.__version__}"
-        )
-    if "quantization_config" in data:
-        raise UsageError(f"{path}: training of quantized weights cannot be planned")
-    try:
-        config = CONFIG_MAPPING[kind].from_dict(data)
-        config.use_cache = False
-        task, architecture = _choose_architecture(config, path)
-        weights = _DTYPES[dtype] if dtype else config.dtype or torch.float32
-        with torch.device("meta"):
-            model = getattr(transformers, architecture)._from_config(config, dtype=weights)
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"{path}: cannot build the model: {_described(error)}") from error
-    inputs = _image_inputs if task == "image classification" else _token_inputs
-    return Source(name, model.train(), (), inputs(config, batch or _DEFAULT_BATCH, seq, weights))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} holds no configuration, but a {type(data).__name__}")
-    return data
-
-
-def _choose_architecture(config: Any, path: Path) -> tuple[str, str]:
-    """Task and class: the one that the configuration names, else the first task it can train."""
-    from transformers.models.auto import modeling_auto
-
-    tasks = {
-        "sequence to sequence": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        "masked language": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        "causal language": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "image classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    }
-    able = {
-        task: (names,) if isinstance(names, str) else names
-        for task, mapping in tasks.items()
-        if (names := mapping.get(config.model_type))
-        and (task != "sequence to sequence" or config.is_encoder_decoder)
-    }
-    named = (config.architectures or [None])[0]
-    for task, names in able.items():
-        if named in names:
-            return task, named
-    if able and (named is None or named.endswith("Model")):
-        task, names = next(iter(able.items()))
-        return task, names[0]
-    raise UsageError(
-        f"{path}: no inputs are known for {named or config.model_type}, which is none of a causal, "
-        "masked, sequence to sequence or image classification model\n"
-        "  write a factory that returns the model and its inputs: package.module:factory"
-    )
-
-
-def _token_inputs(config: Any, batch: int, seq: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    longest = getattr(config, "max_position_embeddings", None)
-    rotary = getattr(config, "rope_parameters", None)
-    if seq is not None and longest is not None and seq > longest and not rotary:
-        raise UsageError(f"--seq {seq}: {config.model_type} has {longest} positions")
-    seq = seq or min(_DEFAULT_SEQ, longest or _DEFAULT_SEQ)
-    return {
-        name: torch.zeros(batch, seq, dtype=torch.int64, device="meta")
-        for name in ("input_ids", "labels")
-    }
-
-
-def _image_inputs(config: Any, batch: int, seq: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    if seq is not None:
-        raise UsageError(f"--seq {seq} has no effect: {config.model_type} takes images")
-    size = getattr(config, "image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else size
-    channels = getattr(config, "num_channels", 3)
-    return {
-        "pixel_values": torch.zeros(batch, channels, height, width, dtype=dtype, device="meta"),
-        "labels": torch.zeros(batch, dtype=torch.int64, device="meta"),
-    }
-
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"

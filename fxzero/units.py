@@ -20,7 +20,8 @@ _UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
-_QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
+_QUANTITY = re.compile(r"\s*(-?[0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
+_WHOLE = re.compile(r"\s*-?[0-9]+\s*")
 _PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
 _EXPECTED = 'write "22GiB", "800MB", "90%" of the device, or a whole number of bytes'
 
@@ -29,7 +30,8 @@ def parse_budget(budget: object, device_bytes: int | None = None) -> int | None:
     """Bytes meant by ``memory_budget``; None stays None (no limit).
 
     Args:
-        budget: int bytes, a quantity with a unit, or a percentage of the device's memory.
+        budget: bytes as a number or its text, a quantity with a unit, or a percentage of the
+            device's memory.
         device_bytes: what "100%" means; percentages need it.
 
     Raises:
@@ -47,6 +49,8 @@ def parse_budget(budget: object, device_bytes: int | None = None) -> int | None:
         if budget <= 0:
             raise UsageError(f"memory_budget={budget} must be positive: {_EXPECTED}")
         return budget
+    if _WHOLE.fullmatch(budget):
+        return parse_budget(int(budget))
     if match := _PERCENT.fullmatch(budget):
         return _parse_percent(budget, float(match.group(1)), device_bytes)
     match = _QUANTITY.fullmatch(budget)

@@ -23,7 +23,12 @@ PARAMETERS = {
     "gpt2-xl": 1_557_611_200,
     "llama-3-8b": 8_030_261_248,
     "llama-3-70b": 70_553_706_496,
+    "llama-3-405b": 405_853_388_800,
+    "mixtral-8x7b": 46_702_792_704,
+    "unet-ddpm-32": 35_746_307,
+    "unet-ddpm-256": 113_673_219,
     "vit-base": 86_567_656,
+    "vit-large": 304_326_632,
     "bert-base": 109_514_298,
     "t5-base": 222_903_552,
 }
@@ -79,6 +84,9 @@ def test_inputs_fit_the_task() -> None:
     images = load_model("vit-base", batch=2, dtype="bfloat16")
     assert shapes(images) == {"pixel_values": (2, 3, 224, 224), "labels": (2,)}
     assert images.kwargs["pixel_values"].dtype == torch.bfloat16
+    noisy = load_model("unet-ddpm-32", batch=2, dtype="bfloat16")
+    assert shapes(noisy) == {"noisy": (2, 3, 32, 32), "times": (2,), "noise": (2, 3, 32, 32)}
+    assert noisy.kwargs["noise"].dtype == torch.bfloat16
 
 
 def test_dtype_comes_from_the_configuration_unless_it_is_given() -> None:
@@ -164,6 +172,7 @@ def test_the_class_is_the_named_one_or_the_first_that_trains(
         ({"architectures": ["GPT2ForTokenClassification"]}, "no inputs are known for GPT2ForToken"),
         ({"quantization_config": {}}, "quantized weights"),
         ({"n_embd": 17}, "cannot build the model: ValueError"),
+        ({"model_type": "fxzero-unet"}, "config.json: missing .*'image_size'.*unknown .*'n_embd'"),
     ],
 )
 def test_a_configuration_that_cannot_be_trained_is_refused(
@@ -201,6 +210,7 @@ def test_a_file_that_is_no_configuration_is_refused(
         ("gpt2", {"seq": 0}, "seq=0 must be positive"),
         ("gpt2", {"dtype": "int8"}, "dtype='int8' is not one of float32"),
         ("vit-base", {"seq": 4}, "--seq 4 has no effect: vit takes images"),
+        ("unet-ddpm-32", {"seq": 4}, "--seq 4 has no effect: fxzero-unet takes images"),
     ],
 )
 def test_wrong_names_and_sizes_are_refused(
