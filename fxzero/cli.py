@@ -20,6 +20,7 @@ from fxzero import __version__
 from fxzero.errors import BudgetError, FxzeroError, InternalError
 
 if TYPE_CHECKING:
+    from fxzero.budget_file import BudgetFile
     from fxzero.plans import Plan
 
 _OK, _NOT_VERIFIED, _USAGE, _DOES_NOT_FIT, _BUG, _INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -223,10 +224,33 @@ def _code(plan: Plan) -> int:
     return _OK if plan.fits else _DOES_NOT_FIT
 
 
+def _read_budget_file(context: click.Context, _: click.Parameter, path: Path | None) -> Any:
+    from fxzero.checking import read_file
+
+    return None if path is None else read_file(context, path, _planning())
+
+
+def _card_path(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and path.suffix not in (".md", ".json"):
+        raise click.BadParameter(f"{path} must end in .md or .json")
+    return path
+
+
+def _planning() -> set[str]:
+    """The names of the options that decide what is planned."""
+    return {str(parameter.name) for parameter in explain.params}
+
+
 @cli.command()
 @_model_options
 @click.option("--json", type=click.Path(path_type=Path), help="Write the plan to this file.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page to this file.")
+@click.option(
+    "--card",
+    type=click.Path(path_type=Path),
+    callback=_card_path,
+    help="Write a model card's section to this file, .md or .json.",
+)
 @click.option(
     "--sweep",
     type=click.IntRange(0, 1000),
@@ -236,18 +260,54 @@ def _code(plan: Plan) -> int:
     metavar="[N]",
     help="Step time for N budgets besides.  [default without N: 12]",
 )
-def plan(json: Path | None, html: Path | None, **options: Any) -> int:
+@click.option("--accept", is_flag=True, help="Write what is planned to the --check file.")
+@click.option(
+    "--check",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    callback=_read_budget_file,
+    help="Exit with 3 if the model outgrew this budget.toml, whose options are defaults here.",
+)
+def plan(
+    json: Path | None,
+    html: Path | None,
+    card: Path | None,
+    check: BudgetFile | None,
+    accept: bool,
+    **options: Any,
+) -> int:
     """Report the memory of a training step, and what to recompute so that it fits."""
+    from fxzero.checking import check_usage
+
+    check_usage(check, accept=accept)
     made = _make_plan(**options)
-    click.echo(str(made))
     if json:
         _write(json, made.save)
     if html:
         _write(html, made.to_html)
+    if card:
+        _write(card, made.card().save)
+    if check is not None:
+        return _check(check, made, accept=accept)
+    click.echo(str(made))
     return _code(made)
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
+def _check(file: BudgetFile, made: Plan, *, accept: bool) -> int:
+    """Prints whether a plan is within a file's limits, or writes it to the file."""
+    from fxzero.checking import accept_plan, given_options
+    from fxzero.report.check import exceeded, render
+
+    given = given_options(click.get_current_context(), _planning())
+    updated = accept_plan(file, made, given, writes=accept)
+    if accept:
+        _write(file.path, lambda path: path.write_text(updated))
+        return _OK
+    click.echo(render(file, made, updated))
+    return _DOES_NOT_FIT if exceeded(file, made) else _OK
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(path)
     except OSError as error:

@@ -16,9 +16,12 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fxzero.errors import PlanError
+
+if TYPE_CHECKING:
+    from fxzero.report.card import Card
 
 SCHEMA_VERSION = 7
 _MAX_FILE_BYTES = 256 * 2**20
@@ -420,6 +423,41 @@ class Plan:
         from fxzero.report.html import render
 
         Path(path).write_text(render(self))
+
+    def card(
+        self,
+        *,
+        steps: int | None = None,
+        tokens_per_step: int | None = None,
+        dollars_per_device_hour: float | None = None,
+        watts: float | None = None,
+        grams_co2_per_kwh: float | None = None,
+        power_usage_effectiveness: float = 1.0,
+    ) -> Card:
+        """A model card's section on training, as Markdown (``str``) and JSON (``to_json``).
+
+        Without an argument, what follows from it stays marked as to be filled in.
+
+        Args:
+            steps: how many the training takes.
+            tokens_per_step: of all ranks together.
+            watts: of one device; None: what the description of the hardware says.
+            power_usage_effectiveness: energy of the whole data centre by that of its machines.
+
+        Raises:
+            UsageError: a number is not positive.
+        """
+        from fxzero.report.card import Training, make_card
+
+        training = Training(
+            steps=steps,
+            tokens_per_step=tokens_per_step,
+            dollars_per_device_hour=dollars_per_device_hour,
+            watts=watts,
+            grams_co2_per_kwh=grams_co2_per_kwh,
+            power_usage_effectiveness=power_usage_effectiveness,
+        )
+        return make_card(self, training)
 
     def __str__(self) -> str:
         from fxzero.report.terminal import render

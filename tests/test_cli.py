@@ -105,7 +105,7 @@ def test_the_set_of_commands_and_options_is_this() -> None:
         for name, command in cli.commands.items()
     }
     assert found == {
-        "plan": planning | {"json", "html", "sweep"},
+        "plan": planning | {"json", "html", "sweep", "card", "check", "accept"},
         "explain": planning,
         "diff": {"before", "after"},
         "hardware": set(),
@@ -268,6 +268,14 @@ def test_a_bug_names_its_reproducer(run: Callable[..., Ran], stub: Stub) -> None
         (["plan", "gpt2", "--recompute", "maybe"], "'maybe' is not one of"),
         (["plan", "gpt-2"], "did you mean 'gpt2'?"),
         (["plan", "gpt2", "--batch", "0"], "batch=0 must be positive"),
+        (["plan", "gpt2", "--memory-budget", "-5GiB"], "memory_budget='-5GiB' must be positive"),
+        (["plan", "gpt2", "--memory-budget", "-5"], "memory_budget=-5 must be positive"),
+        (
+            ["plan", "gpt2", "--devices", "6", "--mesh", "pp=4,dp=2"],
+            "mesh has 8 ranks (pp 4 x dp 2), devices=6; leave one of them out",
+        ),
+        (["plan", "no_such_module:f"], "cannot import 'no_such_module': ModuleNotFoundError"),
+        (["plan", "/no/config.json"], "cannot read /no/config.json: No such file or directory"),
         (["verify", "gpt2"], "'gpt2' is not a factory"),
         (["diff", "/no/a.json", "/no/b.json"], "cannot read plan /no/a.json"),
         (["replay", "/no/directory"], "does not exist"),
