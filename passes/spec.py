@@ -26,6 +26,7 @@ from fxzero import _torch, randomness
 from fxzero.collectives import is_gather, is_wait
 from fxzero.errors import GraphLawError, first_line
 from fxzero.graph import TrainGraph, describe
+from fxzero.passes.derivations import is_known, remember
 from fxzero.passes.listing import format_nodes
 from fxzero.passes.offload import FETCH_OF
 from fxzero.passes.partition import Split
@@ -182,6 +183,8 @@ def values(subject: Subject) -> Iterator[Finding]:
             if not _returns_nothing(node):
                 yield node, "has no value"
             continue
+        if is_known(node):
+            continue
         try:
             derived = _derive(node, subject.mode)
         except _torch.NO_FAKE_ERRORS:
@@ -192,6 +195,8 @@ def values(subject: Subject) -> Iterator[Finding]:
         if _layout(derived) != _layout(node.meta["val"]):
             recorded = _layout(node.meta["val"])
             yield node, f"value is recorded as {recorded}, derived as {_layout(derived)}"
+        else:
+            remember(node)
 
 
 def phases(subject: Subject) -> Iterator[Finding]:

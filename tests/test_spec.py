@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import operator
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import graphs
 import pytest
@@ -17,6 +20,7 @@ from fxzero import randomness
 from fxzero.capture import capture
 from fxzero.errors import GraphLawError
 from fxzero.graph import OutputRole, TrainGraph
+from fxzero.passes import spec
 from fxzero.passes.offload import FETCH_OF
 from fxzero.passes.partition import partition
 from fxzero.passes.pipeline import select
@@ -263,6 +267,41 @@ def test_a_planted_fault_is_found_and_named(fault: Fault) -> None:
 def test_every_check_has_a_planted_fault_and_states_its_law() -> None:
     assert {check.name for check in CHECKS} == set(FAULTS.values())
     assert all(check.law.endswith(".") and "\n" not in check.law for check in CHECKS)
+
+
+def test_a_value_is_derived_once_for_a_graph_and_its_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph = capture(graphs.Tiny(), (torch.randn(2, 4),)).graph
+    derived = []
+
+    def noted(item: fx.Node, mode: Any) -> Any:
+        derived.append(item.name)
+        return derive(item, mode)
+
+    derive = spec._derive
+    monkeypatch.setattr("fxzero.passes.spec._derive", noted)
+    assert find_violations(graph, stage="traced") == []
+    calls = [n.name for n in graph.graph.nodes if n.op == "call_function"]
+    assert derived == calls
+    for again in (graph, graph.copy()):
+        assert find_violations(again, stage="traced") == []
+    assert len(derived) == len(calls)
+    changed = graph.copy()
+    last = node(changed, calls[-1])
+    last.target = torch.ops.aten.neg.default
+    find_violations(changed, stage="traced")
+    assert derived[len(calls) :] == [last.name]
+
+
+def test_what_was_derived_is_not_kept_alive() -> None:
+    graph = capture(graphs.Tiny(), (torch.randn(2, 4),)).graph
+    assert find_violations(graph, stage="traced") == []
+    value = weakref.ref(graph.results[0].meta["val"])
+    assert value() is not None
+    del graph
+    gc.collect()
+    assert value() is None
 
 
 def test_the_error_lists_every_violation_and_shows_the_graph_around_the_first() -> None:
