@@ -1,6 +1,7 @@
 """What all tests share: a clean sys.path, a fixed seed, one thread, no CUDA tests without CUDA."""
 
 import functools
+import gc
 import os
 import sys
 from pathlib import Path
@@ -33,6 +34,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "interpreter" in item.path.parts:
             item.add_marker("interpreter")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is no garbage: it need not be gone through after every trace."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
