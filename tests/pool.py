@@ -4,36 +4,44 @@
         answers = pool.run("cases:train", zero=3)     # one answer a rank
 
 A task that takes too long kills all processes; the pool is then of no more use.
+
+Imports take seconds, so ranks are forks of processes that have imported what ranks need. There are
+two of these: neighbours have different hash seeds, as processes of a launcher have.
 """
 
+import functools
+import gc
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
 import traceback
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 _HERE = str(Path(__file__).resolve().parent)
+_SEEDS = 2
+# The law of graphs is checked where they are made by one process.
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99", "FXZERO_SPEC": "0"}
+_IMPORTED = ("pipeline_cases", "rank_cases", "fxzero.compiler", "fxzero.pipelining.training")
 
 
 class Pool:
     """``world`` processes with a default process group."""
 
     def __init__(self, world):
-        context = multiprocessing.get_context("spawn")
         self.directory = tempfile.TemporaryDirectory()
         self.connections, self.processes = [], []
         for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, rank, world, self.directory.name), daemon=True
-            )
-            process.start()
+            ours, theirs = multiprocessing.Pipe()
+            given = rank, world, self.directory.name
+            self.processes.append(_forker(rank % _SEEDS).fork(theirs, given))
             theirs.close()
             self.connections.append(ours)
-            self.processes.append(process)
 
     def run(self, task, timeout=120, dying=(), **given):
         """The ranks' answers; raises AssertionError with the first rank's traceback.
@@ -61,14 +69,11 @@ class Pool:
         """Lets all processes end; their exit codes."""
         for connection in self.connections:
             connection.close()
-        for process in self.processes:
-            process.join(20)
-        return [process.exitcode for process in self.processes]
+        return [process.join(20) for process in self.processes]
 
     def close(self):
         for process in self.processes:
             process.kill()
-            process.join()
         self.directory.cleanup()
 
     def __enter__(self):
@@ -78,10 +83,87 @@ class Pool:
         self.close()
 
 
-def _serve(connection, rank, world, directory):
-    # The law of graphs is checked where they are made by one process.
-    os.environ.update(OMP_NUM_THREADS="1", KINETO_LOG_LEVEL="99", FXZERO_SPEC="0")
+class _Rank:
+    """A process that a forker made."""
+
+    def __init__(self, forker, number):
+        self.forker, self.number, self.exitcode = forker, number, None
+
+    def join(self, seconds):
+        """Its exit code, or None if it still runs."""
+        if self.exitcode is None:
+            self.exitcode = self.forker.ask("wait", self.number, seconds)
+        return self.exitcode
+
+    def kill(self):
+        if self.exitcode is None:  # it is not waited for yet, so the number is still its own
+            os.kill(self.number, signal.SIGKILL)
+            assert self.join(60) is not None
+
+
+class _Forker:
+    """A process with a hash seed of its own that imports what ranks need, and forks them."""
+
+    def __init__(self):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_fork_ranks, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def fork(self, connection, given):
+        self.connection.send(("fork", dict(os.environ), given))
+        reduction.send_handle(self.connection, connection.fileno(), self.process.pid)
+        return _Rank(self, self.connection.recv())
+
+    def ask(self, *request):
+        self.connection.send(request)
+        return self.connection.recv()
+
+
+_forker = functools.cache(lambda seed: _Forker())
+
+
+def _fork_ranks(connection):
+    os.environ.update(_ENVIRONMENT)
     sys.path.insert(0, _HERE)
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what is imported is no garbage, and takes long to go through
+    while True:
+        try:
+            request, *given = connection.recv()
+        except EOFError:
+            return
+        if request == "wait":
+            connection.send(_exit_code(*given))
+            continue
+        handle = reduction.recv_handle(connection)
+        number = os.fork()
+        if number == 0:
+            connection.close()
+            environment, place = given
+            os.environ.clear()
+            os.environ.update(environment | _ENVIRONMENT)
+            _serve(Connection(handle), *place)
+            return  # the process ends like one that was not forked
+        os.close(handle)
+        connection.send(number)
+
+
+def _exit_code(number, seconds):
+    deadline = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(number, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.01)
+
+
+def _serve(connection, rank, world, directory):
     import torch
     import torch.distributed as dist
 

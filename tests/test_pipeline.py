@@ -49,6 +49,12 @@ def pool():
         yield pool
 
 
+@pytest.fixture(scope="module")
+def four():
+    with Pool(4) as four:
+        yield four
+
+
 def run(pool, name, schedule, **given):
     return pool.run(
         "pipeline_cases:by_pipeline",
@@ -161,17 +167,16 @@ def test_a_gradient_that_came_is_held_until_its_backward_ends(pool):
 @pytest.mark.parametrize(
     "name", ["mlp", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("wide", "gpt2"))]
 )
-def test_beside_data_parallelism_a_rank_needs_what_is_planned(name, schedule):
+def test_beside_data_parallelism_a_rank_needs_what_is_planned(four, name, schedule):
     """But for what gloo's threads allocate, which is no tensor of anybody's."""
     given = {"name": name, "schedule": schedule, "microbatches": MICROBATCHES}
     given["sizes"] = {"pp": 2, "dp": 2}
-    with Pool(4) as four:
-        for zero in (0, 1, 2, 3):
-            answers = four.run("pipeline_cases:measured_without_workspaces", zero=zero, **given)
-            for measured, planned, _ in answers:
-                # In stage 1 there is room for gradients that nobody has zeroed.
-                least = 0.85 if zero == 1 else 0.95
-                assert least * planned <= measured <= planned, zero
+    for zero in (0, 1, 2, 3):
+        answers = four.run("pipeline_cases:measured_without_workspaces", zero=zero, **given)
+        for measured, planned, _ in answers:
+            # In stage 1 there is room for gradients that nobody has zeroed.
+            least = 0.85 if zero == 1 else 0.95
+            assert least * planned <= measured <= planned, zero
 
 
 @pytest.mark.slow
@@ -197,11 +202,12 @@ def test_a_budget_holds_for_all_that_is_in_flight(pool):
         (3, "zbv", True),
     ],
 )
-def test_pipelines_beside_each_other_share_the_work_of_sharding(expected, zero, schedule, first):
+def test_pipelines_beside_each_other_share_the_work_of_sharding(
+    four, expected, zero, schedule, first
+):
     """Two pipelines of two ranks with the same data; in one case cut at the first step."""
     given = {"sizes": {"pp": 2, "dp": 2}, "options": {"zero": zero}, "first": first}
-    with Pool(4) as four:
-        answers = run(four, "mlp", schedule, clip=0.05, **given)
+    answers = run(four, "mlp", schedule, clip=0.05, **given)
     assert differences(answers, expected("mlp", clip=0.05)) <= 1e-6
     assert answers[0][2].keys() == answers[1][2].keys() != answers[2][2].keys()
 
@@ -238,24 +244,23 @@ def test_a_stage_without_parameters():
         *(pytest.param("gpt2", zero, marks=pytest.mark.exhaustive) for zero in (1, 2, 3)),
     ],
 )
-def test_budgets_of_pipelines_that_share_the_work_of_sharding(expected, name, zero):
+def test_budgets_of_pipelines_that_share_the_work_of_sharding(four, expected, name, zero):
     """Every rank keeps to its plan, and so to the budget, with the weights of one device.
 
     The stage of ZeRO is given, so that a rank can only recompute to need less.
     """
     given = {"sizes": {"pp": 2, "dp": 2}, "name": name, "schedule": "1f1b", "zero": zero}
     given |= {"microbatches": MICROBATCHES}
-    with Pool(4) as four:
-        free = four.run("pipeline_cases:measured_peak", timeout=280, **given)
-        assert all(measured <= planned for measured, planned, _ in free)
-        budget = int(0.85 * max(planned for _, planned, _ in free))
-        tight = four.run("pipeline_cases:measured_peak", timeout=280, budget=budget, **given)
-        for measured, planned, losses in tight:
-            assert measured <= planned <= budget
-            assert losses == pytest.approx(free[0][2], abs=1e-6)
-        options = {"zero": zero, "memory_budget": budget, "recompute": "auto"}
-        ours = run(four, name, "1f1b", sizes=given["sizes"], first=True, options=options)
-        assert differences(ours, expected(name)) <= 1e-6
+    free = four.run("pipeline_cases:measured_peak", timeout=280, **given)
+    assert all(measured <= planned for measured, planned, _ in free)
+    budget = int(0.85 * max(planned for _, planned, _ in free))
+    tight = four.run("pipeline_cases:measured_peak", timeout=280, budget=budget, **given)
+    for measured, planned, losses in tight:
+        assert measured <= planned <= budget
+        assert losses == pytest.approx(free[0][2], abs=1e-6)
+    options = {"zero": zero, "memory_budget": budget, "recompute": "auto"}
+    ours = run(four, name, "1f1b", sizes=given["sizes"], first=True, options=options)
+    assert differences(ours, expected(name)) <= 1e-6
 
 
 @pytest.mark.slow
@@ -317,12 +322,11 @@ def test_ranks_of_a_pipeline_have_the_same_batch(pool):
 
 
 @pytest.mark.slow
-def test_weights_of_overlapping_groups_of_ranks():
+def test_weights_of_overlapping_groups_of_ranks(four):
     """T5 shares embeddings and position biases; ranks are in different numbers of groups."""
     groups = [(0, 1), (0, 3), (1, 2), (1, 2, 3)]
     sums = {(0, 1): 11, (0, 3): 1001, (1, 2): 110, (1, 2, 3): 1110}
-    with Pool(4) as four:
-        answers = four.run("pipeline_cases:sums_over_some", ranks=4, groups=groups)
+    answers = four.run("pipeline_cases:sums_over_some", ranks=4, groups=groups)
     for rank, found in enumerate(answers):
         assert found == {places: total for places, total in sums.items() if rank in places}
 
@@ -386,16 +390,16 @@ def test_an_error_of_one_rank_is_told_to_all(ranks, given):
     ("ranks", "almost"),
     [(2, 49 * 2**10), pytest.param(4, 28 * 2**10, marks=pytest.mark.exhaustive)],
 )
-def test_a_budget_that_does_not_fit_is_refused_on_every_rank(ranks, almost):
+def test_a_budget_that_does_not_fit_is_refused_on_every_rank(pool, four, ranks, almost):
     """When the model is compiled, or in its first step; also where one rank alone needs more."""
     given = {"sizes": {"pp": 2, "dp": 2}, "zero": 3} if ranks == 4 else {}
-    with Pool(ranks) as some:
-        for first, budget in ((True, 2**14), (False, 2**14), (False, almost)):
-            task = "pipeline_cases:refused_budget"
-            for kind, text in some.run(task, budget=budget, first=first, **given):
-                assert kind == "BudgetError"
-                assert text.startswith(f"[FXZ102] no plan fits memory_budget={budget / 2**10} KiB")
-        assert some.run(task, budget=2**20, **given) == [("trained", "")] * ranks
+    some = four if ranks == 4 else pool
+    for first, budget in ((True, 2**14), (False, 2**14), (False, almost)):
+        task = "pipeline_cases:refused_budget"
+        for kind, text in some.run(task, budget=budget, first=first, **given):
+            assert kind == "BudgetError"
+            assert text.startswith(f"[FXZ102] no plan fits memory_budget={budget / 2**10} KiB")
+    assert some.run(task, budget=2**20, **given) == [("trained", "")] * ranks
 
 
 @pytest.mark.slow
@@ -520,7 +524,7 @@ def test_a_second_step_adds_to_gradients_and_other_shapes_are_cut_alike():
 
 
 @pytest.mark.slow
-def test_a_checkpoint_loads_with_other_stages_and_without_any(pool, tmp_path):
+def test_a_checkpoint_loads_with_other_stages_and_without_any(pool, four, tmp_path):
     """Tied weights are on two ranks; what one rank lacks another has."""
     given = {"name": "tied", "root": str(tmp_path), "microbatches": 4}
     task = "pipeline_cases:saved_and_loaded"
@@ -528,8 +532,7 @@ def test_a_checkpoint_loads_with_other_stages_and_without_any(pool, tmp_path):
     again = pool.run(task, load=True, schedule="1f1b", **given)
     other = pool.run(task, load=True, schedule="zbv", **given)
     alone = saved_and_loaded(str(tmp_path), "tied", load=True)
-    with Pool(4) as four:
-        sharded = four.run(task, load=True, schedule="zb1p", sizes={"pp": 2, "dp": 2}, **given)
+    sharded = four.run(task, load=True, schedule="zb1p", sizes={"pp": 2, "dp": 2}, **given)
     state = {name: value for have, _ in saved for name, value in have.items()}
     for have, losses in (*again, *other, alone, *sharded):
         assert all(torch.equal(value, state[name]) for name, value in have.items())
