@@ -406,7 +406,9 @@ def test_no_sync_changes_nothing_on_one_device() -> None:
     assert_equal(gradients(model), run(twin, (X, Y)).gradients)
 
 
-@pytest.mark.parametrize("name", tiers(("buffers", "resnet", "gpt2"), quick=("buffers",)))
+@pytest.mark.parametrize(
+    "name", tiers(("buffers", "resnet", "gpt2"), quick=(), exhaustive=("gpt2",))
+)
 def test_verify_finds_zoo_models_exact_and_leaves_them_alone(name: str) -> None:
     model, args, kwargs, _ = zoo.build(name)
     before = copy.deepcopy(model.state_dict())

@@ -42,7 +42,14 @@ def budget_of(subject: Subject, share: str) -> int:
 
 every_model = pytest.mark.parametrize(
     "subject",
-    tiers(zoo.CASES, quick=("resnet", "rand_ops", "buffers"), exhaustive=("mixtral", "t5")),
+    tiers(
+        zoo.CASES,
+        quick=("rand_ops",),
+        exhaustive=(
+            *("mixtral", "t5", "bert", "llama_bf16"),
+            *("kwargs_only", "logging", "no_loss", "dataclass_output"),
+        ),
+    ),
     indirect=True,
 )
 

@@ -214,8 +214,18 @@ class Late(nn.Module):
     ("model", "inputs", "given"),
     [
         (Late, (3, 7), {"ranks": 2}),
-        (Chain, (64, 64), {"zero": None, "recompute": "auto", "memory_budget": 160_000}),
-        (lambda: Chain(6, 32), (64, 32), {"zero": None, "recompute": "auto"}),
+        pytest.param(
+            Chain,
+            (64, 64),
+            {"zero": None, "recompute": "auto", "memory_budget": 160_000},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda: Chain(6, 32),
+            (64, 32),
+            {"zero": None, "recompute": "auto"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_gathers_that_run_again_are_waited_for_where_they_run(model, inputs, given):
@@ -236,6 +246,7 @@ def test_without_decisions_the_graph_stays_as_it_is():
     assert [node.name for node in after] == before
 
 
+@pytest.mark.slow
 def test_generated_code_recomputes_where_stage_3_gathers_again():
     """Gathers that have to run again are no reason to keep what costs next to nothing."""
     model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(6)))

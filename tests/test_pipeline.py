@@ -470,7 +470,7 @@ def frozen(model, names):
     return model
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb1p"])
+@pytest.mark.parametrize("schedule", [pytest.param("1f1b", marks=pytest.mark.slow), "zb1p"])
 @pytest.mark.parametrize(
     ("make", "cuts"),
     [
@@ -507,6 +507,7 @@ def test_what_models_do_besides_layers(make, cuts, schedule):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_second_step_adds_to_gradients_and_other_shapes_are_cut_alike():
     model, args, _, _ = build("mlp")
     eager, *_ = build("mlp")

@@ -230,6 +230,7 @@ def test_codes_that_do_not_fit_their_scales_are_refused() -> None:
         dequantize_blockwise(codes, scales, "int8", 256, torch.int32)
 
 
+@pytest.mark.slow
 def test_operators_work_where_triton_is_not_installed() -> None:
     program = (
         "import sys\n"

@@ -17,6 +17,7 @@ import graphs
 import pytest
 import torch
 import zoo
+from helpers import tiers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
@@ -52,10 +53,14 @@ def record(data: Any, name: str) -> Any:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(n, marks=() if n in ("buffers", "mixed_dtype") else pytest.mark.slow)
-        for n in zoo.CASES
-    ],
+    tiers(
+        zoo.CASES,
+        quick=(),
+        exhaustive=(
+            *("llama_bf16", "bert", "t5", "vit", "dict_output", "dataclass_output"),
+            *("kwargs_only", "logging", "no_loss", "module_twice", "unused_parameter"),
+        ),
+    ),
 )
 def test_a_graph_goes_to_data_and_back(name: str) -> None:
     model, args, kwargs, _ = zoo.build(name)
@@ -382,6 +387,7 @@ def places(data: Any) -> list[tuple[Any, Any]]:
     return found
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_corrupted_data_is_a_plan_error_or_a_graph_that_the_law_judges(
     honest: Any, data: st.DataObject

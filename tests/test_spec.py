@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed._functional_collectives
 import zoo
+from helpers import tiers
 from torch import fx
 
 from fxzero import randomness
@@ -347,12 +348,16 @@ def test_a_split_that_saves_too_little_or_too_much_is_found() -> None:
         check_split(split)
 
 
-_QUICK = ("gpt2", "resnet", "buffers", "rand_ops", "unused_parameter")
-
-
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n in _QUICK else pytest.mark.slow) for n in zoo.CASES],
+    tiers(
+        zoo.CASES,
+        quick=("rand_ops",),
+        exhaustive=(
+            *("llama_bf16", "bert", "vit", "dict_output", "dataclass_output"),
+            *("kwargs_only", "logging", "no_loss", "module_twice"),
+        ),
+    ),
 )
 def test_zoo_models_obey_the_law_traced_and_scheduled(name: str) -> None:
     model, args, kwargs, _ = zoo.build(name)
