@@ -42,7 +42,10 @@ class Mlp(nn.Module):
 
 
 def build(name):
-    """(model without dropout, args, kwargs, loss): of the zoo, or an MLP."""
+    """(model without dropout, args, kwargs, loss): of the zoo, or an MLP.
+
+    "tied of 2 layers" is the first half of the zoo's model.
+    """
     if name in ("mlp", "wide"):
         width, rows, count = (24, 16, 8) if name == "mlp" else (256, 256, 6)
         generator = torch.Generator().manual_seed(3)
@@ -51,7 +54,12 @@ def build(name):
             model = Mlp(width, count)
         inputs = (torch.randn(rows, width, generator=generator), torch.arange(rows) % 10)
         return model, inputs, {}, lambda output: output
-    model, args, kwargs, loss = zoo.build(name)
+    family = name.removesuffix(" of 2 layers")
+    model, args, kwargs, loss = zoo.build(family)
+    if family != name:
+        where = model.transformer if family == "gpt2" else model
+        key = "h" if family == "gpt2" else "blocks"
+        setattr(where, key, getattr(where, key)[:2])
     for module in model.modules():
         for attribute in ("p", "dropout", "attention_dropout", "dropout_rate"):
             if isinstance(getattr(module, attribute, None), float):

@@ -32,6 +32,20 @@ def pools():
         other.close()
 
 
+@pytest.fixture(scope="module")
+def answers(pools):
+    """What ranks answer to a task that comes up in several tests, asked once."""
+    known = {}
+
+    def of(world, task, **given):
+        key = world, task, *given.items()
+        if key not in known:
+            known[key] = pools(world).run(f"rank_cases:{task}", **given)
+        return known[key]
+
+    return of
+
+
 def differences(ours, theirs):
     """Largest differences of losses and of parameters, over all ranks."""
     losses, parameters = [0.0], [0.0]
@@ -53,20 +67,19 @@ def differences(ours, theirs):
         *(pytest.param(name, STAGES, marks=pytest.mark.exhaustive) for name in MODELS[1:]),
     ],
 )
-def test_two_ranks_equal_ddp_bit_for_bit(pools, name, stages):
-    pool = pools(2)
-    theirs = pool.run("rank_cases:by_ddp", name=name)
+def test_two_ranks_equal_ddp_bit_for_bit(answers, name, stages):
+    theirs = answers(2, "by_ddp", name=name)
     for zero in stages:
-        ours = pool.run("rank_cases:by_fxzero", name=name, zero=zero)
+        ours = answers(2, "by_fxzero", name=name, zero=zero)
         assert differences(ours, theirs) == (0.0, 0.0), zero
         assert ours[0][3] == ours[1][3]
 
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
-def test_accumulated_and_clipped_gradients_equal_ddps(pools, zero):
-    pool, given = pools(2), {"name": "gpt2", "accumulate": 3, "clip": 0.05}
-    theirs = pool.run("rank_cases:by_ddp", **given)
-    ours = pool.run("rank_cases:by_fxzero", zero=zero, **given)
+def test_accumulated_and_clipped_gradients_equal_ddps(answers, zero):
+    given = {"name": "gpt2", "accumulate": 3, "clip": 0.05}
+    theirs = answers(2, "by_ddp", **given)
+    ours = answers(2, "by_fxzero", zero=zero, **given)
     assert differences(ours, theirs) == (0.0, 0.0)
     assert [norms for _, _, norms, _ in ours] == [norms for _, _, norms in theirs]
     assert max(theirs[0][2]) > 0.05
@@ -122,13 +135,12 @@ def test_gloo_allocates_what_plans_count(pools):
             assert 0 <= allocated - counted <= 64, operator
 
 
-def test_a_budget_changes_nothing(pools):
-    pool = pools(2)
-    theirs = pool.run("rank_cases:by_ddp", name="gpt2")
-    free = pool.run("rank_cases:by_fxzero", name="gpt2", zero="auto")
+def test_a_budget_changes_nothing(answers):
+    theirs = answers(2, "by_ddp", name="gpt2")
+    free = answers(2, "by_fxzero", name="gpt2", zero="auto")
     budget = int(0.8 * free[0][3])
     options = {"zero": "auto", "memory_budget": budget, "recompute": "auto"}
-    tight = pool.run("rank_cases:by_fxzero", name="gpt2", **options)
+    tight = answers(2, "by_fxzero", name="gpt2", **options)
     assert tight[0][3] <= budget
     assert differences(tight, theirs) == (0.0, 0.0)
 
@@ -164,13 +176,11 @@ def test_a_step_over_micro_batches_equals_ddps_loop(pools, zero, exact):
     assert gradients == 0.0 if exact else gradients <= 1e-7
 
 
-def test_all_stages_agree_in_mixed_precision(pools):
-    pool, answers = pools(2), []
-    for zero in (0, 1, 2, 3):
-        answers.append(pool.run("rank_cases:in_mixed_precision", zero=zero))
-        assert differences(answers[-1], answers[0]) == (0.0, 0.0)
-    whole = pool.run("rank_cases:by_fxzero", name="gpt2", zero=0)
-    losses, _ = differences(answers[0], whole)
+def test_all_stages_agree_in_mixed_precision(answers):
+    first = answers(2, "in_mixed_precision", zero=0)
+    for zero in (1, 2, 3):
+        assert differences(answers(2, "in_mixed_precision", zero=zero), first) == (0.0, 0.0)
+    losses, _ = differences(first, answers(2, "by_fxzero", name="gpt2", zero=0))
     assert 0 < losses < 0.1
 
 

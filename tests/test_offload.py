@@ -101,6 +101,7 @@ def seconds(operator: Operator) -> float:
     return operator.seconds
 
 
+@pytest.mark.slow
 @given(offloadable(8, 6), st.floats(0, 1))
 @settings(max_examples=150, **_CALM)
 def test_a_schedule_with_fetches_fits_by_books_kept_here(problem: Problem, share: float) -> None:

@@ -125,4 +125,4 @@ def test_scales_are_cut_as_rows_are_or_refused(pools: Any) -> None:
 
 
 def test_stages_of_a_pipeline_are_updated_as_by_torch(pools: Any) -> None:
-    assert run(pools[2], "differing_in_a_pipeline", name="gpt2", stages=2) == [[]] * 2
+    assert run(pools[2], "differing_in_a_pipeline", name="tied", stages=2) == [[]] * 2

@@ -25,10 +25,12 @@ def _compiled(
     )
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    "capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100))]
+)
 @pytest.mark.parametrize("unpacks", [False, True])
 @pytest.mark.parametrize("bucket", ["fp32", "bf16"])
-@pytest.mark.parametrize("tensors", ["fp32", "bf16"])
+@pytest.mark.parametrize("tensors", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_whole_blocks_move_each_byte_once(
     tensors: str, bucket: str, unpacks: bool, capability: int
 ) -> None:
@@ -45,7 +47,7 @@ def test_whole_blocks_move_each_byte_once(
 
 @pytest.mark.parametrize("unpacks", [False, True])
 @pytest.mark.parametrize("bucket", ["fp32", "bf16"])
-@pytest.mark.parametrize("tensors", ["fp32", "bf16"])
+@pytest.mark.parametrize("tensors", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_tails_leave_whole_blocks_as_they_are(tensors: str, bucket: str, unpacks: bool) -> None:
     code = _compiled(tensors, bucket, unpacks, True)
     assert code.stack == 0

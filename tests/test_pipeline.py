@@ -181,7 +181,7 @@ def test_beside_data_parallelism_a_rank_needs_what_is_planned(four, name, schedu
 
 @pytest.mark.slow
 def test_a_budget_holds_for_all_that_is_in_flight(pool):
-    given = {"name": "gpt2", "schedule": "1f1b", "microbatches": MICROBATCHES}
+    given = {"name": "gpt2 of 2 layers", "schedule": "1f1b", "microbatches": MICROBATCHES}
     free = pool.run("pipeline_cases:measured_peak", **given)
     budget = int(0.8 * free[0][1])
     tight = pool.run("pipeline_cases:measured_peak", budget=budget, **given)
@@ -239,7 +239,7 @@ def test_a_stage_without_parameters():
 @pytest.mark.parametrize(
     ("name", "zero"),
     [
-        ("tied", 2),
+        ("tied of 2 layers", 2),
         pytest.param("tied", 3, marks=pytest.mark.exhaustive),
         *(pytest.param("gpt2", zero, marks=pytest.mark.exhaustive) for zero in (1, 2, 3)),
     ],
@@ -527,12 +527,12 @@ def test_a_second_step_adds_to_gradients_and_other_shapes_are_cut_alike():
 @pytest.mark.slow
 def test_a_checkpoint_loads_with_other_stages_and_without_any(pool, four, tmp_path):
     """Tied weights are on two ranks; what one rank lacks another has."""
-    given = {"name": "tied", "root": str(tmp_path), "microbatches": 4}
+    given = {"name": "tied of 2 layers", "root": str(tmp_path), "microbatches": 4}
     task = "pipeline_cases:saved_and_loaded"
     saved = pool.run(task, load=False, schedule="1f1b", **given)
     again = pool.run(task, load=True, schedule="1f1b", **given)
     other = pool.run(task, load=True, schedule="zbv", **given)
-    alone = saved_and_loaded(str(tmp_path), "tied", load=True)
+    alone = saved_and_loaded(str(tmp_path), "tied of 2 layers", load=True)
     sharded = four.run(task, load=True, schedule="zb1p", sizes={"pp": 2, "dp": 2}, **given)
     state = {name: value for have, _ in saved for name, value in have.items()}
     for have, losses in (*again, *other, alone, *sharded):

@@ -17,15 +17,15 @@ _SHARE = 0.72
 
 def _cases(*variants: object) -> list[object]:
     """All kinds and variants for sm_90, and of sm_80 and sm_100 a corner."""
+
+    def marks(kind: str, variant: object, capability: int) -> list[pytest.MarkDecorator]:
+        if variant == variants[-1] and capability == 90:
+            return []
+        corner = capability == 90 or (kind == "fp8" and variant == variants[-1])
+        return [pytest.mark.slow if corner else pytest.mark.exhaustive]
+
     return [
-        pytest.param(
-            kind,
-            variant,
-            capability,
-            marks=[]
-            if capability == 90 or (kind == "fp8" and variant == variants[-1])
-            else [pytest.mark.exhaustive],
-        )
+        pytest.param(kind, variant, capability, marks=marks(kind, variant, capability))
         for capability in (80, 90, 100)
         for variant in variants
         for kind in ("int8", "int4", "fp8")

@@ -15,7 +15,9 @@ _TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16}
 _SIZE = {"fp32": 4, "bf16": 2}
 _TABLES = {"table": "*i64", "epochs": "*i32", "rank": "i32"}
 _THREADS = 32 * symmetric.WARPS
-_DEVICES = pytest.mark.parametrize("capability", [80, 90, 100])
+_DEVICES = pytest.mark.parametrize(
+    "capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100))]
+)
 
 
 def _reduce(ranks: int, dtype: str, out: str, capability: int = 90) -> MachineCode:
