@@ -52,7 +52,7 @@ test-kernels: $(READY)  ## run kernels in Triton's interpreter
 	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) tests/interpreter $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-quick: $(READY)  ## the same without the slow ones
-	$(PYTEST) -n $(WORKERS) -m "not slow and not cuda and not exhaustive and not interpreter" $(PYTEST_ARGS)
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not cuda and not exhaustive and not interpreter" $(PYTEST_ARGS)
 
 test-all: $(READY) test-kernels  ## run every test, one at a time; those marked cuda are skipped without a device
 	$(PYTEST) $(PYTEST_ARGS)

@@ -113,7 +113,7 @@ class Shares:
     "name",
     tiers(
         zoo.CASES,
-        quick=("buffers",),
+        quick=(),
         exhaustive=(
             *("mixtral", "t5", "vit", "frozen", "llama_bf16", "resnet", "tied"),
             *("llama", "bert"),

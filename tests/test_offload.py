@@ -220,12 +220,14 @@ def plan_of(name: str, **options: Any) -> Plan:
     return fxzero.plan(model, args, kwargs=kwargs, optimizer="sgd", offload=True, **options)
 
 
+@pytest.mark.slow
 def test_a_budget_that_needs_nothing_offloads_nothing() -> None:
     plan = plan_of("rand_ops")
     assert not plan.offloaded
     assert (plan.host_bytes, plan.transfer_seconds) == (0, 0.0)
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_lies_where_and_replays() -> None:
     plan = plan_of("rand_ops")
     plan = plan_of("rand_ops", memory_budget=plan.minimum_budget)
@@ -244,6 +246,7 @@ def test_a_plan_says_what_lies_where_and_replays() -> None:
         assert outcome.host_bytes == plan.host_bytes
 
 
+@pytest.mark.slow
 def test_a_pass_that_is_switched_off_offloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXZERO_SKIP", "offload")
     plan = plan_of("rand_ops", memory_budget="7MiB")
@@ -256,7 +259,7 @@ def test_offload_is_true_or_false() -> None:
         fxzero.compile(torch.nn.Linear(1, 1), offload="yes")
 
 
-@pytest.mark.parametrize("name", tiers(("rand_ops", "unet"), quick=("rand_ops",)))
+@pytest.mark.parametrize("name", tiers(("rand_ops", "unet"), quick=()))
 def test_the_backend_offloads_too(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -239,7 +239,7 @@ def test_a_stage_without_parameters():
 @pytest.mark.parametrize(
     ("name", "zero"),
     [
-        ("tied of 2 layers", 2),
+        ("tied", 2),
         pytest.param("tied", 3, marks=pytest.mark.exhaustive),
         *(pytest.param("gpt2", zero, marks=pytest.mark.exhaustive) for zero in (1, 2, 3)),
     ],

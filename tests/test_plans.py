@@ -81,6 +81,7 @@ def changed(path: tuple[Any, ...], change: Any) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.slow
 @given(st.sampled_from(PATHS), JSON)
 def test_a_replaced_field_is_refused_or_read(path: tuple[Any, ...], other: Any) -> None:
     document = changed(path, lambda at, key: at.__setitem__(key, other))

@@ -111,6 +111,7 @@ def test_the_arithmetic_of_the_stages(zero):
     assert abs(step.peak_bytes - (4 * cut + counters + update + inputs)) <= 64
 
 
+@pytest.mark.slow
 def test_a_smaller_budget_gathers_more_often():
     free = planner(Chain(), (torch.randn(8, 64),), zero=None).decide().plan
     assert not free.decisions.recompute
@@ -141,6 +142,7 @@ def test_rows_are_padded_to_equal_parts(ranks):
     assert made.decide().plan.fits
 
 
+@pytest.mark.slow
 def test_a_tied_weight_is_gathered_once():
     model, args, kwargs, _ = zoo.build("tied")
     _, split = emitted(model, args, kwargs, zero=2)
@@ -231,7 +233,9 @@ def test_a_weight_that_is_not_contiguous_stays_whole_and_is_noted():
         emitted(model, (torch.randn(8, 64),), zero=3, strict=True)
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3, None])
+@pytest.mark.parametrize(
+    "zero", [3, *(pytest.param(zero, marks=pytest.mark.slow) for zero in (1, 2, None))]
+)
 def test_casts_of_parts_are_where_their_buckets_need_them(zero):
     precision = fxzero.Precision(param=torch.bfloat16, reduce=torch.float32)
     graph = capture(Chain(), (torch.randn(8, 64),), precision=precision).graph
