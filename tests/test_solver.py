@@ -155,6 +155,7 @@ def budget_at(solver: Solver, share: float) -> int:
     return low + int(max(high - low, 0) * share)
 
 
+@pytest.mark.slow
 @given(problems(), st.floats(0, 1))
 def test_a_solution_fits_its_budget_by_books_kept_here(problem: Problem, share: float) -> None:
     solver = Solver(problem)
@@ -203,6 +204,7 @@ def test_the_smallest_peak_is_reached_and_not_a_byte_less(problem: Problem) -> N
     assert solver.solve(solver.smallest.peak - 1) is None
 
 
+@pytest.mark.slow
 @given(problems(), st.sampled_from(["time", "flops"]))
 @settings(max_examples=50)
 def test_more_budget_costs_no_more(problem: Problem, objective: str) -> None:
