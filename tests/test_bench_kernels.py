@@ -75,6 +75,7 @@ def test_sizes_fit_the_device(bench: Any, gigabytes: int) -> None:
         assert elements >= 10**7
 
 
+@pytest.mark.slow
 def test_without_a_device_it_ends_with_one_line() -> None:
     ended = _run()
     assert ended.returncode != 0
