@@ -63,12 +63,12 @@ def saved(tmp_path):
     ("kind", "options"),
     [
         (torch.optim.AdamW, {"betas": (0.8, 0.9)}),
-        (torch.optim.SGD, {"momentum": 0.9}),
-        (torch.optim.Adagrad, {}),
+        pytest.param(torch.optim.SGD, {"momentum": 0.9}, marks=pytest.mark.slow),
+        pytest.param(torch.optim.Adagrad, {}, marks=pytest.mark.slow),
         (torch.optim.AdamW, {"lr": torch.tensor(0.01)}),
         (fxzero.optim.AdamW, {"betas": (0.8, 0.9)}),
-        (fxzero.optim.SGD, {"nesterov": True}),
-        (fxzero.optim.Lion, {"lr": torch.tensor(0.01)}),
+        pytest.param(fxzero.optim.SGD, {"nesterov": True}, marks=pytest.mark.slow),
+        pytest.param(fxzero.optim.Lion, {"lr": torch.tensor(0.01)}, marks=pytest.mark.slow),
     ],
 )
 def test_training_goes_on_bit_for_bit(tmp_path, kind, options):

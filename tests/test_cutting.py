@@ -40,7 +40,7 @@ def run(parts, leaves):
     "name",
     tiers(
         [n for n in zoo.CASES if n != "no_loss"],
-        quick=("resnet", "unet", "rand_ops"),
+        quick=("rand_ops",),
         exhaustive=("llama_bf16", "vit", "mixtral", "dict_output", "dataclass_output", "logging"),
     ),
 )
@@ -67,7 +67,13 @@ def test_stages_compute_what_the_model_does(name):
         assert all(ran.count(node.name) == 1 for node in row.work)
 
 
-@pytest.mark.parametrize(("name", "layers"), [("gpt2", 4), ("llama", 4), ("bert", 3)])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("gpt2", 4),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", 4), ("bert", 3))),
+    ],
+)
 def test_blocks_of_transformers_pass_one_tensor_on(name, layers):
     """Masks, positions and rotary tables are made in each stage; the batch is everywhere."""
     model, args, kwargs, loss = build(name)

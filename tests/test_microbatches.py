@@ -73,6 +73,7 @@ def test_micro_batches_take_less_memory_and_what_is_planned() -> None:
     assert peaks[1] < 0.6 * peaks[0]
 
 
+@pytest.mark.slow
 def test_auto_cuts_where_the_budget_asks_for_it() -> None:
     model, _ = compiled(microbatches="auto")
     model.step(X, **GIVEN)
@@ -83,6 +84,7 @@ def test_auto_cuts_where_the_budget_asks_for_it() -> None:
     assert model.plan.peak_bytes <= whole // 2
 
 
+@pytest.mark.slow
 def test_auto_prefers_recompute_where_that_is_faster() -> None:
     model, twin = compiled(microbatches="auto")
     model.step(X, **GIVEN)

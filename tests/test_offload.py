@@ -197,6 +197,7 @@ def check(subject: Subject, budget: int, **options: Any) -> Plan:
     return plan
 
 
+@pytest.mark.slow
 @every_model
 def test_a_step_is_exact_and_its_peaks_on_device_and_host_are_planned(subject: Subject) -> None:
     required = smallest(subject)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import tiers
 from test_shard import Chain, planner
 from torch import fx, nn
 
@@ -92,7 +93,7 @@ def running_at_most(graph, kind):
 
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.parametrize("bucket", [0, 40_000])
-@pytest.mark.parametrize("in_flight", [0, 1, 2, 5])
+@pytest.mark.parametrize("in_flight", tiers((0, 1, 2, 5), quick=(0, 2)))
 def test_so_many_run_beside_operators_and_no_more(name, bucket, in_flight):
     split = carried_out(made(name), bucket_bytes=bucket, in_flight=in_flight)
     for graph in (split.forward.graph, split.backward.graph):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import triton.language as tl
 from codegen import INSTRUCTIONS_PER_BYTE, MachineCode, compile_for
+from helpers import tiers
 
 from fxzero.kernels import pack
 
@@ -29,8 +30,8 @@ def _compiled(
     "capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100))]
 )
 @pytest.mark.parametrize("unpacks", [False, True])
-@pytest.mark.parametrize("bucket", ["fp32", "bf16"])
-@pytest.mark.parametrize("tensors", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bucket", tiers(("fp32", "bf16"), quick=("bf16",)))
+@pytest.mark.parametrize("tensors", tiers(("fp32", "bf16"), quick=("fp32",)))
 def test_whole_blocks_move_each_byte_once(
     tensors: str, bucket: str, unpacks: bool, capability: int
 ) -> None:
@@ -46,8 +47,8 @@ def test_whole_blocks_move_each_byte_once(
 
 
 @pytest.mark.parametrize("unpacks", [False, True])
-@pytest.mark.parametrize("bucket", ["fp32", "bf16"])
-@pytest.mark.parametrize("tensors", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bucket", tiers(("fp32", "bf16"), quick=("bf16",)))
+@pytest.mark.parametrize("tensors", tiers(("fp32", "bf16"), quick=("fp32",)))
 def test_tails_leave_whole_blocks_as_they_are(tensors: str, bucket: str, unpacks: bool) -> None:
     code = _compiled(tensors, bucket, unpacks, True)
     assert code.stack == 0

@@ -69,9 +69,11 @@ def run(pool, name, schedule, **given):
 @pytest.mark.parametrize(
     ("name", "stages", "schedule"),
     [
-        ("mlp", 2, "1f1b"),
         ("mlp", 2, "zbv"),
-        *(pytest.param("mlp", 2, name, marks=pytest.mark.slow) for name in ("gpipe", "dualpipev")),
+        *(
+            pytest.param("mlp", 2, name, marks=pytest.mark.slow)
+            for name in ("1f1b", "gpipe", "dualpipev")
+        ),
         pytest.param("unet", 3, "interleaved1f1b", marks=pytest.mark.slow),
         pytest.param("tied", 4, "zb1p", marks=pytest.mark.slow),
     ],
@@ -476,11 +478,13 @@ def frozen(model, names):
     [
         (Noise, ("b", "c")),
         (Average, ()),
-        (Shapes, ("b", "c")),
-        (lambda: Shapes().eval(), ("b", "c")),
+        pytest.param(Shapes, ("b", "c"), marks=pytest.mark.slow),
+        pytest.param(lambda: Shapes().eval(), ("b", "c"), marks=pytest.mark.slow),
         (lambda: frozen(Noise(), ("b",)), ("b", "c")),
-        (lambda: frozen(Shapes().eval(), ("a", "b")), ("b", "c")),
-        (lambda: frozen(Average(), ("a",)), ()),
+        pytest.param(
+            lambda: frozen(Shapes().eval(), ("a", "b")), ("b", "c"), marks=pytest.mark.slow
+        ),
+        pytest.param(lambda: frozen(Average(), ("a",)), (), marks=pytest.mark.slow),
     ],
 )
 def test_what_models_do_besides_layers(make, cuts, schedule):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from codegen import INSTRUCTIONS_PER_BYTE, MachineCode, compile_for
+from helpers import tiers
 
 from fxzero.kernels import quantize
 from fxzero.kernels.eager_quantize import CODE_TYPE
@@ -19,7 +20,7 @@ def _cases(*variants: object) -> list[object]:
     """All kinds and variants for sm_90, and of sm_80 and sm_100 a corner."""
 
     def marks(kind: str, variant: object, capability: int) -> list[pytest.MarkDecorator]:
-        if variant == variants[-1] and capability == 90:
+        if kind != "int8" and variant == variants[-1] and capability == 90:
             return []
         corner = capability == 90 or (kind == "fp8" and variant == variants[-1])
         return [pytest.mark.slow if corner else pytest.mark.exhaustive]
@@ -117,14 +118,14 @@ def test_pieces_of_eight_ranks_are_read_once(kind: str, squares: bool, capabilit
     _check(code, quantize.SMALL_BLOCK, 4 + 8 * _CODE_BYTES[kind], (16, 1))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", tiers(("int8", "int4", "fp8"), quick=("int4",)))
 def test_a_mean_in_bfloat16_leaves_less_room(kind: str) -> None:
     """Rounding comes on top of eight pieces, and fewer bytes are written."""
     code = _dequantize(kind, "bf16", 90, 8)
     _check(code, quantize.SMALL_BLOCK, 2 + 8 * _CODE_BYTES[kind], (16, 0), 0.8)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", tiers(("int8", "int4", "fp8"), quick=("int4",)))
 def test_pieces_of_many_ranks_are_read_in_a_loop(kind: str) -> None:
     code = _dequantize(kind, "fp32", 90, 64, True)
     assert code.stack == 0
@@ -133,7 +134,7 @@ def test_pieces_of_many_ranks_are_read_in_a_loop(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", tiers(("int8", "int4", "fp8"), quick=("int4",)))
 def test_random_bits_spill_nothing(kind: str, dtype: str) -> None:
     """They take more instructions than the bytes of bfloat16 have time for: 27 of 23."""
     code = _quantize(kind, dtype, 90, stochastic=True)

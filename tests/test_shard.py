@@ -3,6 +3,7 @@
 import pytest
 import torch
 import zoo
+from helpers import tiers
 from torch import nn
 
 import fxzero
@@ -261,7 +262,7 @@ def test_values_of_views_are_views(bucket):
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3, "auto"])
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", tiers(("none", "full"), quick=("full",)))
 def test_the_smallest_budget_is_what_its_graphs_need(zero, recompute):
     """The solver's peak of a schedule is the timeline's, what collectives need included."""
     model, inputs = Chain(width=61), (torch.randn(64, 61),)

@@ -235,7 +235,7 @@ def check(name: str, split: Split, early: list[int]) -> BackwardSplit:
 
 @pytest.mark.parametrize(
     "name",
-    tiers(("mlp", "gpt2", "llama", "t5", "resnet", "unet"), ("mlp", "unet"), ("llama", "t5")),
+    tiers(("mlp", "gpt2", "llama", "t5", "resnet", "unet"), ("mlp",), ("llama", "t5")),
 )
 def test_both_parts_give_what_the_backward_gives(name: str) -> None:
     split = subject(name).split()
@@ -245,7 +245,7 @@ def test_both_parts_give_what_the_backward_gives(name: str) -> None:
     assert flops(parts.input_part) + flops(parts.weight_part) == flops(split.backward)
 
 
-@pytest.mark.parametrize("name", tiers(("mlp", "gpt2", "unet"), quick=("mlp", "unet")))
+@pytest.mark.parametrize("name", tiers(("mlp", "gpt2", "unet"), quick=("mlp",)))
 def test_gradients_are_added_in_place_in_the_weight_part(name: str) -> None:
     split = subject(name).split(accumulates=True)
     parts = check(name, split, input_gradients(split))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import triton.language as tl
 from codegen import MachineCode, compile_for
+from helpers import tiers
 
 from fxzero.kernels import symmetric, symmetric_step
 
@@ -83,13 +84,14 @@ def _check_barriers(code: MachineCode) -> None:
 
 
 @_DEVICES
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", tiers(("fp32", "bf16"), quick=("bf16",)))
 def test_a_pull_reads_each_rank_once_at_full_width(dtype: str, capability: int) -> None:
     for ranks in (2, 8):
         code = _reduce(ranks, dtype, dtype, capability)
         _check(code, ranks * _SIZE[dtype], _SIZE[dtype])
 
 
+@pytest.mark.slow
 def test_pulls_of_many_ranks_spill_nothing() -> None:
     for ranks in (3, 12, 72):
         code = _reduce(ranks, "bf16", "bf16")
@@ -100,7 +102,7 @@ def test_pulls_of_many_ranks_spill_nothing() -> None:
 
 
 @_DEVICES
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", tiers(("fp32", "bf16"), quick=("bf16",)))
 def test_a_push_writes_to_each_rank_once_at_full_width(dtype: str, capability: int) -> None:
     for ranks in (2, 8):
         code = _gather(ranks, dtype, capability)
@@ -108,7 +110,7 @@ def test_a_push_writes_to_each_rank_once_at_full_width(dtype: str, capability: i
 
 
 @_DEVICES
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", tiers(("fp32", "bf16"), quick=("bf16",)))
 def test_a_fused_step_moves_states_once_and_no_mean(dtype: str, capability: int) -> None:
     states = {"fp32": 8, "bf16": 6}[dtype]
     for ranks in (2, 8):
