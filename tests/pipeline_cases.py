@@ -42,10 +42,7 @@ class Mlp(nn.Module):
 
 
 def build(name):
-    """(model without dropout, args, kwargs, loss): of the zoo, or an MLP.
-
-    "tied of 2 layers" is the first half of the zoo's model.
-    """
+    """(model without dropout, args, kwargs, loss): of the zoo, or an MLP."""
     if name in ("mlp", "wide"):
         width, rows, count = (24, 16, 8) if name == "mlp" else (256, 256, 6)
         generator = torch.Generator().manual_seed(3)
@@ -54,12 +51,7 @@ def build(name):
             model = Mlp(width, count)
         inputs = (torch.randn(rows, width, generator=generator), torch.arange(rows) % 10)
         return model, inputs, {}, lambda output: output
-    family = name.removesuffix(" of 2 layers")
-    model, args, kwargs, loss = zoo.build(family)
-    if family != name:
-        where = model.transformer if family == "gpt2" else model
-        key = "h" if family == "gpt2" else "blocks"
-        setattr(where, key, getattr(where, key)[:2])
+    model, args, kwargs, loss = zoo.build(name)
     for module in model.modules():
         for attribute in ("p", "dropout", "attention_dropout", "dropout_rate"):
             if isinstance(getattr(module, attribute, None), float):

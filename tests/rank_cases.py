@@ -285,9 +285,10 @@ def measured_peak(zero, inner="eager"):
     """(measured, planned) peak of a step, the optimizer's in it, and the losses of four steps."""
     torch.manual_seed(0)
     losses = []
-    model = fxzero.compile(Step("gpt2"), zero=zero, inner=inner)
+    name = "gpt2 of 2 layers"
+    model = fxzero.compile(Step(name), zero=zero, inner=inner)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    ((args, kwargs),) = batches("gpt2", 1)
+    ((args, kwargs),) = batches(name, 1)
 
     def step():
         loss = model(*args, **kwargs)
@@ -296,7 +297,7 @@ def measured_peak(zero, inner="eager"):
         optimizer.zero_grad()
         losses.append(loss.item())
 
-    with shared_traces("gpt2", model, inner):
+    with shared_traces(name, model, inner):
         step()
     # Threads of gloo may let go of what a collective read a moment after it has ended.
     peaks = [fxzero.measure(step).tensor_bytes for _ in range(3)]
@@ -568,11 +569,12 @@ def in_mixed_precision(zero):
     """Computed in bfloat16, reduced and kept in float32."""
     torch.manual_seed(0)
     precision = fxzero.Precision(param=torch.bfloat16, reduce=torch.float32)
-    model = fxzero.compile(Step("gpt2"), zero=zero, precision=precision, inner="eager")
-    with shared_traces("gpt2 in bfloat16", model, "eager"):
-        result = _train("gpt2", model, None, 1, None)
+    name = "gpt2 of 2 layers"
+    model = fxzero.compile(Step(name), zero=zero, precision=precision, inner="eager")
+    with shared_traces(f"{name} in bfloat16", model, "eager"):
+        result = _train(name, model, None, 1, None)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    ((args, kwargs),) = batches("gpt2", 1)
+    ((args, kwargs),) = batches(name, 1)
     with torch.no_grad():
         assert model(*args, **kwargs).isfinite()
     return result

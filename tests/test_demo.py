@@ -84,6 +84,7 @@ def test_what_did_not_come_out_as_planned_is_said(demo: tuple[DemoResult, str]) 
     assert sum("NOT AS PLANNED: measured peak exceeds" in line for line in lines) == 2
 
 
+@pytest.mark.slow
 def test_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
     console = _console(terminal=True)
     result = run("1GiB", STEPS, tmp_path, config=TINY, console=console)
@@ -92,6 +93,7 @@ def test_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
     assert f"{STEPS}/{STEPS}" in _shown(console)
 
 
+@pytest.mark.slow
 def test_impossible_budget_names_the_smallest(tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match="smallest reachable peak"):
         run("10KiB", STEPS, tmp_path / "none", config=TINY, console=_console())

@@ -180,7 +180,7 @@ def test_all_stages_agree_in_mixed_precision(answers):
     first = answers(2, "in_mixed_precision", zero=0)
     for zero in (1, 2, 3):
         assert differences(answers(2, "in_mixed_precision", zero=zero), first) == (0.0, 0.0)
-    losses, _ = differences(first, answers(2, "by_fxzero", name="gpt2", zero=0))
+    losses, _ = differences(first, answers(2, "by_fxzero", name="gpt2 of 2 layers", zero=0))
     assert 0 < losses < 0.1
 
 
@@ -251,8 +251,8 @@ def test_a_gradient_that_was_not_planned_for_is_refused(pools):
 
 def test_hybrid_sharding_equals_ddp(pools):
     pool = pools(4)
-    theirs = pool.run("rank_cases:by_ddp", name="gpt2")
-    ours = pool.run("rank_cases:by_fxzero_hybrid", name="gpt2", zero=3)
+    theirs = pool.run("rank_cases:by_ddp", name="gpt2 of 2 layers")
+    ours = pool.run("rank_cases:by_fxzero_hybrid", name="gpt2 of 2 layers", zero=3)
     losses, parameters = differences(ours, theirs)
     assert losses <= 1e-5
     assert parameters <= 1e-4

@@ -6,6 +6,7 @@ from typing import Any
 
 import codegen
 import pytest
+from helpers import tiers
 
 pytest.importorskip("triton")
 
@@ -95,7 +96,7 @@ def _compiled(name: str, capability: int, **changes: Any) -> codegen.MachineCode
     "capability",
     [90, *(pytest.param(other, marks=pytest.mark.exhaustive) for other in (80, 100))],
 )
-@pytest.mark.parametrize("name", _KERNELS)
+@pytest.mark.parametrize("name", tiers(_KERNELS, quick=("bfloat16 with 24 bits and int8 moments",)))
 def test_a_step_moves_what_it_must_in_wide_accesses(name: str, capability: int) -> None:
     _, constants, size, share = _KERNELS[name]
     code = _compiled(name, capability)
