@@ -60,6 +60,11 @@ _VARIANTS: dict[str, tuple[Any, torch.dtype, dict[str, Any]]] = {
     "torch Adafactor, float32": (torch.optim.Adafactor, torch.float32, {"lr": 1e-2}),
     "Adafactor, float32": (optim.Adafactor, torch.float32, {"lr": 1e-2}),
     "Adafactor, bfloat16": (optim.Adafactor, torch.bfloat16, {"lr": 1e-2}),
+    "Adafactor, stochastic rounding": (
+        optim.Adafactor,
+        torch.bfloat16,
+        {"lr": 1e-2, "stochastic_rounding": True},
+    ),
     "torch Adafactor, bfloat16": (torch.optim.Adafactor, torch.bfloat16, {"lr": 1e-2}),
 }
 

@@ -17,8 +17,8 @@ import torch
 
 from fxzero import optim
 from fxzero.errors import UsageError, unknown_option
-from fxzero.optim.adafactor import moment_shapes
 from fxzero.optim.base import Optimizer
+from fxzero.optim.factored import moment_shapes
 from fxzero.optim.footprint import adafactor_footprint, footprint, muon_footprint
 from fxzero.optim.whole import WholeOptimizer
 
@@ -158,7 +158,7 @@ def _profile_ours(
     elif issubclass(kind, optim.Muon):
         found = muon_footprint(parameters, shards)
     else:
-        found = adafactor_footprint(parameters, shards)
+        found = adafactor_footprint(options, parameters, shards)
     written = ", ".join(f"{name}={options[name]!r}" for name in _NUMERICS if name in options)
     name = f"fxzero.optim.{kind.__name__}" + (f"({written})" if written else "")
     each = found.state / elements if elements else 0.0

@@ -61,9 +61,9 @@ def train(model: Any, optimizer: Any, steps: Any) -> list[float]:
     return losses
 
 
-def trained(zero: int, dtype: torch.dtype = torch.float32) -> Any:
+def trained(zero: int, **options: Any) -> Any:
     """Losses, and whole weights and states."""
-    model, optimizer = made(zero, dtype)
+    model, optimizer = made(zero, **options)
     return train(model, optimizer, range(4)), state_of(model, optimizer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -151,6 +152,30 @@ def test_moments_of_bfloat16_weights_stay_float32_when_they_are_loaded() -> None
     assert_equal(one, other)
 
 
+def test_stochastic_rounding_is_right_on_average_and_goes_on_in_a_copy() -> None:
+    options = {"lr": 1e-3, "stochastic_rounding": True, "seed": 5}
+    narrow = Adafactor(parameters(torch.bfloat16, ((64, 512),)), **options)
+    wide = torch.optim.Adafactor([nn.Parameter(p.detach().float()) for p in owned(narrow)], lr=1e-3)
+    nearest = Adafactor(copy.deepcopy(owned(narrow)), lr=1e-3)
+    for optimizer in (narrow, wide, nearest):
+        optimizer.param_groups[0]["params"][0].grad = torch.full((64, 512), -0.1).to(
+            optimizer.param_groups[0]["params"][0].dtype
+        )
+    start = owned(wide)[0].detach().clone()
+    for step in range(8):
+        if step == 4:
+            kept = owned(narrow)[0].grad
+            narrow = copy.deepcopy(narrow)
+            owned(narrow)[0].grad = kept
+        for optimizer in (narrow, wide, nearest):
+            optimizer.step()
+    moved, exact, lost = (
+        (owned(o)[0].float() - start).mean().item() for o in (narrow, wide, nearest)
+    )
+    assert moved == pytest.approx(exact, rel=0.02)
+    assert lost < 0.9 * exact
+
+
 def test_an_empty_parameter_is_left_alone() -> None:
     optimizer = Adafactor(parameters(torch.float32, ((0,), (3, 0), (0, 3), (2, 3))))
     before = [p.detach().clone() for p in owned(optimizer)]
@@ -232,7 +257,14 @@ def test_profiles_hold_rows_and_columns() -> None:
 
 @pytest.mark.parametrize("shape", [(300, 200), (70000,), (64, 16, 5, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [Adafactor, torch.optim.Adafactor])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Adafactor,
+        torch.optim.Adafactor,
+        functools.partial(Adafactor, stochastic_rounding=True),
+    ],
+)
 def test_a_step_needs_what_was_said(shape: Any, dtype: torch.dtype, kind: Any) -> None:
     weights = parameters(dtype, (shape, shape))
     optimizer = kind(weights)
@@ -279,13 +311,15 @@ def test_shards_are_bitwise_torchs_on_whole_parameters(pools: Any, world: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": torch.bfloat16, "stochastic_rounding": True, "seed": 3}]
+)
 def test_weights_and_moments_are_the_same_on_any_number_of_ranks(
-    pools: Any, dtype: torch.dtype
+    pools: Any, options: dict[str, Any]
 ) -> None:
-    ((losses, state),) = run(pools[1], "trained", zero=3, dtype=dtype)
+    ((losses, state),) = run(pools[1], "trained", zero=3, **options)
     for world, zero in ((2, 3), (4, 3), (4, 1)):
-        for others, there in run(pools[world], "trained", zero=zero, dtype=dtype):
+        for others, there in run(pools[world], "trained", zero=zero, **options):
             assert others == losses
             assert_same(there, state)
 

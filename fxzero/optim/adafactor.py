@@ -1,18 +1,9 @@
 """Adafactor: second moments as rows times columns (Shazeer and Stern, ICML 2018, arXiv:1804.04235).
 
-The last two dimensions of a parameter are matrices; of the squares of a matrix's gradient the means
-of its rows and of its columns are kept, and their product, divided by the mean of all, stands for
-the second moment.  Scalars and vectors keep their squares.  A step is relative to the weight's root
-mean square, and the update's is limited:
-
-    weight, row_var, col_var, gradient       whole, at home
-        alpha   = max(eps2, rms(weight)) * min(lr, step^-0.5)
-        update  = gradient / sqrt(row_var col_var / mean(row_var))
-        weight -= alpha * update / max(1, rms(update) / d)
-    weight, row_var, col_var                 back to the ranks that have their rows
-
-Norms of the whole cannot be put together from those of rows to the same bit: all of a weight goes
-to its home with the gradient, and the home changes it.
+A weight, its moments and its gradient are whole at its home (``homes``), where a step is computed
+(``factored``), and rows of the new weight and moments go back.  Norms of the whole cannot be put
+together from those of rows to the same bit: so all of a weight goes there with the gradient, and
+results are those of one process on any number of ranks.
 """
 
 from __future__ import annotations
@@ -26,16 +17,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor import zeros as zeros_over_ranks
-from torch.linalg import vector_norm
 
 from fxzero.errors import UsageError
-from fxzero.optim.arenas import local
+from fxzero.optim.arenas import local, whole_indices
 from fxzero.optim.checks import check_not_negative
+from fxzero.optim.factored import COLUMNS, RandomRounding, moment_shapes, take_step
 from fxzero.optim.homes import Share
 from fxzero.optim.whole import Group, WholeOptimizer, spread
 
-_STEP, _SQUARES = "step", "variance"
-_ROWS, _COLUMNS = "row_var", "col_var"
+_STEP = "step"
 
 
 @dataclass(frozen=True)
@@ -45,12 +35,14 @@ class _Weight:
     Attributes:
         step: number of the last one.
         kept: the parameter and its moments, all cut over ranks along their first dimension.
+        rounding: what rounds the weight, or None: to nearest.
     """
 
     parameter: Tensor
     step: Tensor
     kept: list[Tensor]
     group: Group
+    rounding: RandomRounding | None
 
     @property
     def cost(self) -> int:
@@ -73,11 +65,8 @@ class _Weight:
     def work(self, wholes: list[Tensor]) -> list[Tensor]:
         """Updates the whole weight and its moments in place."""
         weight, *moments, gradient = wholes
-        if weight.ndim == 2:
-            rows, columns = moments
-            take_step(weight, [rows, columns.T], gradient, self.step.item(), self.group)
-        else:
-            take_step(weight, moments, gradient, self.step.item(), self.group)
+        own = [moments[0], moments[1].T] if weight.ndim == 2 else moments
+        take_step(weight, own, gradient, self.step.item(), self.group, self.rounding)
         return [weight, *moments]
 
     def receive(self, rows: Sequence[Tensor]) -> None:
@@ -86,58 +75,11 @@ class _Weight:
             local(own).copy_(part)
 
 
-def take_step(
-    weight: Tensor, moments: list[Tensor], gradient: Tensor, step: float, group: Group
-) -> None:
-    """Updates a weight and its moments; bit for bit ``torch.optim.Adafactor`` in their one dtype.
-
-    Args:
-        moments: means of rows and of columns, or squares; what is narrower is widened to them.
-        step: number of this one.
-    """
-    if not weight.numel():
-        return
-    lr, (eps1, eps2) = group["lr"], group["eps"]
-    if isinstance(lr, Tensor):
-        lr = lr.squeeze()
-    wide = moments[0].dtype
-    if eps1 is None:
-        eps1 = torch.finfo(wide).eps
-    root = weight.numel() ** 0.5
-    share, pace = step ** group["beta2_decay"], min(lr, 1 / step**0.5)
-    alpha = max(eps2, vector_norm(weight, dtype=wide).item() / root) * pace
-    gradient = gradient.to(wide)
-    update = _estimate(moments, gradient, share, eps1).clamp_(min=eps1 * eps1).rsqrt_()
-    update.mul_(gradient)
-    del gradient
-    excess = max(1.0, vector_norm(update).item() / (root * group["d"]))
-    changed = weight.to(wide)
-    if group["weight_decay"]:
-        changed.mul_(1 - lr * group["weight_decay"])
-    size = alpha / excess
-    weight.copy_(changed.add_(update, alpha=size if group["maximize"] else -size))
-
-
-def _estimate(moments: list[Tensor], gradient: Tensor, share: float, eps: float) -> Tensor:
-    """The second moment, after the moments have taken in a share of the gradient's squares."""
-    if len(moments) == 1:
-        return moments[0].lerp_(gradient.square(), share).clone()
-    rows, columns = moments
-    rows.lerp_(_mean_of_squares(gradient, -1), share)
-    columns.lerp_(_mean_of_squares(gradient, -2), share)
-    return (rows @ columns).div_(rows.mean(dim=-2, keepdim=True).clamp_(min=eps))
-
-
-def _mean_of_squares(gradient: Tensor, dim: int) -> Tensor:
-    norm: Tensor = vector_norm(gradient, dim=dim, keepdim=True)
-    return norm.square_().div_(gradient.shape[dim])
-
-
 class Adafactor(WholeOptimizer):
     """Adafactor, equal to the bit to ``torch.optim.Adafactor`` in float32 and float64.
 
     In 16 bits moments are float32, a step is computed in float32, and only the new weight is
-    rounded; torch's rounds everything.
+    rounded; torch's rounds everything.  Random bits belong to elements of all the optimizer has.
 
     Parameters may be cut into rows over ranks; results do not depend on how many there are, and
     moments are cut, too.  In a step each weight and gradient goes to a rank where it is whole, and
@@ -153,6 +95,8 @@ class Adafactor(WholeOptimizer):
         d: the most that an update's root mean square may be, before it is scaled down.
         weight_decay: share of the weight, times ``lr``, that it loses in a step.
         maximize: go up instead of down.
+        stochastic_rounding: round bfloat16 weights up or down at random, right on average.
+        seed: of stochastic rounding.
 
     Raises:
         UsageError: an option outside of its range, or a parameter that is not of real numbers.
@@ -168,7 +112,11 @@ class Adafactor(WholeOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
+        self._seed = seed if stochastic_rounding else None
+        self._indices: dict[int, int] = {}
         defaults = {
             "lr": lr,
             "beta2_decay": beta2_decay,
@@ -190,7 +138,23 @@ class Adafactor(WholeOptimizer):
         state.update(zip(names, moments, strict=True))
         if parameter.ndim == 2:
             moments[1] = moments[1].T
-        return _Weight(parameter, state[_STEP], [parameter, *moments], group)
+        rounding = None
+        if self._seed is not None and parameter.dtype == torch.bfloat16:
+            rounding = RandomRounding(self._seed, self._index_of(parameter))
+        return _Weight(parameter, state[_STEP], [parameter, *moments], group, rounding)
+
+    def _index_of(self, parameter: Tensor) -> int:
+        """Of its first element among all, as if none was cut."""
+        if id(parameter) not in self._indices:
+            self._indices = whole_indices(self._parameters)
+        return self._indices[id(parameter)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_seed": self._seed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._indices = {}
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
         check_not_negative(group, "lr", "weight_decay")
@@ -217,20 +181,13 @@ class Adafactor(WholeOptimizer):
             )
 
 
-def moment_shapes(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """By name: what is kept of a parameter of this shape."""
-    if len(shape) < 2:
-        return {_SQUARES: tuple(shape)}
-    return {_ROWS: (*shape[:-1], 1), _COLUMNS: (*shape[:-2], 1, shape[-1])}
-
-
 def _moment(name: str, state: Tensor | None, parameter: Tensor) -> Tensor:
-    """A moment that is cut over ranks as its parameter is; a row's means, into columns."""
+    """A moment that is cut over ranks as its parameter is; a matrix's col_var into columns."""
     shape, part = moment_shapes(parameter.shape)[name], local(parameter)
     dtype = torch.promote_types(part.dtype, torch.float32)
     placements: tuple[Placement, ...] = ()
     if isinstance(parameter, DTensor):
-        cut = Shard(1 if name == _COLUMNS and parameter.ndim == 2 else 0)
+        cut = Shard(1 if name == COLUMNS and parameter.ndim == 2 else 0)
         placements = tuple(cut if p.is_shard() else p for p in parameter.placements)
         if state is None:
             mesh = parameter.device_mesh

@@ -123,11 +123,17 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def first_indices(parameters: Iterable[Tensor]) -> dict[int, int]:
+def first_indices(parameters: Sequence[Tensor]) -> dict[int, int]:
+    """By ``id``: where the elements of each one's part begin if all lie one after the other."""
+    whole = whole_indices(parameters)
+    return {id(p): whole[id(p)] + _offset(p) for p in parameters}
+
+
+def whole_indices(parameters: Iterable[Tensor]) -> dict[int, int]:
     """By ``id``: where each parameter's elements begin if all lie one after the other, whole."""
     found, index = {}, 0
     for parameter in parameters:
-        found[id(parameter)] = index + _offset(parameter)
+        found[id(parameter)] = index
         index += -(-parameter.numel() // 8) * 8
     return found
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from fxzero.optim.adafactor import moment_shapes
 from fxzero.optim.arenas import ALIGNMENT
 from fxzero.optim.base import Optimizer
 from fxzero.optim.chunks import chunk_elements, compiles
+from fxzero.optim.factored import PIECE, moment_shapes
 from fxzero.optim.forms import Form, Numerics
 from fxzero.optim.homes import TURN_ELEMENTS, choose_homes, turns
 from fxzero.optim.rule import SCALARS
@@ -33,6 +33,8 @@ _OPERATORS_BYTES = 60
 # Of an element that travels to a home of Muon's: what leaves, a copy of it in one piece, what came
 # back, and what it is made from.
 _TRAVELING_BYTES = 8
+# Of an element of Adafactor's that is rounded at random: what random bits are made from, and it.
+_ROUNDING_BYTES = 27
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,12 @@ class _Factored:
     Attributes:
         shape: of the whole.
         dtype: of the weight and its gradient.
+        stochastic: whether a bfloat16 weight is rounded at random.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    stochastic: bool
 
     @property
     def elements(self) -> int:
@@ -160,22 +164,30 @@ class _Factored:
         """Bytes of a step's temporaries: the update, a mean a matrix, and what is widened."""
         copies = 1 if self.dtype == self._wide else 2
         means = math.prod(self.shape[:-2]) if len(self.shape) > 1 else 0
-        return self._wide.itemsize * (copies * self.elements + means)
+        wide = self._wide.itemsize
+        if not (self.stochastic and self.dtype == torch.bfloat16):
+            return wide * (copies * self.elements + means)
+        rounding = _ROUNDING_BYTES * min(self.elements, PIECE)
+        return wide * self.elements + max(wide * (self.elements + means), rounding)
 
     @property
     def _wide(self) -> torch.dtype:
         return torch.promote_types(self.dtype, torch.float32)
 
 
-def adafactor_footprint(parameters: Sequence[torch.Tensor], shards: int) -> Footprint:
+def adafactor_footprint(
+    options: Mapping[str, Any], parameters: Sequence[torch.Tensor], shards: int
+) -> Footprint:
     """What an ``Adafactor`` takes.
 
     Args:
+        options: of its constructor.
         parameters: as a rank has them.
         shards: ranks that each have rows of all of them.
     """
     shapes = [(p.shape[0] * shards, *p.shape[1:]) if p.ndim else () for p in parameters]
-    weights = [_Factored(s, p.dtype) for s, p in zip(shapes, parameters, strict=True)]
+    stochastic = bool(options.get("stochastic_rounding", False))
+    weights = [_Factored(s, p.dtype, stochastic) for s, p in zip(shapes, parameters, strict=True)]
     state = sum(-(-w.moments // shards) + _STEP_BYTES for w in weights)
     if shards == 1:
         return Footprint(state, 0, max((w.work for w in weights), default=0))
