@@ -40,7 +40,8 @@ def test_markdown_and_json_hold_the_same_facts() -> None:
     assert [len(section) for section in data.values()] == [*map(len, card.sections.values())]
     rows = [line for line in str(card).splitlines() if line.startswith("| ")]
     assert len(rows) == sum(map(len, data.values())) + len(data)
-    assert "| peak of a device (bytes) | 4.62 GiB |" in rows
+    assert "| peak of a device | 4.62 GiB |" in rows
+    assert "| steps | 36,000 |" in rows
     assert data["memory"]["peak_of_a_device_bytes"] == gpt_plan().peak_bytes
     assert data["precision"]["saved_dtypes"] == ["float32"]
     assert data["versions"]["plan"] == gpt_plan().hash

@@ -211,6 +211,19 @@ def test_more_layers_are_named_by_their_number(tmp_path: Path) -> None:
     assert (growth.before and growth.before.count, growth.after.count) == (12, 14)
 
 
+def test_gathered_parameters_of_all_layers_are_one_line_whatever_their_numbers() -> None:
+    def names(first: int) -> list[str]:
+        values = tuple(
+            Value(f"primals_{first + 9 * i}_gathered", MiB, "f", f"h.{i}.mlp", "", "saved")
+            for i in range(3)
+        )
+        plan = without_budget()
+        peak = dataclasses.replace(plan.peak, alive=values)
+        return list(Accepted.of(dataclasses.replace(plan, peak=peak, peak_bytes=MiB)).values)
+
+    assert names(7) == names(11) == ["h.#.mlp primals_gathered, saved"]
+
+
 def test_what_was_too_small_to_be_recorded_counts_only_as_far_as_it_surely_grew(
     tmp_path: Path,
 ) -> None:

@@ -21,6 +21,7 @@ from fxzero.units import format_bytes, format_count, format_seconds
 SCHEMA_VERSION = 1
 _TO_FILL_IN = ("dataset", "licence", "intended use", "limitations", "evaluation", "contact")
 _FILL_IN = "**TO BE FILLED IN**"
+_BYTES = " bytes"  # ends names of sizes, which are exact in JSON and rounded in Markdown
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Card:
         lines = ["## Training"]
         for title, facts in self.sections.items():
             lines += ["", f"### {title.capitalize()}", "", "| | |", "|---|---|"]
-            lines += [f"| {fact.name} | {_cell(fact)} |" for fact in facts]
+            lines += [f"| {_label(fact)} | {_cell(fact)} |" for fact in facts]
         return "\n".join(lines) + "\n"
 
     def to_json(self) -> str:
@@ -213,11 +214,18 @@ def _text(name: str, text: str) -> Fact:
 
 
 def _bytes(name: str, size: int) -> Fact:
-    return Fact(f"{name} (bytes)", size, format_bytes(size))
+    return Fact(f"{name}{_BYTES}", size, format_bytes(size))
 
 
 def _number(name: str, number: float | None, text: str = "") -> Fact:
-    return Fact(name, number, "" if number is None else text or f"{number:,.4g}")
+    if number is None or text:
+        return Fact(name, number, text)
+    large = isinstance(number, int) or number >= 1000
+    return Fact(name, number, f"{number:,.0f}" if large else f"{number:.4g}")
+
+
+def _label(fact: Fact) -> str:
+    return fact.name.removesuffix(_BYTES)
 
 
 def _cell(fact: Fact) -> str:
@@ -225,4 +233,4 @@ def _cell(fact: Fact) -> str:
 
 
 def _key(name: str) -> str:
-    return name.replace(" (bytes)", " bytes").replace(" ", "_").lower()
+    return name.replace(" ", "_").lower()
