@@ -47,6 +47,8 @@ _LIBRARY_ROOTS = (
     str(Path(__file__).resolve().parent),
     sysconfig.get_paths()["stdlib"] + "/",
 )
+# A model of fxzero's own is read like one of the user's: its lines stand in reports.
+_MODELS = (str(Path(__file__).resolve().with_name("unet.py")),)
 
 
 @dataclass(frozen=True)
@@ -492,7 +494,7 @@ def _user_frame(error: BaseException) -> str:
 
 def is_user_file(filename: str) -> bool:
     """Whether a source file belongs to the model's author and not to torch, Python or fxzero."""
-    return not filename.startswith((*_LIBRARY_ROOTS, "<"))
+    return filename in _MODELS or not filename.startswith((*_LIBRARY_ROOTS, "<"))
 
 
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in ([^\n]+)(?:\n *(?!File ")([^\n]+))?')

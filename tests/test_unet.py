@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import fxzero
+from fxzero.capture import is_user_file
 from fxzero.errors import UsageError
 from fxzero.unet import UNet, UNetConfig, inputs
 
@@ -50,6 +53,12 @@ def test_a_compiled_step_equals_eager_within_its_planned_peak() -> None:
     compiled: Any = fxzero.compile(model, batch, inner="eager")
     result = compiled.verify(**batch)
     assert result.ok, str(result)
+
+
+def test_its_lines_stand_in_reports() -> None:
+    here = Path(inspect.getfile(UNet)).resolve()
+    assert is_user_file(str(here))
+    assert not is_user_file(str(here.with_name("plans.py")))
 
 
 def test_every_level_is_there_and_attends_where_asked() -> None:
