@@ -252,6 +252,10 @@ def _planning() -> set[str]:
     help="Write a model card's section to this file, .md or .json.",
 )
 @click.option(
+    "--memory-viz", type=click.Path(path_type=Path), help="Write a file for pytorch.org/memory_viz."
+)
+@click.option("--trace", type=click.Path(path_type=Path), help="Write a trace for Perfetto.")
+@click.option(
     "--sweep",
     type=click.IntRange(0, 1000),
     is_flag=False,
@@ -271,6 +275,8 @@ def _planning() -> set[str]:
 def plan(
     json: Path | None,
     html: Path | None,
+    memory_viz: Path | None,
+    trace: Path | None,
     card: Path | None,
     check: BudgetFile | None,
     accept: bool,
@@ -281,10 +287,10 @@ def plan(
 
     check_usage(check, accept=accept)
     made = _make_plan(**options)
-    if json:
-        _write(json, made.save)
-    if html:
-        _write(html, made.to_html)
+    views = (json, made.save), (html, made.to_html), (memory_viz, made.to_memory_viz)
+    for path, write in (*views, (trace, made.to_trace)):
+        if path:
+            _write(path, write)
     if card:
         _write(card, made.card().save)
     if check is not None:
@@ -329,12 +335,17 @@ def explain(**options: Any) -> int:
 @cli.command()
 @click.argument("before", type=click.Path(path_type=Path))
 @click.argument("after", type=click.Path(path_type=Path))
-def diff(before: Path, after: Path) -> None:
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page to this file.")
+def diff(before: Path, after: Path, html: Path | None) -> None:
     """Show what changed between two plan files."""
     from fxzero.plans import Plan
     from fxzero.report.diff import diff as differences
+    from fxzero.report.diff_page import render
 
-    click.echo(differences(Plan.load(before), Plan.load(after)))
+    plans = Plan.load(before), Plan.load(after)
+    click.echo(differences(*plans))
+    if html:
+        _write(html, lambda path: path.write_text(render(*plans)))
 
 
 @cli.command()

@@ -9,8 +9,8 @@ operators up until its collective has ended; a collective that has ended by then
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -30,11 +30,13 @@ class Elapsed:
         step: from its first operator to its last.
         communication: all collectives, by themselves.
         exposed: how long operators wait for collectives.
+        starts: when each node begins.
     """
 
     step: float
     communication: float
     exposed: float
+    starts: Mapping[fx.Node, float] = field(default_factory=dict, repr=False, compare=False)
 
 
 def elapsed(graphs: Iterable[fx.Graph], price: Callable[[fx.Node], NodeCost]) -> Elapsed:
@@ -45,8 +47,10 @@ def elapsed(graphs: Iterable[fx.Graph], price: Callable[[fx.Node], NodeCost]) ->
     """
     now = idle_from = communication = exposed = 0.0
     ends: dict[fx.Node, float] = {}
+    starts: dict[fx.Node, float] = {}
     for graph in graphs:
         for node in graph.nodes:
+            starts[node] = now
             if node.op != "call_function":
                 continue
             seconds = price(node).seconds
@@ -59,7 +63,7 @@ def elapsed(graphs: Iterable[fx.Graph], price: Callable[[fx.Node], NodeCost]) ->
                 now += wait
             else:
                 now += seconds
-    return Elapsed(now, communication, exposed)
+    return Elapsed(now, communication, exposed, starts)
 
 
 def exposed_share(graph: TrainGraph, costs: CostModel) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import types
 import typing
@@ -27,7 +28,7 @@ SCHEMA_VERSION = 7
 _MAX_FILE_BYTES = 256 * 2**20
 # Larger than any count of bytes or operations; such numbers would overflow later.
 _LARGEST = 10**30
-_STATUSES = ("optimal", "feasible", "infeasible", "timeout")
+STATUSES = ("optimal", "feasible", "infeasible", "timeout")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Value:
             "recomputed", "gathered", "fetched", "offloaded", "temporary", "rng state" or "tangent".
         reason: why it is where it is, for saved, recomputed and offloaded values.
         seconds: modelled time of computing it again (0 when it cannot be), or of its transfers.
+        first, last: between which instants of the plan's only track it is there; -1: at none of
+            them, or not known.
     """
 
     name: str
@@ -94,6 +97,8 @@ class Value:
     role: str
     reason: str = ""
     seconds: float = 0.0
+    first: int = -1
+    last: int = -1
 
 
 @dataclass(frozen=True)
@@ -196,10 +201,40 @@ class Phase:
     """The peak of one part of the step: "forward", "backward", "optimizer step".
 
     Ranks of a pipeline have a "forward and backward".
+
+    Attributes:
+        start: modelled seconds from the start of the step.
     """
 
     name: str
     peak_bytes: int
+    start: float = 0.0
+
+
+@dataclass(frozen=True)
+class Track:
+    """What a rank holds over the step: instants that keep the highest of every stretch.
+
+    Attributes:
+        rank: along "pp"; 0 without a pipeline, where all ranks are alike.
+        seconds: the modelled time of each instant.  The last one is the optimizer's step, which
+            takes no time in the model.
+        bytes: by role, at each instant; a single number where it is the same at all of them.
+    """
+
+    rank: int
+    seconds: tuple[float, ...]
+    bytes: dict[str, tuple[int, ...]]
+
+    def of(self, role: str) -> tuple[int, ...]:
+        """The bytes of a role at each instant."""
+        found = self.bytes.get(role, (0,))
+        return found * len(self.seconds) if len(found) == 1 else found
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        """All bytes at each instant."""
+        return tuple(map(sum, zip(*map(self.of, self.bytes), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -314,8 +349,8 @@ class Plan:
         host_bytes: most bytes that offloaded values take in host memory at once.
         graph_digest: which graph the decisions belong to.
         curve: what ``pareto()`` returns.
-        timeline: (position, bytes) after each change, over forward then backward; thinned.  Empty
-            for a pipeline.
+        timeline: bytes by role over modelled seconds: one track, or one for each rank that trains
+            a part of a pipeline.
         pipeline: its stages and their schedule; None: there is no pipeline.
         notes: what could not be applied, and assumptions that the numbers rest on.
         states: what a rank has of parameters, gradients and optimizer state; None: a pipeline.
@@ -347,7 +382,7 @@ class Plan:
     offloaded: tuple[Value, ...]
     alternatives: tuple[Alternative, ...]
     curve: tuple[CurvePoint, ...]
-    timeline: tuple[tuple[int, int], ...]
+    timeline: tuple[Track, ...]
     graph_digest: str
     notes: tuple[str, ...] = ()
     passes: tuple[str, ...] = field(default=())
@@ -393,8 +428,10 @@ class Plan:
             )
         plan = read_value(cls, data, "plan")
         assert isinstance(plan, Plan)
-        if plan.status not in _STATUSES:
-            raise PlanError(f"plan.status is {plan.status!r}, expected one of {_STATUSES}")
+        if plan.status not in STATUSES:
+            raise PlanError(f"plan.status is {plan.status!r}, expected one of {STATUSES}")
+        for index, track in enumerate(plan.timeline):
+            _check_track(track, f"plan.timeline[{index}]")
         return plan
 
     def save(self, path: str | Path) -> None:
@@ -459,10 +496,35 @@ class Plan:
         )
         return make_card(self, training)
 
+    def to_memory_viz(self, path: str | Path) -> None:
+        """Writes a snapshot that pytorch.org/memory_viz opens, as torch's allocator would."""
+        from fxzero.report.memory_viz import write
+
+        write(self, Path(path))
+
+    def to_trace(self, path: str | Path) -> None:
+        """Writes a trace for Perfetto or chrome://tracing: what runs when, and its memory."""
+        from fxzero.report.trace import render
+
+        Path(path).write_text(render(self))
+
     def __str__(self) -> str:
         from fxzero.report.terminal import render
 
         return render(self)
+
+
+def _check_track(track: Track, where: str) -> None:
+    count = len(track.seconds)
+    if not count or not track.bytes:
+        raise PlanError(f"{where} has no instant or no role")
+    if any(left > right for left, right in itertools.pairwise((0.0, *track.seconds))):
+        raise PlanError(f"{where}.seconds must ascend from 0")
+    for role, sizes in track.bytes.items():
+        if len(sizes) not in (1, count):
+            raise PlanError(f"{where}.bytes.{role} must have {count} items, not {len(sizes)}")
+        if min(sizes) < 0:
+            raise PlanError(f"{where}.bytes.{role} must not be negative")
 
 
 def read_value(kind: Any, value: Any, where: str) -> Any:

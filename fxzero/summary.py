@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import fx
 
 from fxzero import __version__
 from fxzero.capture import user_line
-from fxzero.clock import elapsed
-from fxzero.collectives import arrives_as, is_collective, is_gather, preparation
-from fxzero.cost import CostModel
+from fxzero.clock import Elapsed, elapsed
+from fxzero.collectives import (
+    arrives_as,
+    collective_of,
+    is_collective,
+    is_gather,
+    is_wait,
+    preparation,
+)
+from fxzero.cost import CostModel, NodeCost
 from fxzero.graph import TrainGraph, describe
 from fxzero.optimizers import OptimizerProfile
 from fxzero.options import Options
@@ -35,15 +44,15 @@ from fxzero.plans import (
     Plan,
     Rank,
     Request,
+    Track,
     Value,
 )
 from fxzero.policies import name_of
 from fxzero.solver.schedule import Schedule
 from fxzero.timeline import Alive, Timeline
+from fxzero.tracks import kept, track
 from fxzero.transfers import TRANSFERS
 from fxzero.units import format_bytes, format_seconds
-
-_TIMELINE_POINTS = 2000
 
 
 @dataclass(frozen=True)
@@ -69,17 +78,48 @@ class Facts:
     is_stage: bool
     unapplied: tuple[str, ...]
 
+    @cached_property
+    def prices(self) -> dict[fx.Node, NodeCost]:
+        """Of everything that runs."""
+        return {node: self.costs.price(node) for node in _steps(self.split)}
+
+    @cached_property
+    def time(self) -> Elapsed:
+        """Of the step."""
+        graphs = (self.split.forward.graph, self.split.backward.graph)
+        return elapsed(graphs, self.prices.__getitem__)
+
+    @cached_property
+    def seconds(self) -> list[float]:
+        """When each point of the timeline begins."""
+        seconds, following = [], self.time.step
+        for node in reversed(self.timeline.nodes):
+            following = self.time.starts[node] if node is not None else following
+            seconds.append(following)
+        return seconds[::-1]
+
+    @cached_property
+    def instants(self) -> list[int]:
+        """The points of the timeline that the Plan keeps."""
+        return kept(self.seconds, self.timeline.points)
+
+    @property
+    def optimizer_roles(self) -> dict[str, int]:
+        """Bytes by role in the optimizer's step: all that is fixed, gradients, the update's own."""
+        roles = dict(self.timeline.fixed)
+        roles["gradient"] = roles.get("gradient", 0) + self.timeline.gradient_bytes
+        roles["temporary"] = self.optimizer.transient_bytes
+        return roles
+
 
 def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
     """The Plan document for ``facts``."""
     timeline = facts.timeline
-    step_bytes = _optimizer_step_bytes(facts)
+    step_bytes = sum(facts.optimizer_roles.values())
     peak = _optimizer_peak(facts, step_bytes) if step_bytes > timeline.peak_bytes else _peak(facts)
     recomputed = _recomputed(facts)
     breakdown = peak.breakdown
-    prices = {node: facts.costs.price(node) for node in _steps(facts.split)}
-    graphs = (facts.split.forward.graph, facts.split.backward.graph)
-    time = elapsed(graphs, prices.__getitem__)
+    prices, time = facts.prices, facts.time
     recompute = [c for n, c in prices.items() if CLONE_OF in n.meta and not is_collective(n)]
     recompute_seconds = sum((cost.seconds for cost in recompute), 0.0)
     transfers = [cost.seconds for node, cost in prices.items() if node.target in TRANSFERS]
@@ -108,15 +148,15 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
         ranks=tuple(Rank(i, peak.bytes, breakdown) for i in range(facts.options.sharding.ranks)),
         phases=(
             Phase("forward", timeline.peak_of("forward")),
-            Phase("backward", timeline.peak_of("backward")),
-            Phase("optimizer step", step_bytes),
+            Phase("backward", timeline.peak_of("backward"), _backward_start(facts)),
+            Phase("optimizer step", step_bytes, time.step),
         ),
         saved=_saved(facts),
         recomputed=recomputed,
         offloaded=_offloaded(facts),
         alternatives=_alternatives(facts, step_bytes, base),
         curve=_curve(facts, step_bytes, base),
-        timeline=_thin(timeline.points),
+        timeline=(_track(facts),),
         graph_digest=facts.digest,
         notes=_notes(facts),
         passes=facts.passes,
@@ -159,10 +199,28 @@ def _gather_seconds(facts: Facts) -> float:
     return sum((facts.costs.price_again(n).seconds * again[n.name] for n in gathers), 0.0)
 
 
-def _optimizer_step_bytes(facts: Facts) -> int:
-    """Bytes in the optimizer step: everything fixed, all gradients, the update's temporaries."""
-    timeline = facts.timeline
-    return sum(timeline.fixed.values()) + timeline.gradient_bytes + facts.optimizer.transient_bytes
+def _backward_start(facts: Facts) -> float:
+    later = facts.seconds[facts.timeline.forward_nodes :]
+    return later[0] if later else facts.time.step
+
+
+def _track(facts: Facts) -> Track:
+    """Forward, backward, and the optimizer's step as the last instant."""
+    seconds = [facts.seconds[index] for index in facts.instants]
+    roles = [facts.timeline.roles[index] for index in facts.instants]
+    return track(0, [*seconds, facts.time.step], [*roles, facts.optimizer_roles])
+
+
+def _life(entry: Alive, facts: Facts) -> tuple[int, int]:
+    """Between which instants of the track something is there; -1, -1: at none."""
+    instants, last = facts.instants, entry.last
+    first = bisect_left(instants, entry.first)
+    if last is None:
+        fixed = entry.node is None or entry.node.op != "call_function"
+        stays = entry.role == "gradient" or (fixed and entry.role in facts.timeline.fixed)
+        return first, len(instants) - (not stays)
+    end = bisect_right(instants, last) - 1
+    return (first, end) if first <= end else (-1, -1)
 
 
 def _model_summary(facts: Facts) -> ModelSummary:
@@ -226,16 +284,20 @@ def _optimizer_peak(facts: Facts, step_bytes: int) -> Peak:
         if entry.node is None or entry.node.op != "call_function"  # no gradient made in this step
     ]
     values = [_value(entry, facts) for entry in fixed if entry.bytes]
-    gradients = Value("gradients", timeline.gradient_bytes, "", "", "", "gradient")
-    update = Value("update", facts.optimizer.transient_bytes, "", "", "", "temporary")
+    end = len(facts.instants)
+    made = timeline.gradient_bytes, facts.optimizer.transient_bytes
+    gradients = Value("gradients", made[0], "", "", "", "gradient", first=end, last=end)
+    update = Value("update", made[1], "", "", "", "temporary", first=end, last=end)
     alive = sorted((*values, gradients, update), key=lambda value: -value.bytes)
     return Peak(step_bytes, "optimizer step", facts.optimizer.name, "", tuple(alive))
 
 
 def _value(entry: Alive, facts: Facts, reason: str = "", seconds: float = 0.0) -> Value:
     node = entry.node
+    first, last = _life(entry, facts)
     if node is None:
-        return Value(entry.name, entry.bytes, "", "", "", entry.role, reason)
+        name, size = entry.name, entry.bytes
+        return Value(name, size, "", "", "", entry.role, reason, first=first, last=last)
     return Value(
         name=name_of(node) or entry.name,
         bytes=entry.bytes,
@@ -245,6 +307,8 @@ def _value(entry: Alive, facts: Facts, reason: str = "", seconds: float = 0.0) -
         role=entry.role,
         reason=reason,
         seconds=seconds,
+        first=first,
+        last=last,
     )
 
 
@@ -291,7 +355,7 @@ def _recomputed(facts: Facts) -> tuple[Value, ...]:
                 continue
             cost = facts.costs.price(node)
             size = sum(_own_bytes(node))
-            entry = Alive(size, "recomputed", called[name] or name, node)
+            entry = Alive(size, "recomputed", called[name] or name, node, *_lived(node, facts))
             reason = f"not kept: {format_bytes(size)} for {format_seconds(cost.seconds)}"
             values.append(_value(entry, facts, reason, cost.seconds))
     return tuple(sorted(values, key=lambda value: (-value.bytes, value.name)))
@@ -313,10 +377,17 @@ def _gathered_again(facts: Facts) -> list[Value]:
         seconds = facts.costs.price_again(gather).seconds
         for wait in (part for user in gather.users for part in parts[user.name]):
             size = sum(_own_bytes(wait))
-            entry = Alive(size, "gathered", names[parameter].rpartition(".")[2], wait)
+            name = names[parameter].rpartition(".")[2]
+            entry = Alive(size, "gathered", name, wait, *_lived(wait, facts))
             reason = f"gathered again: {format_bytes(size)} for {format_seconds(seconds)}"
             values.append(replace(_value(entry, facts, reason, seconds), name=entry.name))
     return values
+
+
+def _lived(node: fx.Node, facts: Facts) -> tuple[int, int | None]:
+    """The first and last point of what a node makes; none for a view."""
+    maker = collective_of(node) if is_wait(node) else node
+    return facts.timeline.lives.get(maker, (0, -1))
 
 
 def _offloaded(facts: Facts) -> tuple[Value, ...]:
@@ -371,13 +442,6 @@ def _curve(facts: Facts, step_bytes: int, base: float) -> tuple[CurvePoint, ...]
         if not kept or point.step_seconds < kept[-1].step_seconds:
             kept.append(point)
     return tuple(kept)
-
-
-def _thin(points: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """At most about 2,000 (position, bytes) pairs that keep every stretch's highest point."""
-    width = max(1, -(-len(points) // _TIMELINE_POINTS))
-    stretches = (points[i : i + width] for i in range(0, len(points), width))
-    return tuple((i * width, max(stretch)) for i, stretch in enumerate(stretches))
 
 
 def _notes(facts: Facts) -> tuple[str, ...]:

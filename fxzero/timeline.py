@@ -17,8 +17,8 @@ What the books hold besides activations:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -40,6 +40,8 @@ from fxzero.updating import UPDATE
 CUDA_GRANULARITY = 512
 # A loss outside the model and its gradient: scalars that the caller holds.
 LOSS_SCALARS = 32
+_OUTSIDE = "what a loss outside the model needs"
+_UPDATE = "what an update in the backward needs"
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,16 @@ class Alive:
         node: the graph node that made it (in the forward if it was saved), None for fixed memory.
         role: as in ``plans.Value.role``.
         name: name of a parameter or buffer, else the node's.
+        first, last: the points of the timeline at which it is there; ``last`` is None for what
+            the step leaves behind.
     """
 
     bytes: int
     role: str
     name: str
     node: fx.Node | None
+    first: int = 0
+    last: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,9 @@ class Timeline:
         saved: the storages carried from forward to backward, with their roles.
         offloaded: the storages carried in host memory.
         host_bytes: most bytes in host memory at once.
+        nodes: what runs at each of the points.
+        roles: the points' bytes by role.
+        lives: for each node the first and last point of the largest storage that it makes.
     """
 
     points: tuple[int, ...]
@@ -85,6 +94,9 @@ class Timeline:
     saved: tuple[Alive, ...]
     offloaded: tuple[Alive, ...]
     host_bytes: int
+    nodes: tuple[fx.Node | None, ...] = ()
+    roles: tuple[dict[str, int], ...] = ()
+    lives: dict[fx.Node, tuple[int, int | None]] = field(default_factory=dict)
 
     def peak_of(self, phase: str) -> int:
         """Peak of "forward" or "backward" alone."""
@@ -139,7 +151,12 @@ class _Books:
         self.points: list[int] = []
         self.peak = -1
         self.peak_node: fx.Node | None = None
-        self.peak_alive: tuple[Alive, ...] = ()
+        self.peak_alive: dict[object, Alive] = {}
+        self.nodes: list[fx.Node | None] = []
+        self.by_role: dict[str, int] = {}
+        self.roles: list[dict[str, int]] = []
+        self.lasts: dict[object, int] = {}
+        self.made: dict[fx.Node, tuple[object, int, int]] = {}
         self.fixed: dict[str, int] = {}
 
     def run(self) -> Timeline:
@@ -149,20 +166,26 @@ class _Books:
         saved = results[self.split.output_count :]
         saved_entries = self._run_forward(outputs, saved)
         forward_nodes = len(self.points)
-        offloaded = tuple(self.on_host.values())
+        offloaded = dict(self.on_host)
         gradient_bytes = self._run_backward(outputs, saved)
         return Timeline(
             points=tuple(self.points),
             forward_nodes=forward_nodes,
             peak_bytes=self.peak,
             peak_node=self.peak_node,
-            alive=tuple(sorted(self.peak_alive, key=lambda a: -a.bytes)),
+            alive=tuple(sorted(self._dated(self.peak_alive), key=lambda a: -a.bytes)),
             fixed=self.fixed,
             gradient_bytes=gradient_bytes,
-            saved=saved_entries,
-            offloaded=offloaded,
+            saved=self._dated(saved_entries),
+            offloaded=self._dated(offloaded),
             host_bytes=self.host_peak,
+            nodes=tuple(self.nodes),
+            roles=tuple(self.roles),
+            lives={node: (born, self.lasts.get(key)) for node, (key, born, _) in self.made.items()},
         )
+
+    def _dated(self, entries: Mapping[object, Alive]) -> tuple[Alive, ...]:
+        return tuple(replace(e, last=self.lasts.get(key)) for key, e in entries.items())
 
     def _open_fixed(self) -> None:
         for role, node in zip(
@@ -192,11 +215,10 @@ class _Books:
 
     def _add_fixed(self, size: int, role: str, name: str) -> None:
         if size:
-            self.alive[name] = Alive(size, role, name, None)
-            self.total += size
+            self._open(name, Alive(size, role, name, None))
             self.fixed[role] = self.fixed.get(role, 0) + size
 
-    def _run_forward(self, outputs: list[fx.Node], saved: list[fx.Node]) -> tuple[Alive, ...]:
+    def _run_forward(self, outputs: list[fx.Node], saved: list[fx.Node]) -> dict[object, Alive]:
         roles: dict[object, str] = {
             ("f", s): "rng state" if node.meta.get("rng_state") else "saved"
             for node in saved
@@ -204,11 +226,11 @@ class _Books:
         }
         roles |= {("f", s): "output" for node in outputs for s in self.forward.of[node]}
         self._walk(self.split.forward.graph, self.forward, "f", roles, set(roles))
-        return tuple(
-            self.alive[key]
+        return {
+            key: self.alive[key]
             for key in {("f", s): None for node in saved for s in self.forward.of[node]}
             if key not in self.permanent and key not in self.on_host
-        )
+        }
 
     def _run_backward(self, outputs: list[fx.Node], saved: list[fx.Node]) -> int:
         held = {("f", s) for node in outputs for s in self.forward.of[node]}
@@ -264,7 +286,10 @@ class _Books:
                     self._birth(key, storages, storage, roles.get(key, _role(node)), node.name)
             if is_collective(node):
                 self._open_workspace(node)
-            self._record(node, self.around.update_bytes if node.target is UPDATE else 0)
+            if node.target is UPDATE and (size := self.around.update_bytes):
+                self._open(_UPDATE, Alive(size, "temporary", "update", node, len(self.points)))
+            self._record(node)
+            self._death(_UPDATE)
             if is_wait(node):
                 self._death(("workspace", collective_of(node)))
             for dead in dying.get(node, ()):
@@ -282,44 +307,52 @@ class _Books:
         if key in self.alive or key in self.on_host:
             return
         size, maker = storages.bytes[number], storages.maker[number]
+        if maker not in self.made or size > self.made[maker][2]:
+            self.made[maker] = key, len(self.points), size
         if maker.target is TO_HOST:
-            self.on_host[key] = Alive(size, "offloaded", name, maker)
+            self.on_host[key] = Alive(size, "offloaded", name, maker, len(self.points))
             self.host_total += size
             self.host_peak = max(self.host_peak, self.host_total)
             return
         size = -(-size // self.around.granularity) * self.around.granularity
-        self.alive[key] = Alive(size, role, name, maker)
-        self.total += size
+        self._open(key, Alive(size, role, name, maker, len(self.points)))
+
+    def _open(self, key: object, entry: Alive) -> None:
+        self.alive[key] = entry
+        self.total += entry.bytes
+        self.by_role[entry.role] = self.by_role.get(entry.role, 0) + entry.bytes
 
     def _open_workspace(self, collective: fx.Node) -> None:
         """What a collective needs besides its tensors, until it is waited for."""
         if size := workspace_of(collective, self.around.device):
-            entry = Alive(size, "temporary", f"{collective.name} workspace", collective)
-            self.alive["workspace", collective] = entry
-            self.total += size
+            name = f"{collective.name} workspace"
+            entry = Alive(size, "temporary", name, collective, len(self.points))
+            self._open(("workspace", collective), entry)
 
     def _death(self, key: object) -> None:
+        if key in self.alive or key in self.on_host:
+            self.lasts[key] = len(self.points) - 1
         if (entry := self.alive.pop(key, None)) is not None:
             self.total -= entry.bytes
+            self.by_role[entry.role] -= entry.bytes
         if (entry := self.on_host.pop(key, None)) is not None:
             self.host_total -= entry.bytes
 
     def _record_loss(self) -> None:
         if self.around.loss_bytes:
-            loss = Alive(self.around.loss_bytes, "temporary", "loss outside the model", None)
-            self.alive["loss"] = loss
-            self.total += loss.bytes
+            size, now = self.around.loss_bytes, len(self.points)
+            loss = Alive(size, "temporary", "loss outside the model", None, now)
+            self._open(_OUTSIDE, loss)
             self._record(None)
-            self._death("loss")
+            self._death(_OUTSIDE)
 
-    def _record(self, node: fx.Node | None, besides: int = 0) -> None:
-        total = self.total + besides
-        self.points.append(total)
-        if total > self.peak:
-            self.peak, self.peak_node = total, node
-            self.peak_alive = tuple(self.alive.values())
-            if besides:
-                self.peak_alive += (Alive(besides, "temporary", "update", node),)
+    def _record(self, node: fx.Node | None) -> None:
+        self.points.append(self.total)
+        self.nodes.append(node)
+        self.roles.append({role: size for role, size in self.by_role.items() if size})
+        if self.total > self.peak:
+            self.peak, self.peak_node = self.total, node
+            self.peak_alive = dict(self.alive)
 
 
 def _role(node: fx.Node) -> str:

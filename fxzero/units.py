@@ -99,7 +99,9 @@ def format_bytes(size: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """'12.3 ms', '4.56 s': three significant digits."""
+    """'12.3 ms', '4.56 s': three significant digits; '0 s'."""
+    if not seconds:
+        return "0 s"
     for unit, scale in (("us", 1e-6), ("ms", 1e-3)):
         if abs(seconds) < 1000 * scale:
             return f"{seconds / scale:.{_decimals(seconds / scale)}f} {unit}"

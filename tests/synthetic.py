@@ -17,6 +17,7 @@ from fxzero.plans import (
     Rank,
     Rematerialization,
     Request,
+    Track,
     Value,
 )
 
@@ -113,8 +114,8 @@ def gpt_plan(*, budget: int | None = 5120 * MiB, recomputed: int = 10, **changes
         ranks=(Rank(0, peak, breakdown),),
         phases=(
             Phase("forward", peak - 120 * MiB),
-            Phase("backward", peak),
-            Phase("optimizer step", 1980 * MiB),
+            Phase("backward", peak, step / 2),
+            Phase("optimizer step", 1980 * MiB, step),
         ),
         saved=tuple(kept),
         recomputed=tuple(
@@ -131,7 +132,7 @@ def gpt_plan(*, budget: int | None = 5120 * MiB, recomputed: int = 10, **changes
             CurvePoint(peak - 400 * MiB, 2.5, 0.6, 10**12),
             CurvePoint(peak + recomputed * 96 * MiB, 1.9, 0.0, 0),
         ),
-        timeline=_timeline(peak),
+        timeline=(_track(breakdown, step),),
         graph_digest="0123456789abcdef",
         notes=(
             "buffers that inductor fuses away are counted: the measured peak may be lower",
@@ -163,10 +164,16 @@ def _as(value: Value, role: str, reason: str, seconds: float) -> Value:
     return dataclasses.replace(value, role=role, reason=reason, seconds=seconds)
 
 
-def _timeline(peak: int) -> tuple[tuple[int, int], ...]:
-    low, half = 1400 * MiB, 700
-    up = [(i, low + (peak - low) * i // half) for i in range(0, half, 5)]
-    down = [
-        (half + i, peak - (peak - low) * i // half + (i % 3) * 30 * MiB) for i in range(5, half, 5)
-    ]
-    return (*up, (half, peak), *down)
+def _track(breakdown: dict[str, int], step: float) -> Track:
+    """Saved values that come and go, the logits in the middle, gradients, the optimizer's step."""
+    half = 140
+    at = range(2 * half + 1)
+    rising = [min(i, 2 * half - i) for i in at]
+    bumps = [(i % 3) * 30 * MiB for i in at]
+    bumps[half] = breakdown["temporary"]
+    bytes_of = {role: (breakdown[role],) for role in ("parameter", "optimizer")}
+    bytes_of["saved"] = (*(breakdown["saved"] * up // half for up in rising), 0)
+    bytes_of["temporary"] = (*bumps, 90 * MiB)
+    bytes_of["gradient"] = (*(0 if i < half else breakdown["gradient"] for i in at), 147 * MiB)
+    seconds = tuple(round(step * i / (2 * half), 6) for i in (*at, 2 * half))
+    return Track(0, seconds, bytes_of)

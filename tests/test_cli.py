@@ -105,9 +105,10 @@ def test_the_set_of_commands_and_options_is_this() -> None:
         for name, command in cli.commands.items()
     }
     assert found == {
-        "plan": planning | {"json", "html", "sweep", "card", "check", "accept"},
+        "plan": planning
+        | {"json", "html", "memory_viz", "trace", "sweep", "card", "check", "accept"},
         "explain": planning,
-        "diff": {"before", "after"},
+        "diff": {"before", "after", "html"},
         "hardware": set(),
         "passes": set(),
         "verify": {"model", "memory_budget", "inner"},
@@ -174,9 +175,12 @@ def test_a_plan_that_does_not_fit_is_printed_and_returns_3(
         assert "DOES NOT FIT" in result.out.splitlines()[0]
 
 
-def test_plan_writes_json_and_html(run: Callable[..., Ran], stub: Stub, tmp_path: Path) -> None:
+def test_plan_writes_its_views(run: Callable[..., Ran], stub: Stub, tmp_path: Path) -> None:
     stub("fxzero.forecast", plan=lambda *_, **__: gpt_plan())
     json, html = tmp_path / "plan.json", tmp_path / "plan.html"
+    for option, name in (("--memory-viz", "plan.pickle"), ("--trace", "trace.json")):
+        assert run("plan", FACTORY, option, tmp_path / name).code == 0
+        assert (tmp_path / name).stat().st_size > 1000
     result = run("plan", FACTORY, "--json", json, "--html", html)
     assert result.code == 0
     assert Plan.load(json) == gpt_plan()

@@ -69,6 +69,22 @@ def test_a_plan_shows_every_rank_stage_and_turn(of_mlp):
     assert fxzero.Plan.from_json(plan.to_json()) == plan
 
 
+def test_a_plan_shows_what_each_rank_holds_over_the_step(of_mlp):
+    plan = of_mlp
+    assert [track.rank for track in plan.timeline] == [0, 1]
+    for track, rank in zip(plan.timeline, plan.ranks, strict=True):
+        assert max(track.totals) == rank.peak_bytes
+        ends = [turn.end for turn in plan.pipeline.turns if turn.rank == track.rank]
+        assert all(any(at == pytest.approx(end) for at in track.seconds) for end in ends)
+        saved = track.of("saved")
+        assert saved[0] == saved[-1] == 0
+    # The first rank keeps two micro-batches in flight, the second one.
+    first, second = (max(track.of("saved")) for track in plan.timeline)
+    assert first > second
+    (step,) = [phase for phase in plan.phases if phase.name == "optimizer step"]
+    assert step.start == plan.step_seconds
+
+
 def test_reports_draw_the_schedule(of_mlp, tmp_path):
     text = str(of_mlp)
     assert "pipeline 1f1b: 2 stages on 2 ranks, 4 micro-batches; ranks wait" in text

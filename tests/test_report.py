@@ -17,8 +17,8 @@ from synthetic import MiB, gpt_plan
 from fxzero.errors import UsageError
 from fxzero.explanation import explain, explain_plan
 from fxzero.plans import Plan, Rank, Value
+from fxzero.report import charts, diff_page, tables, terminal
 from fxzero.report import html as page
-from fxzero.report import terminal
 from fxzero.report.diff import diff
 from fxzero.report.folding import fold, pattern
 from fxzero.report.wording import ROLES, verdict
@@ -221,7 +221,7 @@ def test_an_empty_plan_still_reports() -> None:
         peak=replace(plan.peak, alive=(), node="", source=""),
     )
     assert "recompute nothing" in str(plan)
-    assert "recompute nothing" in page.render(plan)
+    assert "Recompute nothing" in page.render(plan)
 
 
 def hostile_plan() -> Plan:
@@ -253,7 +253,7 @@ def test_a_hostile_plan_cannot_drive_the_terminal() -> None:
 class Page(html.parser.HTMLParser):
     """Checks that tags balance, and collects texts, attributes and scripts."""
 
-    VOID = ("meta", "br")
+    VOID = ("meta", "br", "link", "input")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -285,8 +285,96 @@ def test_the_page_holds_verdict_chart_and_tables() -> None:
     for expected in ("FITS, 393 MiB headroom", "budget 5.00 GiB", "transformer.h.0-9.mlp.act mul"):
         assert expected in text
     tags = [tag for tag, _ in found.tags]
-    assert tags.count("table") == 4
-    assert tags.count("path") == 2
+    assert tags.count("table") == 4  # the timeline, what else could be, tensors, errors
+    names = [attributes.get("class") for tag, attributes in found.tags if tag == "path"]
+    roles = ("parameter", "optimizer", "gradient", "saved", "temporary")
+    assert all(names.count(f"band f-other f-{role}") == 1 for role in roles)
+
+
+def test_a_plan_that_does_not_fit_says_first_what_to_change() -> None:
+    text = page.render(gpt_plan(budget=1024 * MiB, status="infeasible", gap=None))
+    body = text[text.index("<main>") :]
+    order = ["DOES NOT FIT, 3.23 GiB short", "The smallest budget with a plan is", "planned peak"]
+    places = [body.index(each) for each in order]
+    assert places == sorted(places)
+    assert "This fits: recompute=" in body
+
+
+def test_what_is_needed_to_fit_is_in_the_terminal_too() -> None:
+    tight = gpt_plan(budget=1024 * MiB, status="infeasible", gap=None)
+    assert 'to fit  memory_budget="4327.0MiB"; or ' in str(tight)
+    assert "to fit" not in str(gpt_plan())
+
+
+def test_a_bands_path_is_the_steps_of_its_bytes() -> None:
+    """Against the areas under the curve, found by walking the path."""
+    plan = gpt_plan()
+    timeline = charts.timeline(plan)
+    assert timeline is not None
+    (area,) = timeline.areas
+    track = area.track
+    top = 1.08 * plan.unplanned_peak_bytes
+    for band in area.bands:
+        points = walked(band.path)
+        assert points[0][0] == points[-1][0] == 0
+        rights = [*area.lefts[1:], 100.0]
+        sizes = track.of(band.role)
+        expected = sum(
+            (right - left) * size / top
+            for left, right, size in zip(area.lefts, rights, sizes, strict=True)
+        )
+        assert surface(points) / 100 == pytest.approx(expected, abs=0.02)
+
+
+def walked(path: str) -> list[tuple[float, float]]:
+    """The corners of a path of M, H and V."""
+    start = re.match(r"M([\d.]+),([\d.]+)", path)
+    assert start is not None
+    x, y = map(float, start.groups())
+    points = [(x, y)]
+    for letter, number in re.findall(r"([HV])([\d.]+)", path):
+        x, y = (float(number), y) if letter == "H" else (x, float(number))
+        points.append((x, y))
+    return points
+
+
+def surface(points: list[tuple[float, float]]) -> float:
+    around = zip(points, [*points[1:], points[0]], strict=True)
+    return abs(sum(x * b - a * y for (x, y), (a, b) in around)) / 2
+
+
+@given(st.floats(1e-9, 1e12), st.integers(2, 8))
+def test_an_axis_has_a_few_round_ticks(end: float, most: int) -> None:
+    ticks = list(charts._round_steps(end, most))
+    assert 1 <= len(ticks) <= most + 1
+    assert ticks[0] == 0
+    assert ticks[-1] <= end * 1.0001
+
+
+def test_every_value_is_in_the_table_once() -> None:
+    plan = gpt_plan()
+    rows = tables.tensor_rows(plan)
+    there = sum(each.row.count for each in rows if each.at_peak)
+    assert there == len(plan.peak.alive)
+    assert sum(each.row.count for each in rows) == there + len(plan.recomputed)
+    saved = next(
+        each for each in rows if each.row.place.startswith("transformer.h.0-11.mlp.c_fc a")
+    )
+    assert saved.row.reason.startswith("input of a matmul")  # of the saved value
+    single = tables.single_values(plan)
+    assert len(single["rows"]) == there + len(plan.recomputed)
+    sizes = {row[0] for row in single["rows"]}
+    assert sizes == {v.bytes for v in (*plan.peak.alive, *plan.recomputed)}
+
+
+def test_a_value_says_when_it_is_alive() -> None:
+    plan = gpt_plan()
+    last = len(plan.timeline[0].seconds) - 1
+    assert tables.when(plan, 0, last) == "all the time"
+    assert tables.when(plan, last, last) == "optimizer step"
+    assert tables.when(plan, 14, 27) == "99.0 ms to 198 ms"
+    assert tables.when(plan, -1, -1) == ""
+    assert tables.when(plan, 0, last + 1) == ""
 
 
 def test_every_role_has_a_colour_of_its_own() -> None:
@@ -301,19 +389,21 @@ def test_the_page_needs_no_network() -> None:
     assert "http://" not in text
     assert "https://" not in text
     for _, attributes in Page(text).tags:
-        assert not {"src", "href"} & set(attributes)
+        assert "src" not in attributes
+        assert attributes.get("href", "data:,") == "data:,"
 
 
 def test_a_hostile_plan_puts_no_tag_and_no_template_into_the_page() -> None:
     text = page.render(hostile_plan())
-    assert [tag for tag, _ in Page(text).tags].count("script") == 1
+    scripts = [attributes for tag, attributes in Page(text).tags if tag == "script"]
+    assert [each.get("type") for each in scripts] == ["application/json", None]
     assert "<script>alert" not in text
     assert "{{ 7*7 }}" in text
 
 
 def test_a_budget_far_above_the_curve_is_told_in_words() -> None:
     text = page.render(gpt_plan(budget=100 * 1024 * MiB))
-    assert "the budget of 100 GiB lies far above" in text
+    assert "The budget of 100 GiB lies far above" in text
     assert 'class="mark budget"' not in text
 
 
@@ -355,6 +445,34 @@ note gone: buffers that inductor fuses away are counted: the measured peak may b
 note gone: times are modelled for this CPU, from 41 GFLOP/s and 11 GiB/s measured at start
 note new: one new note""",
     )
+
+
+def test_the_page_of_a_difference_holds_its_facts() -> None:
+    after = gpt_plan(recomputed=12, budget=4096 * MiB, notes=("one new note",))
+    found = Page(text := diff_page.render(gpt_plan(), after))
+    words = re.sub(r"\s+", " ", " ".join(found.texts))
+    for expected in (
+        "Peak -192 MiB: no longer fits",
+        "before: FITS, 393 MiB headroom",
+        "after: DOES NOT FIT, 439 MiB short",
+        "5.00 GiB 4.00 GiB -20.0 %",
+        "transformer.h.#.mlp.act mul 960 MiB 1.12 GiB",
+        "new: one new note",
+    ):
+        assert expected in words
+    assert text.isascii()
+    assert "http:" not in text
+    hostile = [tag for tag, _ in Page(diff_page.render(hostile_plan(), gpt_plan())).tags]
+    assert hostile.count("script") == 2
+
+
+def test_the_charts_of_a_difference_share_their_axes() -> None:
+    small, large = gpt_plan(), gpt_plan(recomputed=0)
+    before, after = charts.timeline(small, large), charts.timeline(large, small)
+    assert before is not None
+    assert after is not None
+    assert before.seconds == after.seconds
+    assert before.areas[0].ticks == after.areas[0].ticks
 
 
 def test_equal_plans_have_no_difference() -> None:

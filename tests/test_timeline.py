@@ -211,6 +211,7 @@ def test_bytes_at_every_node_are_those_alive_when_it_runs(
     timeline = subject.simulate()
     assert subject.measure() == expected_points(timeline, subject.split)
     assert timeline.peak_bytes == max(timeline.points)
+    assert [sum(roles.values()) for roles in timeline.roles] == list(timeline.points)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,7 +226,12 @@ def test_the_peak_is_what_a_step_of_the_compiled_model_takes(kind: type[nn.Modul
 def test_what_lives_at_the_peak_adds_up_to_it() -> None:
     timeline = case(Tuples, "full").simulate()
     assert sum(entry.bytes for entry in timeline.alive) == timeline.peak_bytes
-    assert timeline.points.index(timeline.peak_bytes) >= 0
+    at = timeline.points.index(timeline.peak_bytes)
+    assert timeline.nodes[at] is timeline.peak_node
+    end = len(timeline.points)
+    assert all(
+        entry.first <= at <= (end if entry.last is None else entry.last) for entry in timeline.alive
+    )
 
 
 def test_parameters_buffers_and_inputs_are_fixed_and_counted_once() -> None:

@@ -34,6 +34,7 @@ from fxzero.pipelining.rank_plan import RankPlan, RankPlanner, reduces_usually
 from fxzero.pipelining.request import Pipeline
 from fxzero.pipelining.schedules import Schedule, StageTimes
 from fxzero.pipelining.stages import Exports, Loss
+from fxzero.pipelining.tracks import rank_track
 from fxzero.planner import Emitted, Planner
 from fxzero.plans import CurvePoint, ModelSummary, Plan, Rank
 from fxzero.randomness import RandomState
@@ -184,12 +185,13 @@ class _Forecast:
         smallest = self._point({rank: each.smallest for rank, each in planners.items()})
         free = self._point({rank: each.free for rank, each in planners.items()})
         worst = max(stated.values(), key=lambda plan: plan.peak_bytes)
+        seconds = played.step_seconds + self._around(choice)
         return replace(
             worst,
             model=self._summary,
             minimum_budget=smallest.peak_bytes,
             unplanned_peak_bytes=free.peak_bytes,
-            step_seconds=played.step_seconds + self._around(choice),
+            step_seconds=seconds,
             recompute_seconds=self._most(found, lambda plan: plan.recompute_seconds),
             recompute_flops=self._most(found, lambda plan: plan.recompute_flops),
             transfer_seconds=self._most(found, lambda plan: plan.transfer_seconds),
@@ -197,6 +199,13 @@ class _Forecast:
             exposed_seconds=self._most(found, lambda plan: plan.exposed_seconds),
             request=replace(worst.request, mesh=dict(self.setting.mesh.sizes)),
             ranks=self._every_rank(stated),
+            phases=tuple(
+                replace(phase, start=seconds if phase.name == "optimizer step" else 0.0)
+                for phase in worst.phases
+            ),
+            timeline=tuple(
+                rank_track(rank, each, schedule, played, seconds) for rank, each in found.items()
+            ),
             alternatives=(),
             curve=(smallest, free) if free.peak_bytes > smallest.peak_bytes else (free,),
             graph_digest=self.stages.exports.digest,

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Generic, Protocol, TypeVar
 
 from fxzero.errors import BudgetError
 from fxzero.mesh import Sharding
 from fxzero.passes.partition import Split
-from fxzero.pipelining.rehearsal import Part, rehearse_rank
+from fxzero.pipelining.rehearsal import Part, Step, rehearse_rank
 from fxzero.pipelining.schedules import Action, Kind, Schedule
 from fxzero.pipelining.stages import Routes, shared_weights
 from fxzero.planner import Emitted
@@ -53,29 +53,34 @@ class Planned(Protocol):
         """The functions that run them."""
 
 
-Step = TypeVar("Step", bound=Planned)
+Run = TypeVar("Run", bound=Planned)
 
 
 @dataclass(frozen=True)
-class RankPlan(Generic[Step]):
+class RankPlan(Generic[Run]):
     """How a rank trains its stages.
 
     Attributes:
         stages: for each stage what plans and runs a micro-batch.
         working_bytes: the most that it holds in forwards and backwards.
         updating_bytes: the most that it holds in the optimizer's step.
+        static: bytes by role of what is there throughout; gathered weights not in the optimizer's
+            step.
+        rehearsed: what was rehearsed of its schedule, with what it held.
     """
 
-    stages: Mapping[int, Step]
+    stages: Mapping[int, Run]
     working_bytes: int
     updating_bytes: int
+    static: Mapping[str, int] = field(default_factory=dict)
+    rehearsed: tuple[tuple[Action, Step], ...] = ()
 
     @property
     def peak_bytes(self) -> int:
         return max(self.working_bytes, self.updating_bytes)
 
 
-class RankPlanner(Generic[Step]):
+class RankPlanner(Generic[Run]):
     """Plans one rank for any budget.
 
     Args:
@@ -86,7 +91,7 @@ class RankPlanner(Generic[Step]):
 
     def __init__(
         self,
-        make: Callable[[int, int | None], Step],
+        make: Callable[[int, int | None], Run],
         schedule: Schedule,
         rank: int,
         routes: Routes,
@@ -97,16 +102,16 @@ class RankPlanner(Generic[Step]):
         self.stages, self.held = tuple(stages), held
 
     @cached_property
-    def free(self) -> RankPlan[Step]:
+    def free(self) -> RankPlan[Run]:
         """Every stage as if it had all memory."""
         return self._rehearsed({stage: self.make(stage, None) for stage in self.stages})
 
     @cached_property
-    def smallest(self) -> RankPlan[Step]:
+    def smallest(self) -> RankPlan[Run]:
         """Every stage at its smallest peak."""
         return self._tightened(1.0)
 
-    def within(self, budget: int | None) -> RankPlan[Step]:
+    def within(self, budget: int | None) -> RankPlan[Run]:
         """The fastest way found that fits the budget.
 
         Raises:
@@ -136,21 +141,22 @@ class RankPlanner(Generic[Step]):
         """What is rehearsed of the schedule."""
         return representative(self.schedule, self.rank)
 
-    def _tightened(self, share: float) -> RankPlan[Step]:
+    def _tightened(self, share: float) -> RankPlan[Run]:
         budgets = {}
         for stage, step in self.free.stages.items():
             most, least = step.plan.peak_bytes, step.plan.minimum_budget
             budgets[stage] = most - int(share * (most - least))
         return self._rehearsed({stage: self.make(stage, size) for stage, size in budgets.items()})
 
-    def _rehearsed(self, stages: Mapping[int, Step]) -> RankPlan[Step]:
+    def _rehearsed(self, stages: Mapping[int, Run]) -> RankPlan[Run]:
         """With the bytes of the whole rank, the optimizer's step included."""
         parts = {stage: Part(step.emitted.split, step.executable) for stage, step in stages.items()}
         sizes = _static_bytes(stages)
         static = sum(sizes.values()) + _shared_bytes(stages, self.schedule, self.routes)
         held = static + self.held + _SCALARS * self.schedule.microbatches
         device = next(iter(stages.values())).plan.request.device
-        working = rehearse_rank(self._few, self.rank, self.routes, parts, held, device)
+        steps = rehearse_rank(self._few, self.rank, self.routes, parts, held, device)
+        working = max((step.during for step in steps), default=held)
         # Beyond what is there throughout, an optimizer needs memory for what it computes.
         beyond = [
             phase.peak_bytes - sum(step.emitted.timeline.fixed.values())
@@ -159,7 +165,11 @@ class RankPlanner(Generic[Step]):
             if phase.name == "optimizer step"
         ]
         updating = static - sizes.get("gathered", 0) + self.held + max(beyond, default=0)
-        return RankPlan(stages, working, updating)
+        roles = {role: size for role, size in sizes.items() if "gradient" not in role}
+        roles["gradient"] = static - sum(roles.values())
+        roles["input"] = held - static
+        rehearsed = tuple(zip(self._few.orders[self.rank], steps, strict=True))
+        return RankPlan(stages, working, updating, roles, rehearsed)
 
     def _refusal(self, budget: int) -> BudgetError:
         peak = self.smallest.peak_bytes
@@ -171,7 +181,7 @@ class RankPlanner(Generic[Step]):
             alternatives=[(f'memory_budget="{-(-peak // 2**10)}KiB"', peak)],
         )
 
-    def stated(self, found: RankPlan[Step], budget: int | None) -> Plan:
+    def stated(self, found: RankPlan[Run], budget: int | None) -> Plan:
         """The plan of the stage with the most bytes, with what the whole rank needs."""
         schedule, peak = self.schedule, found.peak_bytes
         plan = max((step.plan for step in found.stages.values()), key=lambda p: p.peak_bytes)
@@ -189,7 +199,7 @@ class RankPlanner(Generic[Step]):
         else:
             alive = [Value("the rank", peak, "", "", "", "temporary", "by rehearsal")]
         alive.sort(key=lambda value: -value.bytes)
-        stated = replace(plan.peak, bytes=peak, alive=tuple(alive))
+        stated = replace(plan.peak, bytes=peak, alive=_undated(alive))
         return replace(
             plan,
             status="feasible" if budget is None or peak <= budget else "infeasible",
@@ -204,9 +214,17 @@ class RankPlanner(Generic[Step]):
                 Phase("optimizer step", found.updating_bytes),
             ),
             timeline=(),  # that of one micro-batch would show neither the peak nor the step
+            saved=_undated(plan.saved),
+            recomputed=_undated(plan.recomputed),
+            offloaded=_undated(plan.offloaded),
             notes=(*plan.notes, note),
             states=None,
         )
+
+
+def _undated(values: Iterable[Value]) -> tuple[Value, ...]:
+    """When values of a micro-batch are there says nothing about the step."""
+    return tuple(replace(value, first=-1, last=-1) for value in values)
 
 
 def representative(schedule: Schedule, rank: int) -> Schedule:
@@ -235,13 +253,20 @@ def representative(schedule: Schedule, rank: int) -> Schedule:
 
 def _situations(order: Iterable[Action]) -> dict[tuple[int, Kind], list[Counter[_Waiting]]]:
     """By what is computed: how many micro-batches of which stage wait for which gradient then."""
-    waiting: Counter[_Waiting] = Counter()
     found: dict[tuple[int, Kind], list[Counter[_Waiting]]] = {}
-    for action in order:
-        stage, kind = action.stage, action.kind
-        situations = found.setdefault((stage, kind), [])
+    for action, waiting in waiting_at(order):
+        situations = found.setdefault((action.stage, action.kind), [])
         if waiting not in situations:
-            situations.append(waiting.copy())
+            situations.append(waiting)
+    return found
+
+
+def waiting_at(order: Iterable[Action]) -> Iterator[tuple[Action, Counter[_Waiting]]]:
+    """Each action with how many micro-batches of which stage wait for which gradient then."""
+    waiting: Counter[_Waiting] = Counter()
+    for action in order:
+        yield action, waiting.copy()
+        stage, kind = action.stage, action.kind
         if kind is Kind.FORWARD:
             waiting[stage, Kind.INPUT_GRADIENT] += 1
         elif kind is Kind.WEIGHT_GRADIENT:
@@ -249,7 +274,6 @@ def _situations(order: Iterable[Action]) -> dict[tuple[int, Kind], list[Counter[
         else:
             waiting[stage, Kind.INPUT_GRADIENT] -= 1
             waiting[stage, Kind.WEIGHT_GRADIENT] += kind is Kind.INPUT_GRADIENT
-    return found
 
 
 def reduces_usually(sharding: Sharding) -> bool:

@@ -42,6 +42,14 @@ class Part:
     executable: Executable
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a rank holds, in bytes: the most while it computes something, and behind it."""
+
+    during: int
+    after: int
+
+
 def rehearse_rank(
     schedule: Schedule,
     rank: int,
@@ -49,8 +57,8 @@ def rehearse_rank(
     parts: Mapping[int, Part],
     static_bytes: int,
     device: str,
-) -> int:
-    """The rank's peak in forwards and backwards.
+) -> tuple[Step, ...]:
+    """What the rank holds in each of its forwards and backwards.
 
     Sizes are exact: that CUDA's allocator rounds them up is not counted.
 
@@ -65,10 +73,12 @@ def rehearse_rank(
     with _torch.FakeTensorMode(allow_non_fake_inputs=True), counter:
         play = _Play(schedule, rank, routes, parts)
         counter.restart(static_bytes)
+        steps = []
         for action in schedule.orders[rank]:
             play.perform(action)
-        peak: int = counter.peak
-    return peak
+            steps.append(Step(counter.peak, counter.current))
+            counter.restart(counter.current)
+    return tuple(steps)
 
 
 class _Play:

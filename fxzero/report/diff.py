@@ -1,8 +1,12 @@
-"""What changed between two Plans, as text: totals, then the values that grew or shrank most."""
+"""What changed between two Plans: settings, totals, the values that grew or shrank most.
+
+``diff`` says it as text; ``diff_page.py`` makes a page of the same facts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from fxzero.plans import Plan, Value
 from fxzero.report import wording
@@ -11,6 +15,30 @@ from fxzero.report.wording import printable
 from fxzero.units import format_bytes, format_seconds
 
 _VALUE_ROWS = 10
+
+
+@dataclass(frozen=True)
+class Total:
+    """A figure of the whole plan, before and after; ``percent`` is '' where there is none."""
+
+    name: str
+    before: str
+    after: str
+    percent: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """Bytes of one role at one place of the model, layers taken together."""
+
+    role: str
+    place: str
+    before: int
+    after: int
+
+    @property
+    def more(self) -> int:
+        return self.after - self.before
 
 
 def diff(before: Plan, after: Plan) -> str:
@@ -34,10 +62,19 @@ def _side(which: str, plan: Plan) -> str:
 
 def _settings(before: Plan, after: Plan) -> Iterator[str]:
     if before.graph_digest != after.graph_digest:
-        yield "the graphs differ: another model, other inputs, or another torch"
+        yield OTHER_GRAPH
+    for name, old, new in settings(before, after):
+        yield f"{name:<28} {old} -> {new}"
+
+
+OTHER_GRAPH = "the graphs differ: another model, other inputs, or another torch"
+
+
+def settings(before: Plan, after: Plan) -> Iterator[tuple[str, str, str]]:
+    """(name, before, after) of what was asked for or found otherwise."""
     for name, read in _SETTINGS:
         if read(before) != read(after):
-            yield f"{name:<28} {read(before)} -> {read(after)}"
+            yield name, read(before), read(after)
 
 
 _SETTINGS: tuple[tuple[str, Callable[[Plan], str]], ...] = (
@@ -58,6 +95,13 @@ _SETTINGS: tuple[tuple[str, Callable[[Plan], str]], ...] = (
 
 
 def _totals(before: Plan, after: Plan) -> Iterator[str]:
+    for total in totals(before, after):
+        change = f"  ({total.percent})" if total.percent else ""
+        yield f"{total.name:<28} {total.before} -> {total.after}{change}"
+
+
+def totals(before: Plan, after: Plan) -> Iterator[Total]:
+    """The figures that differ."""
     quantities: list[tuple[str, Callable[[Plan], float | None], Callable[[float], str]]] = [
         ("budget", lambda p: p.request.memory_budget, format_bytes),
         ("peak", lambda p: p.peak_bytes, format_bytes),
@@ -75,9 +119,9 @@ def _totals(before: Plan, after: Plan) -> Iterator[str]:
         old, new = read(before), read(after)
         if old == new:
             continue
-        sides = " -> ".join("none" if side is None else text(side) for side in (old, new))
-        change = "" if old is None or new is None or not old else f"  ({_percent(old, new)})"
-        yield f"{name:<28} {sides}{change}"
+        was, now = ("none" if side is None else text(side) for side in (old, new))
+        percent = "" if old is None or new is None or not old else _percent(old, new)
+        yield Total(name, was, now, percent)
 
 
 def _percent(old: float, new: float) -> str:
@@ -85,26 +129,28 @@ def _percent(old: float, new: float) -> str:
 
 
 def _values(before: Plan, after: Plan) -> Iterator[str]:
+    for title, found in changes(before, after):
+        yield title
+        for change in found[:_VALUE_ROWS]:
+            yield (
+                f" {wording.signed_bytes(change.more):>9}  {change.role:<10}  {change.place}  "
+                f"{format_bytes(change.before)} -> {format_bytes(change.after)}"
+            )
+        if len(found) > _VALUE_ROWS:
+            yield f" and {len(found) - _VALUE_ROWS} smaller changes"
+
+
+def changes(before: Plan, after: Plan) -> Iterator[tuple[str, list[Change]]]:
     """Bytes by place and role, over what is alive at the peak, saved, recomputed or offloaded."""
     for title, read in _LISTS:
         old, new = _sizes(read(before)), _sizes(read(after))
-        changes = [
-            (new.get(key, 0) - old.get(key, 0), key)
+        found = [
+            Change(*key, old.get(key, 0), new.get(key, 0))
             for key in dict.fromkeys([*old, *new])
             if old.get(key, 0) != new.get(key, 0)
         ]
-        if not changes:
-            continue
-        changes.sort(key=lambda change: -abs(change[0]))
-        yield title
-        for size, key in changes[:_VALUE_ROWS]:
-            role, place = key
-            yield (
-                f" {wording.signed_bytes(size):>9}  {role:<10}  {place}  "
-                f"{format_bytes(old.get(key, 0))} -> {format_bytes(new.get(key, 0))}"
-            )
-        if len(changes) > _VALUE_ROWS:
-            yield f" and {len(changes) - _VALUE_ROWS} smaller changes"
+        if found:
+            yield title, sorted(found, key=lambda change: -abs(change.more))
 
 
 _LISTS: tuple[tuple[str, Callable[[Plan], Iterable[Value]]], ...] = (
@@ -124,9 +170,12 @@ def _sizes(values: Iterable[Value]) -> dict[tuple[str, str], int]:
 
 
 def _notes(before: Plan, after: Plan) -> Iterator[str]:
-    for note in before.notes:
-        if note not in after.notes:
-            yield f"note gone: {note}"
-    for note in after.notes:
-        if note not in before.notes:
-            yield f"note new: {note}"
+    gone, new = notes(before, after)
+    yield from (f"note gone: {note}" for note in gone)
+    yield from (f"note new: {note}" for note in new)
+
+
+def notes(before: Plan, after: Plan) -> tuple[list[str], list[str]]:
+    """Those that are gone, and those that are new."""
+    gone = [note for note in before.notes if note not in after.notes]
+    return gone, [note for note in after.notes if note not in before.notes]

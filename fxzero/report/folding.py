@@ -32,6 +32,7 @@ class Row:
         count: how many values.
         bytes: of one value.
         seconds: of computing all of them again.
+        first, last: from the first instant of any to the last; -1: not known.
     """
 
     place: str
@@ -42,6 +43,8 @@ class Row:
     role: str
     reason: str
     seconds: float
+    first: int = -1
+    last: int = -1
 
     @property
     def total_bytes(self) -> int:
@@ -90,6 +93,8 @@ def _row(group: Sequence[Value]) -> Row:
         role=first.role,
         reason=_merge([value.reason for value in group], _NUMBER, _span),
         seconds=sum(value.seconds for value in group),
+        first=min(value.first for value in group),
+        last=max(value.last for value in group),
     )
 
 

@@ -1,45 +1,47 @@
-"""A Plan as one self-contained HTML page: no network, no fonts, light and dark, phone and desk.
+"""A Plan as one self-contained HTML page: no network, no fonts; light, dark, phone, desk, print.
 
 The page is ASCII, escapes everything that it takes from the plan, and forbids itself to load
-anything.
+anything.  All that it says stands in it without its script, which sorts, filters and points.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jinja2
 
-from fxzero.plans import PipelinePlan, Plan
-from fxzero.report import wording
-from fxzero.report.folding import fold
+from fxzero.plans import Alternative, Plan
+from fxzero.report import accuracy, charts, tables, wording
 from fxzero.units import format_bytes, format_count, format_seconds
-
-# A budget far above the curve would flatten it, and is told in words instead.
-_TALLEST = 2.5
-_HELD_ALL_STEP = ("parameter", "buffer", "optimizer")
 
 
 def render(plan: Plan) -> str:
     """The page; it can be opened from disk and mailed around."""
-    page = (
-        _environment()
-        .get_template("plan.html.j2")
-        .render(
-            plan=plan,
-            ranks=wording.equal_ranks(plan.ranks),
-            roles=wording.roles_of(plan),
-            alive=fold(plan.peak.alive),
-            saved=fold(plan.saved),
-            recomputed=fold(plan.recomputed),
-            offloaded=fold(plan.offloaded),
-            chart=_chart(plan),
-            lanes=_lanes(plan.pipeline) if plan.pipeline else (),
-        )
+    timeline = charts.timeline(plan)
+    tensors = tables.tensor_table(plan)
+    return fill(
+        "plan.html.j2",
+        plan=plan,
+        ranks=wording.equal_ranks(plan.ranks),
+        roles=wording.roles_of(plan),
+        timeline=timeline,
+        curve=charts.curve(plan),
+        what_if=_what_if(plan),
+        tensors=tensors,
+        tensor_roles=tables.roles_in(tensors.rows),
+        errors=accuracy.errors(),
+        error_bar=accuracy.peak_range(plan),
+        data={"areas": areas_data(timeline), "tensors": tables.single_values(plan)},
     )
+
+
+def fill(template: str, **values: Any) -> str:
+    """A template of this package as a page."""
+    page = _environment().get_template(template).render(**values)
     # Character references also carry what no encoding can, such as a lone surrogate.
-    return page.encode("ascii", "xmlcharrefreplace").decode("ascii")
+    return page.encode("ascii", "xmlcharrefreplace").decode("ascii").lstrip()
 
 
 @functools.cache
@@ -54,116 +56,47 @@ def _environment() -> jinja2.Environment:
     environment.filters["bytes"] = format_bytes
     environment.filters["seconds"] = format_seconds
     environment.filters["amount"] = format_count
-    environment.globals["wording"] = wording
+    environment.filters["capitalize"] = lambda text: text[:1].upper() + text[1:]
+    environment.globals |= {"wording": wording, "bars": _bars}
     return environment
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A horizontal line of the chart, in percent from the top."""
+def areas_data(timeline: charts.Timeline | None, name: str = "") -> list[dict[str, Any]]:
+    """What the script reads of each chart.
 
-    top: float
-    text: str
-
-
-@dataclass(frozen=True)
-class _Chart:
-    """The memory timeline in a box of 100 by 100, y pointing down.
-
-    Attributes:
-        area, held: SVG paths of all bytes, and of those that stay for the whole step.
-        held_bytes: how much stays for the whole step.
-        peak: where the curve is highest, in percent from the left and the top.
-        budget, unplanned: None where they lie far above the curve, or are not asked for.
-        points: (percent from the left, bytes) for the reader's pointer.
+    Args:
+        name: what to call a chart that is the only one of its plan.
     """
+    areas = timeline.areas if timeline else ()
+    return [
+        {
+            "name": f"{name}rank {area.track.rank}, " if len(areas) > 1 else name,
+            "lefts": area.lefts,
+            "times": [format_seconds(at) for at in area.track.seconds],
+            "roles": [(band.role, area.track.bytes[band.role]) for band in area.bands],
+        }
+        for area in areas
+    ]
 
-    area: str
-    held: str
-    held_bytes: int
-    peak: tuple[float, float]
-    ticks: tuple[_Line, ...]
-    budget: _Line | None
-    unplanned: _Line | None
-    points: tuple[tuple[float, int], ...]
 
-
-def _chart(plan: Plan) -> _Chart | None:
-    """None for a plan without a timeline."""
-    if len(plan.timeline) < 2 or plan.peak_bytes <= 0:
-        return None
-    highest = max(plan.peak_bytes, *(size for _, size in plan.timeline))
-    marks = [plan.request.memory_budget, plan.unplanned_peak_bytes]
-    shown = [mark for mark in marks if mark is not None and mark <= _TALLEST * highest]
-    top = 1.08 * max(highest, *shown, 1)
-    first, last = plan.timeline[0][0], plan.timeline[-1][0]
-    width = max(1, last - first)
-
-    def line(size: int | None, text: str) -> _Line | None:
-        return _Line(_percent(top - size, top), text) if size in shown and size else None
-
-    points = tuple((_percent(position - first, width), size) for position, size in plan.timeline)
-    steps = "".join(f"H{x}V{_percent(top - size, top)}" for x, size in points)
-    breakdown = plan.ranks[0].breakdown if plan.ranks else {}
-    lowest = min(size for _, size in plan.timeline)
-    held = min(lowest, sum(breakdown.get(role, 0) for role in _HELD_ALL_STEP))
-    at, size = max(points, key=lambda point: point[1])
+def _what_if(plan: Plan) -> Iterator[Alternative]:
+    """This plan, what else one could write, and the budgets that were swept."""
+    yield Alternative("this plan", plan.peak_bytes, plan.step_seconds, plan.fits)
+    yield from plan.alternatives
     budget = plan.request.memory_budget
-    return _Chart(
-        area=f"M0,100{steps}V100Z",
-        held=f"M0,100V{_percent(top - held, top)}H100V100Z",
-        held_bytes=held,
-        peak=(at, _percent(top - size, top)),
-        ticks=tuple(_Line(_percent(top - tick, top), format_bytes(tick)) for tick in _ticks(top)),
-        budget=line(budget, f"budget {format_bytes(budget or 0)}"),
-        unplanned=line(
-            plan.unplanned_peak_bytes if plan.unplanned_peak_bytes > plan.peak_bytes else None,
-            f"without recompute {format_bytes(plan.unplanned_peak_bytes)}",
-        ),
-        points=points,
-    )
+    known = {other.peak_bytes for other in plan.alternatives} | {plan.peak_bytes}
+    for point in plan.curve:
+        if point.peak_bytes not in known:
+            change = f"a budget of {format_bytes(point.peak_bytes)}"
+            fits = budget is None or point.peak_bytes <= budget
+            yield Alternative(change, point.peak_bytes, point.step_seconds, fits)
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """A computation of a rank, in percent of the step from its start.
-
-    Attributes:
-        further: whether it is of another stage than the rank's first.
-    """
-
-    kind: str
-    further: bool
-    title: str
-    left: float
-    width: float
-
-
-def _lanes(pipeline: PipelinePlan) -> list[list[_Turn]]:
-    """What each rank computes when."""
-    end = pipeline.end or 1.0
-    lanes: list[list[_Turn]] = [[] for _ in range(pipeline.ranks)]
-    for turn in pipeline.turns:
-        lanes[turn.rank].append(
-            _Turn(
-                turn.kind,
-                pipeline.is_further(turn),
-                f"{turn.kind}{turn.stage}.{turn.microbatch}: {format_seconds(turn.start)} to "
-                f"{format_seconds(turn.end)}",
-                _percent(turn.start, end),
-                _percent(turn.end - turn.start, end),
-            )
-        )
-    return lanes
-
-
-def _ticks(top: float) -> range:
-    """Three to six round sizes."""
-    step = 1
-    while top / step > 6:
-        step *= 2
-    return range(0, int(top) + 1, step)
-
-
-def _percent(part: float, whole: float) -> float:
-    return round(100 * part / whole, 2)
+def _bars(breakdown: Mapping[str, int], roles: Sequence[str]) -> Iterator[tuple[str, float, float]]:
+    """(role, from the left, width) in percent of the whole."""
+    whole, left = sum(breakdown.values()) or 1, 0.0
+    for role in roles:
+        if size := breakdown.get(role, 0):
+            width = 100 * size / whole
+            yield role, round(left, 3), round(width, 3)
+            left += width

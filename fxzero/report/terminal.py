@@ -39,6 +39,10 @@ def _heading(plan: Plan, width: int) -> Iterator[str]:
     rest = "  ".join(fact for fact in facts if fact)
     start = f"fxzero {plan.fxzero_version} plan {plan.hash[:8]}  "
     yield start + _clip(model.name, max(8, width - len(start) - len(rest) - 2)) + "  " + rest
+    if not plan.fits:
+        smallest = f'memory_budget="{wording.rounded_up(plan.minimum_budget)}"'
+        others = [other.change for other in plan.alternatives if other.fits]
+        yield "to fit  " + "; or ".join([smallest, *others])
     parameters = f"{format_count(model.parameters)} parameters"
     yield (
         f"model   {parameters} ({format_bytes(model.parameter_bytes)}), "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from fxzero.plans import ModelStates, PipelinePlan, PipelineStage, Plan, Rank
 from fxzero.units import format_bytes, format_count, format_seconds
@@ -35,6 +35,38 @@ def verdict(plan: Plan) -> str:
         return f"FITS, {format_bytes(budget - plan.peak_bytes)} headroom"
     needed = plan.minimum_budget if plan.status == "infeasible" else plan.peak_bytes
     return f"DOES NOT FIT, {format_bytes(needed - budget)} short"
+
+
+def advice(plan: Plan) -> list[str]:
+    """What to change, or what a change would bring; each a sentence of computed facts."""
+    budget, said = plan.request.memory_budget, []
+    smallest = f'memory_budget="{rounded_up(plan.minimum_budget)}"'
+    fitting = [other for other in plan.alternatives if other.fits]
+    if budget is None:
+        said.append(f"Any budget from {smallest} on has a plan.")
+    elif not plan.fits:
+        said.append(f"The smallest budget with a plan is {smallest}.")
+        for other in fitting:
+            peak, step = format_bytes(other.peak_bytes), format_seconds(other.step_seconds)
+            said.append(f"This fits: {other.change}, peak {peak}, step {step}.")
+        if not fitting:
+            said.append("None of the alternatives that were tried fits.")
+    elif plan.recompute_seconds and plan.unplanned_peak_bytes > budget:
+        said.append(
+            f"Recompute costs {share(plan.recompute_seconds, plan.step_seconds)} of the step; "
+            f"{format_bytes(plan.unplanned_peak_bytes - budget)} more would need none."
+        )
+    if plan.fits and budget is not None:
+        said.append(f"The budget could be as small as {smallest}.")
+    return said
+
+
+def rounded_up(size: int) -> str:
+    """A budget one can write that is no smaller."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= 10 * scale:
+            return f"{-(-size * 10 // scale) / 10:.1f}{unit}"
+    return f"{-(-size // 2**10)}KiB"
 
 
 def budget_text(plan: Plan) -> str:
@@ -172,10 +204,20 @@ def share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
+def percent_more(before: float, after: float) -> str:
+    """'+12.0 %', or '' where both are the same."""
+    return f"{100 * (after - before) / before:+.1f} %" if before and after != before else ""
+
+
 def roles_of(plan: Plan) -> list[str]:
     """The roles that hold any bytes on any rank, in reading order."""
-    held = {role for rank in plan.ranks for role, size in rank.breakdown.items() if size}
-    return [role for role in ROLES if role in held] + sorted(held - set(ROLES))
+    return in_reading_order(r for rank in plan.ranks for r, size in rank.breakdown.items() if size)
+
+
+def in_reading_order(roles: Iterable[str]) -> list[str]:
+    """Each role once."""
+    found = set(roles)
+    return [role for role in ROLES if role in found] + sorted(found - set(ROLES))
 
 
 def equal_ranks(ranks: Sequence[Rank]) -> Iterator[tuple[str, Rank]]:
