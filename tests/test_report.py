@@ -374,6 +374,10 @@ def test_a_value_says_when_it_is_alive() -> None:
     assert tables.when(plan, last, last) == "optimizer step"
     assert tables.when(plan, 14, 27) == "99.0 ms to 198 ms"
     assert tables.when(plan, -1, -1) == ""
+    rows = fold(
+        [value("a", "h.0"), value("a", "h.1", first=3, last=5), value("a", "h.2", first=9, last=9)]
+    )
+    assert [(row.first, row.last) for row in rows] == [(3, 9)]
     assert tables.when(plan, 0, last + 1) == ""
 
 

@@ -21,7 +21,7 @@ def render(before: Plan, after: Plan) -> str:
         "diff.html.j2",
         sides=sides,
         summary=_summary(before, after),
-        worse=after.peak_bytes > before.peak_bytes or (before.fits and not after.fits),
+        worse=after.peak_bytes > before.peak_bytes or not after.fits,
         equal=before == after,
         other_graph=before.graph_digest != after.graph_digest and differences.OTHER_GRAPH,
         settings=list(differences.settings(before, after)),

@@ -93,7 +93,7 @@ def _row(group: Sequence[Value]) -> Row:
         role=first.role,
         reason=_merge([value.reason for value in group], _NUMBER, _span),
         seconds=sum(value.seconds for value in group),
-        first=min(value.first for value in group),
+        first=min((value.first for value in group if value.first >= 0), default=-1),
         last=max(value.last for value in group),
     )
 
