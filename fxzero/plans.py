@@ -518,7 +518,8 @@ def _check_track(track: Track, where: str) -> None:
     count = len(track.seconds)
     if not count or not track.bytes:
         raise PlanError(f"{where} has no instant or no role")
-    if any(left > right for left, right in itertools.pairwise((0.0, *track.seconds))):
+    # Written so that it does not hold for what is no number.
+    if not all(a <= b < _LARGEST for a, b in itertools.pairwise((0.0, *track.seconds))):
         raise PlanError(f"{where}.seconds must ascend from 0")
     for role, sizes in track.bytes.items():
         if len(sizes) not in (1, count):

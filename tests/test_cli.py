@@ -188,6 +188,17 @@ def test_plan_writes_its_views(run: Callable[..., Ran], stub: Stub, tmp_path: Pa
     assert result.err == f"wrote {json}\nwrote {html}\n"
 
 
+def test_diff_prints_and_writes_a_page(run: Callable[..., Ran], tmp_path: Path) -> None:
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    gpt_plan().save(before)
+    gpt_plan(recomputed=12).save(after)
+    page = tmp_path / "diff.html"
+    result = run("diff", before, after, "--html", page)
+    assert (result.code, result.err) == (0, f"wrote {page}\n")
+    assert "-192 MiB" in result.out
+    assert "-192 MiB" in page.read_text()
+
+
 def test_a_file_that_cannot_be_written_is_a_usage_error(
     run: Callable[..., Ran], stub: Stub, tmp_path: Path
 ) -> None:

@@ -115,6 +115,8 @@ def test_an_unknown_field_is_refused_by_name() -> None:
         (("timeline", 0), [1, 2], r"plan.timeline\[0\] must be an object, not list"),
         (("timeline", 0, "seconds", 0), -1.0, r"plan.timeline\[0\].seconds must ascend from 0"),
         (("timeline", 0, "seconds", 1), 9.0, r"plan.timeline\[0\].seconds must ascend from 0"),
+        (("timeline", 0, "seconds", 0), float("nan"), r"seconds must ascend from 0"),
+        (("timeline", 0, "seconds", 281), float("inf"), r"seconds must ascend from 0"),
         (("timeline", 0, "seconds"), [], r"plan.timeline\[0\] has no instant"),
         (("timeline", 0, "bytes"), {}, r"plan.timeline\[0\] has no instant or no role"),
         (("timeline", 0, "bytes", "saved"), [1, 2], r"bytes.saved must have 282 items, not 2"),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fxzero.errors import UsageError
+from fxzero.hardware import describe, names
 from fxzero.plans import Plan, Value
 from fxzero.report import wording
 from fxzero.report.wording import printable
@@ -195,8 +196,9 @@ def _device_hours(plan: Plan, training: Training) -> float | None:
 
 
 def _board_watts(plan: Plan) -> float | None:
-    """Watts that the hardware's description gives for a device; no description has them yet."""
-    return None
+    """Watts of a device of the library that was planned for; a user's file may be gone."""
+    name = plan.request.hardware
+    return describe(name).watts if name in names() else None
 
 
 def _product(*factors: float | None) -> float | None:

@@ -7,6 +7,7 @@ curve     budgets against step times
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -314,7 +315,7 @@ def _tick(span: float, most: int) -> int:
 
 def _round_steps(end: float, most: int) -> Iterable[float]:
     """1, 2 or 5 times a power of ten, up to ``end``."""
-    if not end > 0:
+    if not 0 < end < math.inf:
         return [0.0]
     step = 10.0 ** len(f"{int(end)}")
     while step / 10 > end / most:
