@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOME = {
     "compile": "fxzero.compiler",
     "plan": "fxzero.forecast",
+    "search": "fxzero.cluster.search",
     "measure": "fxzero.measurement",
     "explain": "fxzero.explanation",
     "name": "fxzero.naming",
@@ -36,6 +37,7 @@ _MODULES = ("checkpoint", "optim")
 if TYPE_CHECKING:
     from fxzero import checkpoint, optim
     from fxzero.clipping import clip_grad_norm_
+    from fxzero.cluster.search import search
     from fxzero.compiler import compile
     from fxzero.errors import (
         BudgetError,
@@ -73,6 +75,7 @@ __all__ = [
     "name",
     "optim",
     "plan",
+    "search",
 ]
 
 
