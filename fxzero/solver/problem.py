@@ -203,7 +203,7 @@ def build_problem(
             settled[choice].update(storages.of.get(node, ()))
     stay = settled["save"] | settled["recompute"] if offload else set(range(len(sizes)))
     stay.update(s for node in forward if is_gather(node) for s in storages.of[node])
-    operators, maker = _operators(forward, storages, costs, device, _mutated(graph))
+    operators, maker = _operators(forward, storages, costs, device, _mutated(graph), granularity)
     death = _deaths(forward, storages, graph)
     workspaces = _workspaces(operators, forward, device)
     for index, size in workspaces.items():
@@ -269,6 +269,7 @@ def _operators(
     costs: CostModel,
     device: str,
     mutated: frozenset[fx.Node],
+    granularity: int,
 ) -> tuple[list[Operator], tuple[int, ...]]:
     maker = [-1] * len(storages.bytes)
     operators: list[Operator] = []
@@ -288,14 +289,23 @@ def _operators(
                 makes=makes,
                 seconds=price.seconds,
                 flops=price.flops,
-                state_bytes=(rng_state_bytes(device) if is_random(node) else 0)
-                + sum(
-                    storages.bytes[storages.of[b][0]] for b in mutated & set(node.all_input_nodes)
+                state_bytes=sum(
+                    -(-size // granularity) * granularity
+                    for size in _state_sizes(node, storages, device, mutated)
                 ),
                 recomputable=is_recomputable(node),
             )
         )
     return operators, tuple(maker)
+
+
+def _state_sizes(
+    node: fx.Node, storages: Storages, device: str, mutated: frozenset[fx.Node]
+) -> list[int]:
+    """Bytes that are saved besides if an operator is recomputed."""
+    states = [rng_state_bytes(device)] if is_random(node) else []
+    old = mutated & set(node.all_input_nodes)
+    return [*states, *(storages.bytes[storages.of[buffer][0]] for buffer in old)]
 
 
 def _workspaces(operators: list[Operator], forward: list[fx.Node], device: str) -> dict[int, int]:
