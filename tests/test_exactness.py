@@ -46,7 +46,7 @@ every_model = pytest.mark.parametrize(
         zoo.CASES,
         quick=("rand_ops",),
         exhaustive=(
-            *("mixtral", "t5", "bert", "llama_bf16"),
+            *("mixtral", "t5", "bert", "vit", "llama_bf16"),
             *("kwargs_only", "logging", "no_loss", "dataclass_output"),
         ),
     ),

@@ -94,13 +94,21 @@ def _peaks(model: Any) -> Peaks:
     return peaks
 
 
-@pytest.mark.parametrize("name", MODELS)
+_SHARES = {"no budget": None, "half way": 0.5, "smallest": 0.0}
+_CORNERS = {("no budget", "gated"), ("smallest", "pooled")}
+
+
 @pytest.mark.parametrize(
-    "share",
+    ("share", "name"),
     [
-        pytest.param(None, id="no budget"),
-        pytest.param(0.5, id="half way", marks=pytest.mark.exhaustive),
-        pytest.param(0.0, id="smallest"),
+        pytest.param(
+            share,
+            name,
+            id=f"{label}-{name}",
+            marks=() if (label, name) in _CORNERS else pytest.mark.exhaustive,
+        )
+        for label, share in _SHARES.items()
+        for name in MODELS
     ],
 )
 def test_the_measured_peak_is_the_rehearsed_one_and_within_plan_and_budget(
