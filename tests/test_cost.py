@@ -60,7 +60,8 @@ def test_what_computes_longer_than_it_reads_and_writes_keeps_the_rest() -> None:
     assert slow.price(cos).seconds == pytest.approx(0.9 * alone)
 
 
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("unet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "unet"])
 def test_inside_a_kernel_elementwise_operators_are_cheaper_and_others_as_before(name: str) -> None:
     model, args, kwargs, _ = zoo.build(name)
     nodes = capture(model, args, kwargs, inner="inductor").graph.graph.nodes
