@@ -324,6 +324,7 @@ def test_a_budget_holds_for_the_step_that_adds(monkeypatch: pytest.MonkeyPatch) 
     assert second.minimum_budget < first.peak_bytes
 
 
+@pytest.mark.slow
 def test_a_budget_that_only_the_first_micro_batch_meets_is_refused_at_the_second() -> None:
     first, second = _peaks()
     assert first.minimum_budget < second.minimum_budget

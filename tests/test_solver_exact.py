@@ -54,6 +54,7 @@ def test_the_optimum_of_300_graphs_is_that_of_brute_force(problem: Problem, shar
     check_against_brute_force(problem, share)
 
 
+@pytest.mark.slow
 @given(problems(8, 6), st.floats(0, 1))
 @settings(max_examples=80, derandomize=True, **_CALM)
 def test_the_program_of_single_recompute_fits_and_is_not_below_the_bound(
