@@ -314,6 +314,8 @@ class _Books:
             self.host_total += size
             self.host_peak = max(self.host_peak, self.host_total)
             return
+        if role == "rng state" and self.around.device == "cuda":
+            size = 0  # that of a CUDA generator lives on the host
         size = -(-size // self.around.granularity) * self.around.granularity
         self._open(key, Alive(size, role, name, maker, len(self.points)))
 
