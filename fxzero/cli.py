@@ -333,6 +333,73 @@ def explain(**options: Any) -> int:
 
 
 @cli.command()
+@click.argument("model")
+@click.option("--hardware", required=True, metavar="NAME", help="As in `fxzero plan`.")
+@click.option("--devices", required=True, type=click.IntRange(1), help="How many there are.")
+@click.option(
+    "--global-batch",
+    type=click.IntRange(1),
+    help="Examples of a step of all devices.  [default: --batch for each]",
+)
+@click.option(
+    "--goal",
+    type=click.Choice(["time", "devices", "batch", "cost"]),
+    default="time",
+    show_default=True,
+    help="The fastest step, the fewest devices that fit, the largest batch that fits without "
+    "adding gradients up, or the cheapest step on any number of devices.",
+)
+@click.option("--price", type=float, help="Of a device-hour.")
+@click.option("--batch", type=int, help="Of the smallest micro-batch.  [default: 1]")
+@click.option("--seq", type=int, help="Tokens per example.  [default: up to 1024]")
+@click.option("--dtype", type=click.Choice(_DTYPES), help="[default: the configuration's]")
+@click.option("--memory-budget", metavar="SIZE", help="[default: the device's, less a reserve]")
+@click.option(
+    "--optimizer",
+    multiple=True,
+    metavar="NAME",
+    help="As in `fxzero plan`; several: any of them.  [default: adamw]",
+)
+@click.option(
+    "--zero", type=click.Choice(["0", "1", "2", "3", "auto"]), default="auto", show_default=True
+)
+@click.option("--offload", is_flag=True, help="Saved values may wait in host memory.")
+@click.option("--send-codes", is_flag=True, help="Collectives may move codes of 8 or 4 bits.")
+@click.option("--rows", type=click.IntRange(1), default=12, show_default=True, help="Ways to list.")
+@click.option("--json", type=click.Path(path_type=Path), help="Write all ways to this file.")
+def search(
+    model: str,
+    batch: int | None,
+    seq: int | None,
+    dtype: str | None,
+    optimizer: tuple[str, ...],
+    rows: int,
+    json: Path | None,
+    **options: Any,
+) -> int:
+    """Rank the ways to train on many devices: which fits, how fast, and why others are slower."""
+    from fxzero.cluster.search import search as search_ways
+    from fxzero.hardware import describe
+    from fxzero.report.search import render, to_json
+    from fxzero.sources import load_model
+
+    options["hardware"] = describe(options["hardware"])
+    source = load_model(model, batch=batch, seq=seq, dtype=dtype)
+    found = search_ways(
+        source.model,
+        source.args,
+        kwargs=source.kwargs,
+        name=source.name,
+        optimizer=list(optimizer) or "adamw",
+        **options,
+    )
+    click.echo(render(found, rows))
+    if json:
+        _write(json, lambda path: path.write_text(to_json(found)))
+    return _OK if found.fits else _DOES_NOT_FIT
+
+
+@cli.command()
 @click.argument("before", type=click.Path(path_type=Path))
 @click.argument("after", type=click.Path(path_type=Path))
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page to this file.")

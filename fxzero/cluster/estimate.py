@@ -1,8 +1,8 @@
 """What one way to train takes: seconds of a step and bytes of the rank that needs most.
 
 Operators of a stage and its collectives are played against each other, unit by unit: a gather
-starts two units before what it is for, a reduction when its gradients are there, and links carry
-one collective after the other.  Stages are then played by their schedule, for as many micro-batches
+starts when what the last but one was for begins, a reduction when its gradients are there, and
+links carry one collective after the other.  Stages are then played by their schedule, for as many micro-batches
 as fill the pipeline; the others follow at the pace of the slowest rank.
 
     operators   | unit 1 | unit 2 |.| unit 3 |         "." : waits for links
@@ -16,6 +16,7 @@ besides.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -145,7 +146,7 @@ class Estimator:
         hidden = played[mine[0]].times.input_gradient + played[mine[0]].times.weight_gradient
         once = sum(links.once(stages[s]) for s in mine)
         around = once.start + max(once.end - hidden, 0.0) if once else 0.0
-        compute = count * sum(stages[s].total for s in mine) * way.microbatch
+        compute = count * sum(stages[s].of(way.microbatch) for s in mine)
         recompute = count * sum(float(stages[s].seconds[level]) for s in mine) * way.microbatch
         waits = count * pace[slowest] - compute - recompute + around
         update = max(self._update(stages, mine, way) for mine in ranks)
@@ -250,7 +251,7 @@ def _static_bytes(stage: StageSketch, way: Way, accumulates: bool) -> float:
 
 def _gathered_bytes(stage: StageSketch, way: Way) -> float:
     """Bytes of weights and gradients that are whole for a while."""
-    if way.zero < 2:
+    if way.zero == 0:
         return 0.0
     largest = stage.weights.largest * _IN_FLIGHT if way.zero == 3 else 0.0
     return largest + float(stage.reduced.max(initial=0.0))
@@ -273,7 +274,8 @@ def _play(stage: StageSketch, level: int, way: Way, links: _Links) -> _Played:
     again = float(stage.seconds[level])
     backward = stage.input_gradient + stage.weight_gradient
     share = backward / total if (total := float(backward.sum())) else backward
-    forward, backward = stage.forward * size, (backward + share * again) * size
+    forward = stage.forward * size - stage.forward_launches * (size - 1)
+    backward = (backward + share * again) * size - stage.backward_launches * (size - 1)
     gathers = [links.gather(b) for b in stage.gathered] if links.gathers_each_time else []
     reduces = [links.reduce(b) for b in stage.reduced] if links.reduces_each_time else []
     ahead = _beside(forward, gathers or [0.0] * len(forward), [0.0] * len(forward))
@@ -282,7 +284,7 @@ def _play(stage: StageSketch, level: int, way: Way, links: _Links) -> _Played:
         gathers[::-1] if way.zero == 3 else [0.0] * len(backward),
         reduces[::-1] or [0.0] * len(backward),
     )
-    late = float(stage.weight_gradient.sum()) * size
+    late = min(float(stage.weight_gradient.sum()) * size, back)
     return _Played(StageTimes(ahead, max(back - late, 0.0), late))
 
 
@@ -291,12 +293,16 @@ def _beside(compute: Numbers, gathers: Sequence[float], reduces: Sequence[float]
     if not any(gathers) and not any(reduces):
         return float(compute.sum())
     now = links = 0.0
-    starts = [0.0] * _IN_FLIGHT
+    waiting, ends = deque(gather for gather in gathers if gather), deque[float]()
+    for _ in range(min(_IN_FLIGHT, len(waiting))):
+        links += waiting.popleft()
+        ends.append(links)
     for seconds, gather, reduce in zip(compute.tolist(), gathers, reduces, strict=True):
         if gather:
-            links = max(links, starts[-_IN_FLIGHT]) + gather
-            now = max(now, links)
-        starts.append(now)
+            now = max(now, ends.popleft())
+            if waiting:
+                links = max(links, now) + waiting.popleft()
+                ends.append(links)
         now += seconds
         if reduce:
             links = max(links, now) + reduce

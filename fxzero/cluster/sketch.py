@@ -2,7 +2,8 @@
 
 The model is traced once, with its backward, over the smallest micro-batch.  Its operators stand in
 a row of units; each unit has its time, what it leaves for the backward, and what it recomputes at
-each of the solver's levels.  Larger micro-batches take, and hold, in proportion.
+each of the solver's levels.  Larger micro-batches take, and hold, in proportion, but for what it
+takes to launch operators.
 
     unit          forward    backward    leaves: level 0    level 1    recomputes: level 1
     layer 1       2 ms       4 ms        40 MiB             12 MiB     1 ms
@@ -13,7 +14,7 @@ Invariant: the sums over all units are those of the traced model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
@@ -26,7 +27,7 @@ from fxzero.optimizers import profile_optimizer
 from fxzero.pipelining.balance import partition
 from fxzero.pipelining.footprint import Levels
 from fxzero.pipelining.planning import Chooser
-from fxzero.pipelining.profile import weights_of
+from fxzero.pipelining.profile import origins, weights_of
 from fxzero.pipelining.stages import tensors_of
 
 Numbers = NDArray[np.float64]
@@ -59,6 +60,7 @@ class StageSketch:
 
     Attributes:
         forward, input_gradient, weight_gradient: seconds of each unit.
+        forward_launches, backward_launches: of them, what does not grow with the micro-batch.
         gathered, reduced: bytes of each unit's weights and gradients that collectives move.
         saved, seconds: what all units leave for the backward and recompute, by level.
         working: most bytes besides, by level.
@@ -69,6 +71,8 @@ class StageSketch:
     forward: Numbers
     input_gradient: Numbers
     weight_gradient: Numbers
+    forward_launches: Numbers
+    backward_launches: Numbers
     gathered: Numbers
     reduced: Numbers
     weights: Weights
@@ -78,10 +82,11 @@ class StageSketch:
     sent: float
     messages: int
 
-    @property
-    def total(self) -> float:
-        """Seconds of forward and backward."""
-        return float((self.forward + self.input_gradient + self.weight_gradient).sum())
+    def of(self, size: int) -> float:
+        """Seconds of forward and backward of ``size`` of the smallest micro-batches at once."""
+        alone = float((self.forward + self.input_gradient + self.weight_gradient).sum())
+        launches = float((self.forward_launches + self.backward_launches).sum())
+        return alone * size - launches * (size - 1)
 
 
 class Sketch:
@@ -99,6 +104,7 @@ class Sketch:
         self.levels = len(levels.saved)
         profile = chooser.profile
         self._times = [profile.times(start, stop) for start, stop in pairwise(self._bounds)]
+        self._launches = _launches(chooser, self._bounds)
         self._tensors = _tensors(chooser, self._bounds, optimizers)
         self.stages = cache(self._stages)
 
@@ -132,6 +138,8 @@ class Sketch:
             forward=np.array([each.forward for each in times]),
             input_gradient=np.array([each.input_gradient for each in times]),
             weight_gradient=np.array([each.weight_gradient for each in times]),
+            forward_launches=self._launches[0, start:stop],
+            backward_launches=self._launches[1, start:stop],
             gathered=gathered,
             reduced=reduced,
             weights=Weights(
@@ -147,6 +155,18 @@ class Sketch:
             sent=float(row.bytes_across(last)) if stop < self.units else 0.0,
             messages=len(row.values_across(last)) if stop < self.units else 0,
         )
+
+
+def _launches(chooser: Chooser, bounds: Sequence[int]) -> Numbers:
+    """Seconds that launching the forward's and the backward's operators of each unit takes."""
+    graph, costs = chooser.profile.graph, chooser.costs
+    free = replace(costs, hardware=replace(costs.hardware, launch=0.0))
+    found = np.zeros((2, len(bounds) - 1))
+    for node, position in origins(graph).items():
+        unit = int(np.searchsorted(bounds, position, side="right")) - 1
+        seconds = costs.price(node).seconds - free.price(node).seconds
+        found[int(graph.is_backward(node)), unit] += seconds
+    return found
 
 
 @dataclass(frozen=True)

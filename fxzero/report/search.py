@@ -6,6 +6,8 @@ fastest: pp 4 x dp 128, ZeRO 2, 1f1b, 8 x 1 ...
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -50,6 +52,31 @@ def render(found: Found, shown: int = _SHOWN) -> str:
     if not best.fits:
         lines.insert(2, f"to fit: {_advice(found)}")
     return "\n".join(lines)
+
+
+def to_json(found: Found) -> str:
+    """All ways as JSON: seconds, bytes, and what a step is made of."""
+    question = found.question
+    rows = [
+        {
+            **dataclasses.asdict(estimate),
+            "optimizer": str(question.optimizers[estimate.way.optimizer]),
+            "devices": devices_of(estimate.way),
+            "examples": found.examples(estimate),
+            "cost": found.cost(estimate),
+            "reason": found.reason(estimate),
+        }
+        for estimate in found.ranked
+    ]
+    asked = {
+        "model": question.name,
+        "hardware": question.hardware.name,
+        "devices": question.devices,
+        "global_batch": question.global_batch,
+        "goal": question.goal,
+        "memory_budget": question.options.memory_budget,
+    }
+    return json.dumps({"question": asked, "ways": rows}, indent=1) + "\n"
 
 
 def _verdict(found: Found) -> str:
