@@ -2,8 +2,8 @@
 
 Operators of a stage and its collectives are played against each other, unit by unit: a gather
 starts when what the last but one was for begins, a reduction when its gradients are there, and
-links carry one collective after the other.  Stages are then played by their schedule, for as many micro-batches
-as fill the pipeline; the others follow at the pace of the slowest rank.
+links carry one collective after the other.  Stages are then played by their schedule, for as many
+micro-batches as fill the pipeline; the others follow at the pace of the slowest rank.
 
     operators   | unit 1 | unit 2 |.| unit 3 |         "." : waits for links
     links       | g1 | g2 |  g3     |  ...
@@ -28,12 +28,12 @@ from fxzero.cluster.ways import Way
 from fxzero.hardware import Hardware
 from fxzero.network import Route, route
 from fxzero.pipelining.schedules import Schedule, StageTimes, make_schedule
-from fxzero.pipelining.simulation import simulate
+from fxzero.pipelining.simulation import step_seconds
 
 # Collectives of a kind that are under way beside operators, as in plans.
 _IN_FLIGHT = 2
 # Micro-batches a rank that are played; a pipeline is in its rhythm then.
-_PLAYED = 3
+_PLAYED = 2
 # Bytes of a number that travels as a code, with its share of a scale, by kind.
 _CODE_BYTES = {"int8": 1 + 4 / 128, "fp8": 1 + 4 / 128, "int4": 0.5 + 4 / 128}
 
@@ -140,7 +140,7 @@ class Estimator:
         else:
             times = [each.times for each in played]
             sends = [links.send(stage.sent * way.microbatch, stage.messages) for stage in stages]
-            step = simulate(schedule, times, sends[:-1]).step_seconds
+            step = step_seconds(schedule, times, sends[:-1])
             step += (count - schedule.microbatches) * pace[slowest]
         mine = ranks[slowest]
         hidden = played[mine[0]].times.input_gradient + played[mine[0]].times.weight_gradient

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import enum
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 
 from fxzero.errors import UsageError, unknown_option
@@ -103,6 +104,15 @@ class Action:
 
 
 @dataclass(frozen=True)
+class Step:
+    """An action of a rank, with the stage and the place of each that it needs."""
+
+    rank: int
+    action: Action
+    needs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class Schedule:
     """One step of a pipeline.
 
@@ -144,10 +154,52 @@ class Schedule:
                 most = max(most, now)
         return most
 
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """All actions in an order in which each comes after what it needs.
+
+        Raises:
+            UsageError: a rank would wait for ever.
+        """
+        found: list[Step] = []
+        places: dict[Action, int] = {}
+        done = [0] * self.ranks
+        moved = True
+        while moved:
+            moved = False
+            for rank, order in enumerate(self.orders):
+                while done[rank] < len(order):
+                    action = order[done[rank]]
+                    needs = action.needs(self.stages)
+                    if not all(need in places for need in needs):
+                        break
+                    places[action.result] = len(found)
+                    found.append(Step(rank, action, tuple((n.stage, places[n]) for n in needs)))
+                    done[rank] += 1
+                    moved = True
+        if len(found) < sum(map(len, self.orders)):
+            raise _deadlock(self, done, places)
+        return tuple(found)
+
     def __str__(self) -> str:
         return "\n".join(
             f"rank {rank}: {' '.join(map(str, order))}" for rank, order in enumerate(self.orders)
         )
+
+
+def _deadlock(schedule: Schedule, done: Sequence[int], ends: Mapping[Action, int]) -> UsageError:
+    lines = [
+        f"schedule {schedule.name!r} deadlocks after {sum(done)} of"
+        f" {sum(map(len, schedule.orders))} actions: an action must come after all that it needs"
+    ]
+    for rank, (order, count) in enumerate(zip(schedule.orders, done, strict=True)):
+        if count < len(order):
+            missing = next(n for n in order[count].needs(schedule.stages) if n not in ends)
+            lines.append(
+                f"  rank {rank} waits for ever with {order[count]}, which needs {missing}"
+                f" of rank {schedule.placement[missing.stage]}"
+            )
+    return UsageError("\n".join(lines))
 
 
 def make_schedule(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxzero.errors import UsageError
-from fxzero.pipelining.schedules import Action, Kind, Schedule, StageTimes, check_times
+from fxzero.pipelining.schedules import Action, Kind, Schedule, StageTimes, Step, check_times
 
 
 @dataclass(frozen=True)
@@ -64,32 +64,42 @@ def simulate(
     Raises:
         UsageError: if a rank would wait for ever, or a number of stages or boundaries is wrong.
     """
-    check_times(times, schedule.stages)
-    delays = _delays(schedule, transfer_seconds)
-    ends: dict[Action, float] = {}
-    spans: list[Span] = []
-    done = [0] * schedule.ranks
-    now = [0.0] * schedule.ranks
-    moved = True
-    while moved:
-        moved = False
-        for rank, order in enumerate(schedule.orders):
-            while done[rank] < len(order):
-                action = order[done[rank]]
-                needs = action.needs(schedule.stages)
-                if not all(need in ends for need in needs):
-                    break
-                arrivals = [ends[n] + delays.get((n.stage, action.stage), 0.0) for n in needs]
-                start = max([now[rank], *arrivals])
-                now[rank] = ends[action.result] = start + times[action.stage].of(action.kind)
-                spans.append(Span(rank, action, start, now[rank]))
-                done[rank] += 1
-                moved = True
-    if len(spans) < sum(map(len, schedule.orders)):
-        raise _deadlock(schedule, done, ends)
+    steps, starts, ends = _play(schedule, times, transfer_seconds)
+    spans = [
+        Span(step.rank, step.action, start, end)
+        for step, start, end in zip(steps, starts, ends, strict=True)
+    ]
     spans.sort(key=lambda span: (span.start, span.end, span.rank))
     work = [[times[action.stage].of(action.kind) for action in order] for order in schedule.orders]
-    return Simulation(tuple(spans), max(now), tuple(map(sum, work)))
+    return Simulation(tuple(spans), max(ends, default=0.0), tuple(map(sum, work)))
+
+
+def step_seconds(
+    schedule: Schedule,
+    times: Sequence[StageTimes],
+    transfer_seconds: float | Sequence[float] = 0.0,
+) -> float:
+    """The seconds of ``simulate``, without its spans."""
+    return max(_play(schedule, times, transfer_seconds)[2], default=0.0)
+
+
+def _play(
+    schedule: Schedule, times: Sequence[StageTimes], transfer_seconds: float | Sequence[float]
+) -> tuple[tuple[Step, ...], list[float], list[float]]:
+    """The steps of a schedule, when each starts, and when it ends."""
+    check_times(times, schedule.stages)
+    delays = _delays(schedule, transfer_seconds)
+    seconds = [{kind: each.of(kind) for kind in Kind} for each in times]
+    steps = schedule.steps
+    now = [0.0] * schedule.ranks
+    starts, ends = [0.0] * len(steps), [0.0] * len(steps)
+    for index, step in enumerate(steps):
+        start, stage = now[step.rank], step.action.stage
+        for source, at in step.needs:
+            start = max(start, ends[at] + delays.get((source, stage), 0.0))
+        starts[index] = start
+        now[step.rank] = ends[index] = start + seconds[stage][step.action.kind]
+    return steps, starts, ends
 
 
 def _delays(schedule: Schedule, seconds: float | Sequence[float]) -> dict[tuple[int, int], float]:
@@ -107,21 +117,6 @@ def _delays(schedule: Schedule, seconds: float | Sequence[float]) -> dict[tuple[
         if schedule.placement[stage] != schedule.placement[stage + 1]:
             delays[stage, stage + 1] = delays[stage + 1, stage] = each
     return delays
-
-
-def _deadlock(schedule: Schedule, done: Sequence[int], ends: dict[Action, float]) -> UsageError:
-    lines = [
-        f"schedule {schedule.name!r} deadlocks after {sum(done)} of"
-        f" {sum(map(len, schedule.orders))} actions: an action must come after all that it needs"
-    ]
-    for rank, (order, count) in enumerate(zip(schedule.orders, done, strict=True)):
-        if count < len(order):
-            missing = next(n for n in order[count].needs(schedule.stages) if n not in ends)
-            lines.append(
-                f"  rank {rank} waits for ever with {order[count]}, which needs {missing}"
-                f" of rank {schedule.placement[missing.stage]}"
-            )
-    return UsageError("\n".join(lines))
 
 
 def peak_held(
