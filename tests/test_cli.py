@@ -90,6 +90,7 @@ def test_the_set_of_commands_and_options_is_this() -> None:
         "model", "batch", "seq", "dtype", "memory_budget", "optimizer", "recompute", "objective",
         "offload",
         "accumulate",
+        "update",
         "devices",
         "hardware",
         "mesh",
@@ -109,6 +110,24 @@ def test_the_set_of_commands_and_options_is_this() -> None:
         | {"json", "html", "memory_viz", "trace", "sweep", "card", "check", "accept"},
         "explain": planning,
         "diff": {"before", "after", "html"},
+        "search": {
+            "model",
+            "hardware",
+            "devices",
+            "global_batch",
+            "goal",
+            "price",
+            "batch",
+            "seq",
+            "dtype",
+            "memory_budget",
+            "optimizer",
+            "zero",
+            "offload",
+            "send_codes",
+            "rows",
+            "json",
+        },  # fmt: skip
         "hardware": set(),
         "passes": set(),
         "verify": {"model", "memory_budget", "inner"},
@@ -155,6 +174,7 @@ def test_plan_prints_the_report_and_returns_0_where_it_fits(
         "objective": "time",
         "offload": False,
         "accumulate": False,
+        "update": "step",
         "pipeline": None,
         "devices": None,
         "hardware": None,
@@ -344,16 +364,17 @@ def test_an_optimizer_may_be_bytes_for_a_parameter(run: Callable[..., Ran], stub
 
 def test_passes_lists_name_numerics_and_summary(run: Callable[..., Ran]) -> None:
     lines = run("passes").out.splitlines()
-    assert [line.split()[:2] for line in lines[:7]] == [
+    assert [line.split()[:2] for line in lines[:8]] == [
         ["shard", "exact"],
         ["quantize", "changes"],
         ["deduplicate", "exact"],
         ["accumulate", "exact"],
+        ["update", "exact"],
         ["offload", "exact"],
         ["rematerialize", "exact"],
         ["write_back", "exact"],
     ]
-    assert lines[6].endswith("exact    Buffer updates become writes at the end of the forward.")
+    assert lines[7].endswith("exact    Buffer updates become writes at the end of the forward.")
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ def test_the_report_names_the_mesh():
         ({"mesh": {"dp": 4}, "devices": 8}, "mesh has 4 ranks, devices=8"),
         (
             {"mesh": {"dp_replicate": 2, "dp_shard": 4}, "devices": 6},
-            r"mesh has 8 ranks \(dp_replicate 2 x dp_shard 4\), devices=6",
+            "mesh has 8 ranks (dp_replicate 2 x dp_shard 4), devices=6",
         ),
         ({"precision": "bf16"}, "precision='bf16' must be a fxzero.Precision"),
     ],
