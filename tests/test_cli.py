@@ -127,7 +127,7 @@ def test_the_set_of_commands_and_options_is_this() -> None:
             "send_codes",
             "rows",
             "json",
-        },  # fmt: skip
+        },
         "hardware": set(),
         "passes": set(),
         "verify": {"model", "memory_budget", "inner"},
