@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_solver import peak_by_hand, problems
 
-from fxzero.solver.eviction import evict
+from fxzero.solver.eviction import _Books, _gaps, evict
 from fxzero.solver.problem import Operator, Problem
 from fxzero.solver.schedule import Schedule, make_schedule, save_more
 
@@ -68,6 +71,54 @@ def test_what_is_read_at_the_peak_cannot_go() -> None:
     assert evict(problem, everything(problem), 109, seconds) is None
     start = everything(problem)
     assert evict(problem, start, 110, seconds) is start
+
+
+def many_values(count: int) -> Problem:
+    """Values of 10 bytes, each made in two operators, of which the second takes i seconds more."""
+    operators = []
+    for i in range(count):
+        operators.append(Operator(f"small{i}", 2 * i, (), (2 * i,), 0.5, 1, 0, True))
+        reads, makes = (2 * i,), (2 * i + 1,)
+        operators.append(Operator(f"large{i}", 2 * i + 1, reads, makes, 1.0 + i, 1, 0, True))
+    reads = ((), *((2 * i + 1,) for i in reversed(range(count))))
+    return dataclasses.replace(
+        one_value(reads=reads, base=(1000, *([0] * count))),
+        bytes=(1, 10) * count,
+        operators=tuple(operators),
+        maker=tuple(range(2 * count)),
+        death=tuple(i | 1 for i in range(2 * count)),
+        forward_steps=2 * count,
+    )
+
+
+@pytest.mark.parametrize("count", [8, 32, 128])
+def test_what_takes_long_to_make_is_looked_into_no_further(count: int) -> None:
+    asked = []
+
+    def price(operator: Operator) -> float:
+        asked.append(operator.name)
+        return operator.seconds
+
+    problem = many_values(count)
+    start = make_schedule(problem, range(1, 2 * count, 2))
+    schedule = evict(problem, start, start.peak - 10, price)
+    assert schedule is not None
+    assert schedule.recompute == ((0, count), (1, count))
+    assert len(asked) < count + 10
+
+
+@given(problems(), st.data())
+def test_of_what_may_go_the_cheapest_goes_for_its_bytes(
+    problem: Problem, data: st.DataObject
+) -> None:
+    start = make_schedule(
+        problem, problem.must_save | data.draw(st.sets(st.sampled_from(range(len(problem.bytes)))))
+    )
+    excess = data.draw(st.integers(1, max(start.peak, 1)))
+    books, gaps = _Books(problem, start), list(_gaps(problem, start))
+    chains = [(gap, *found) for gap in gaps if (found := books.chain(gap, seconds)) and found[0]]
+    one_by_one = min(chains, key=lambda c: c[2] / min(c[0].bytes, excess), default=None)
+    assert books.cheapest(gaps, seconds, excess) == one_by_one
 
 
 @given(problems(), st.data())

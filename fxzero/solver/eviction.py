@@ -13,8 +13,9 @@ DTR (Kirisame et al., ICLR 2021) evicts by a similar measure while a model runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 
@@ -53,14 +54,7 @@ def evict(
         lowest = min(lowest, schedule.peak)
         excess = schedule.peak - budget
         books = _Books(problem, schedule)
-        cheapest, share = None, _NEVER
-        for gap in _gaps(problem, schedule):
-            found = books.chain(gap, price)
-            if found is None or not found[0]:
-                continue
-            chain, cost = found
-            if cost / min(gap.bytes, excess) < share:
-                cheapest, share = (gap, chain, cost), cost / min(gap.bytes, excess)
+        cheapest = books.cheapest(_gaps(problem, schedule), price, excess)
         if cheapest is None:
             return None
         gap, chain, cost = cheapest
@@ -123,8 +117,40 @@ class _Books:
     def without(self, gap: _Gap, chain: set[int]) -> Schedule:
         """The schedule in which the value is away, and these operators run at the gap's end."""
         step = int(self.schedule.steps[gap.until])
-        order = sorted(self.again.union((index, step) for index in chain), key=lambda x: x[::-1])
-        return evaluate(self.problem, order)
+        # Nearly in order already, which makes it cheap to sort.
+        order = [*self.schedule.recompute, *((index, step) for index in chain)]
+        return evaluate(self.problem, sorted(order, key=itemgetter(1, 0)))
+
+    def cheapest(
+        self, gaps: Iterable[_Gap], price: Price, excess: int
+    ) -> tuple[_Gap, set[int], float] | None:
+        """The gap whose chain costs least for the bytes that it frees, with chain and cost.
+
+        No chain costs less than the cheapest way to make the value itself.  Gaps are asked in the
+        order of that, and those that cannot be cheaper than one that was found are not asked.
+        """
+
+        def share(cost: float, gap: _Gap) -> float:
+            return cost / min(gap.bytes, excess)
+
+        asked = list(gaps)
+        least = [(share(self._least(gap, price), gap), at) for at, gap in enumerate(asked)]
+        best, answer = (_NEVER, 0), None
+        for bound, at in sorted(least):
+            if bound > best[0]:
+                break
+            found = self.chain(asked[at], price)
+            if found is None or not found[0]:
+                continue
+            chain, cost = found
+            rank = share(cost, asked[at]), at
+            if rank < best:
+                best, answer = rank, (asked[at], chain, cost)
+        return answer
+
+    def _least(self, gap: _Gap, price: Price) -> float:
+        operators = self.problem.operators
+        return min(price(operators[way]) for way in self.problem.ways(gap.storage))
 
     def chain(self, gap: _Gap, price: Price) -> tuple[set[int], float] | None:
         """Operators to run besides at the end of the gap and their price; None if one cannot.

@@ -101,7 +101,7 @@ class Problem:
     seconds: float
     flops: int
 
-    @property
+    @cached_property
     def unit(self) -> float:
         """Bytes that programs count as one, so that their coefficients are moderate numbers."""
         return max(self.bytes, default=1) / 1000 or 1.0
@@ -126,6 +126,11 @@ class Problem:
     def held_bytes(self) -> int:
         """Bytes of the outputs that the caller keeps."""
         return sum(self.bytes[storage] for storage in self.held)
+
+    @cached_property
+    def reading_steps(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """The backward steps that read anything of the forward, and what."""
+        return tuple((step, reads) for step, reads in enumerate(self.reads) if reads)
 
     @cached_property
     def first_read(self) -> dict[int, int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,7 @@ from fxzero.solver.problem import Problem
 Bytes = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Life:
+class Life(NamedTuple):
     """One instance of a value in backward events.
 
     Attributes:
@@ -132,12 +132,14 @@ def _once_when_needed(
     return order
 
 
+def _integers(values: list[int]) -> Bytes:
+    return np.asarray(values, dtype=np.int64)
+
+
 class _Books:
     def __init__(self, problem: Problem, recompute: Sequence[tuple[int, int]]) -> None:
         self.problem = problem
         self.recompute = tuple(recompute)
-        self.event = 1
-        self.step_events: list[int] = []
         self.last_event: dict[int, int] = {}
         self.opened: list[tuple[int, int, list[int]]] = []  # storage, start, reads
         self.current: dict[int, list[int]] = {}
@@ -145,38 +147,42 @@ class _Books:
 
     def close(self) -> Schedule:
         problem = self.problem
-        due = iter(self.recompute)
-        index, before = next(due, (-1, -1))
-        for step, reads in enumerate(problem.reads):
-            while before == step:
-                self._run_again(index)
-                index, before = next(due, (-1, -1))
-            self._read(reads)
-            self.step_events.append(self.event)
-            self.event += 1
-        assert index == -1, f"operator {index} is to run before step {before}, which is past"
+        due, runs = self.recompute, 0
+        for step, reads in (*problem.reading_steps, (len(problem.reads), ())):
+            while runs < len(due) and due[runs][1] <= step:
+                runs += 1
+                self._run_again(due[runs - 1][0], due[runs - 1][1] + runs)
+            self._read(reads, step + 1 + runs)
         lives = [Life(storage, start, tuple(reads)) for storage, start, reads in self.opened]
-        forward, backward = self._forward_bytes(), self._backward_bytes(lives)
+        ends = self._step_events()
+        forward, backward = self._forward_bytes(), self._backward_bytes(lives, ends)
         operators = [problem.operators[index] for index, _ in self.recompute]
         return Schedule(
             saved=frozenset(self.saved),
             recompute=self.recompute,
             forward=forward,
             backward=backward,
-            step_events=tuple(self.step_events),
+            step_events=tuple(ends.tolist()),
             lives=tuple(life for life in lives if life.storage not in problem.held),
             seconds=float(sum(operator.seconds for operator in operators)),
             flops=sum(operator.flops for operator in operators),
             peak=int(max(forward.max(initial=0), backward.max(initial=0))),
         )
 
-    def _read(self, storages: Sequence[int]) -> None:
+    def _step_events(self) -> Bytes:
+        """The event of each step: behind the first one, earlier steps, and all that ran again."""
+        steps = np.arange(len(self.problem.reads), dtype=np.int64)
+        before = _integers([step for _, step in self.recompute])
+        assert np.all(np.diff(before, append=len(steps) - 1) >= 0), "recompute is out of order"
+        return steps + 1 + np.searchsorted(before, steps, side="right")
+
+    def _read(self, storages: Sequence[int], event: int) -> None:
         for storage in storages:
             reads = self.current.get(storage)
             if reads is None:
                 self.saved.add(storage)
                 reads = self._open(storage, start=0)
-            reads.append(self.event)
+            reads.append(event)
 
     def _open(self, storage: int, start: int) -> list[int]:
         reads: list[int] = []
@@ -184,13 +190,12 @@ class _Books:
         self.opened.append((storage, start, reads))
         return reads
 
-    def _run_again(self, index: int) -> None:
+    def _run_again(self, index: int, event: int) -> None:
         operator = self.problem.operators[index]
-        self._read(operator.reads)
+        self._read(operator.reads, event)
         for storage in operator.makes:
-            self._open(storage, start=self.event)
-        self.last_event[index] = self.event
-        self.event += 1
+            self._open(storage, start=event)
+        self.last_event[index] = event
 
     def _forward_bytes(self) -> Bytes:
         problem = self.problem
@@ -202,25 +207,24 @@ class _Books:
             change[problem.operators[index].position] += problem.operators[index].state_bytes
         return problem.fixed + np.cumsum(change[:-1])
 
-    def _backward_bytes(self, lives: Sequence[Life]) -> Bytes:
+    def _backward_bytes(self, lives: Sequence[Life], ends: Bytes) -> Bytes:
         problem = self.problem
-        change = np.zeros(self.event + 1, dtype=np.int64)
+        events = 1 + len(problem.reads) + len(self.recompute)
+        change = np.zeros(events + 1, dtype=np.int64)
         # What the caller holds lives to the end, whether or not the backward reads it.
         change[0] = problem.held_bytes
-        for life in lives:
-            if life.start == 0 and life.storage in problem.held:
-                continue
-            change[life.start] += problem.bytes[life.storage]
-            change[life.end + 1] -= problem.bytes[life.storage]
+        counted = [life for life in lives if life.start > 0 or life.storage not in problem.held]
+        sizes = _integers([problem.bytes[life.storage] for life in counted])
+        np.add.at(change, _integers([life.start for life in counted]), sizes)
+        np.subtract.at(change, _integers([life.end for life in counted]) + 1, sizes)
         for index, event in self.last_event.items():
             change[0] += problem.operators[index].state_bytes
             change[event + 1] -= problem.operators[index].state_bytes
-        return self._base_by_event() + np.cumsum(change[:-1])
+        return self._base_by_event(ends) + np.cumsum(change[:-1])
 
-    def _base_by_event(self) -> Bytes:
+    def _base_by_event(self, ends: Bytes) -> Bytes:
         """Base memory at every event; while a value is computed again, what the last step left."""
         problem = self.problem
-        ends = np.asarray(self.step_events, dtype=np.int64)
         left = np.asarray([problem.base_before, *problem.base_after[:-1]], dtype=np.int64)
         result = np.repeat(left[: len(ends)], np.diff(ends, prepend=-1))
         result[ends] = problem.base
