@@ -15,7 +15,6 @@ such as the logits then costs no tangent.  ``differentiable`` names another set 
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import re
 import sysconfig
@@ -33,6 +32,7 @@ from torch import fx, nn
 from fxzero import _torch
 from fxzero.decompositions import decompositions_for, restore_eager_operators
 from fxzero.errors import CaptureError, DeviceError, UsageError, first_line
+from fxzero.garbage import no_collections
 from fxzero.graph import TrainGraph
 from fxzero.precision import Precision
 from fxzero.sharding import is_spread, replaced
@@ -173,7 +173,7 @@ def export(
         _named_errors(type(model).__name__),
         torch.enable_grad(),
         _torch.keep_annotations(),
-        _no_collections(),
+        no_collections(),
     ):
         exported = torch.export.export(traced, tuple(leaves), strict=False)
         forward = exported.module(check_guards=False)
@@ -201,7 +201,7 @@ def join(
         _named_errors(name),
         torch.enable_grad(),
         _torch.keep_annotations(),
-        _no_collections(),
+        no_collections(),
     ):
         if inner == "eager":
             restore_eager_operators(forward)
@@ -209,19 +209,6 @@ def join(
     graph = TrainGraph.from_joint(joint, rename=lambda name: name.removeprefix(_PREFIX))
     _refuse_sparse_gradients(graph, name)
     return graph
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """Inside, nobody looks for garbage: a trace leaves hardly any, and has much to look through."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 class _Record:

@@ -9,6 +9,7 @@ from torch import nn
 
 from fxzero.capture import capture
 from fxzero.errors import BudgetError, UsageError
+from fxzero.garbage import no_collections
 from fxzero.hardware import describe
 from fxzero.mesh import planned_mesh
 from fxzero.microbatches import Batch, loss_of
@@ -124,6 +125,7 @@ def plan(
     )
 
 
+@no_collections()
 def without_pipeline(
     model: nn.Module,
     args: tuple[Any, ...],

@@ -22,6 +22,7 @@ from fxzero.collectives import is_collective, is_gather
 from fxzero.cost import CostModel, bucket_bytes
 from fxzero.errors import BudgetError, PlanError, UsageError
 from fxzero.execution import BoxedFunction
+from fxzero.garbage import no_collections
 from fxzero.graph import InputRole, TrainGraph
 from fxzero.optimizers import profile_optimizer
 from fxzero.options import Options, device_of
@@ -90,6 +91,7 @@ class Planner:
     Args: those of ``GraphPlanner``.
     """
 
+    @no_collections()
     def __init__(self, graph: TrainGraph, options: Options, name: str, **given: Any) -> None:
         costs = cost_model(
             device_of([node.meta["val"] for _, node in graph.pairs()]),
@@ -112,6 +114,7 @@ class Planner:
         """Hash of the graph that is planned: equal where the same model is traced."""
         return self.variants[0].digest
 
+    @no_collections()
     def decide(self) -> Decided:
         """The Plan for the options' budget.
 
@@ -123,6 +126,7 @@ class Planner:
                 return self._complete(decided)
         raise self.refusal()
 
+    @no_collections()
     def smallest(self) -> Decided:
         """The Plan with the smallest peak, for reports on budgets that nothing fits."""
         found = [variant.smallest() for variant in self.variants]

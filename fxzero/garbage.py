@@ -1,0 +1,24 @@
+"""Python's search for garbage rests while graphs are traced and planned.
+
+Their nodes refer to one another, so millions of objects would be looked through again and again,
+and hardly any of them is garbage.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Inside, nobody looks for garbage; also a decorator of functions."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
