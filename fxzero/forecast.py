@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
 
+from fxzero.attention import unmasked
 from fxzero.capture import capture
 from fxzero.errors import BudgetError, UsageError
 from fxzero.garbage import no_collections
@@ -107,22 +109,25 @@ def plan(
     )
     if accumulate and options.updates:
         raise UsageError('update="backward" keeps no gradients that accumulate=True could add to')
+    # What names hardware is for another machine, whose attention is that of its kernels.
+    on_cuda = described is not None and described.device == "cuda"
     called = name or type(model).__name__
-    if request is None:
-        return without_pipeline(
-            model, args, keywords, options, called, accumulates=accumulate, sweep=sweep
+    with unmasked(model, keywords) if on_cuda else nullcontext():
+        if request is None:
+            return without_pipeline(
+                model, args, keywords, options, called, accumulates=accumulate, sweep=sweep
+            )
+        batch, loss = Batch.of(args, keywords), functools.partial(loss_of, loss_fn=loss_fn)
+        forecaster = Forecaster(model, loss, options, called)
+        if isinstance(request, Pipeline):
+            count = request.microbatches_of(batch, ranks.sizes.get("pp", 1), options.microbatches)
+            return forecaster.plan(Setting(request, batch, count, ranks, options))
+        return choose_pipeline(
+            forecaster,
+            batch,
+            ranks,
+            lambda: without_pipeline(model, args, keywords, options, called),
         )
-    batch, loss = Batch.of(args, keywords), functools.partial(loss_of, loss_fn=loss_fn)
-    forecaster = Forecaster(model, loss, options, called)
-    if isinstance(request, Pipeline):
-        count = request.microbatches_of(batch, ranks.sizes.get("pp", 1), options.microbatches)
-        return forecaster.plan(Setting(request, batch, count, ranks, options))
-    return choose_pipeline(
-        forecaster,
-        batch,
-        ranks,
-        lambda: without_pipeline(model, args, keywords, options, called),
-    )
 
 
 @no_collections()
