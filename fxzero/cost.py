@@ -100,7 +100,7 @@ class CostModel:
         seconds = modelled.seconds * self.scale
         if self.measured:
             seconds = self.measured.get(operator_key(node), seconds)
-        if self.fused and is_elementwise(node):
+        if self.fused and is_elementwise(node) and not _leaves_its_kernel(node):
             seconds = self._inside_a_kernel(node, seconds)
         return NodeCost(seconds, modelled.flops)
 
@@ -178,6 +178,18 @@ def modelled_cost(
     return NodeCost(hardware.launch + max(computing, traffic / hardware.bandwidth), flops)
 
 
+def _leaves_its_kernel(node: fx.Node) -> bool:
+    """Whether a result is written wherever it is computed: a product, a collective reads it, or it
+    is what a graph returns."""
+    for user in node.users:
+        operator = drawn_operator(user)
+        if user.op == "output" or is_collective(user) or (operator and _formula(operator)):
+            return True
+        if operator is not None and makes_view(operator) and _leaves_its_kernel(user):
+            return True
+    return False
+
+
 def _is_causal(node: fx.Node, operator: torch._ops.OpOverload) -> bool:
     names = [argument.name for argument in operator._schema.arguments]
     args = node.args[_WRAPPED.get(node.target, -1) + 1 :]
@@ -232,13 +244,17 @@ def is_elementwise(node: fx.Node) -> bool:
 def count_flops(node: fx.Node) -> int:
     """Floating-point operations of matrix products, convolutions and attention; 0 for the rest."""
     operator = drawn_operator(node)
-    packet = operator._overloadpacket if operator is not None else None
-    formula = flop_registry.get(packet) or _EXTRA_FORMULAS.get(packet) or _BY_NAME.get(str(packet))
+    formula = None if operator is None else _formula(operator)
     if formula is None:
         return 0
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     args, value = args[_WRAPPED.get(node.target, -1) + 1 :], node.meta["val"]
     return int(formula(*args, **kwargs, out_val=value[1] if node.target is draw else value))
+
+
+def _formula(operator: torch._ops.OpOverload) -> Any:
+    packet = operator._overloadpacket
+    return flop_registry.get(packet) or _EXTRA_FORMULAS.get(packet) or _BY_NAME.get(str(packet))
 
 
 def drawn_operator(node: fx.Node) -> torch._ops.OpOverload | None:

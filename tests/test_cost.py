@@ -69,9 +69,33 @@ def test_inside_a_kernel_elementwise_operators_are_cheaper_and_others_as_before(
         alone, fused = ALONE.price(node), FUSED.price(node)
         assert fused.flops == alone.flops
         if is_elementwise(node) and alone.seconds:
-            assert 0 < fused.seconds < alone.seconds
+            leaves = any(_must_be_written_for(user) for user in node.users)
+            assert 0 < fused.seconds < alone.seconds or leaves
         else:
             assert fused.seconds == alone.seconds
+
+
+def _must_be_written_for(user: fx.Node) -> bool:
+    if isinstance(user.target, torch._ops.OpOverload) and user.target.is_view:
+        return any(map(_must_be_written_for, user.users))
+    products = ("mm", "convolution", "scaled_dot_product")
+    return user.op == "output" or any(name in str(user.target) for name in products)
+
+
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.cos().neg().t() @ self.weight).sum()
+
+
+def test_what_a_product_reads_is_written_and_what_it_is_made_from_is_not() -> None:
+    nodes = {node.target: node for node in reversed(nodes_of(Product))}
+    cos, neg = nodes[torch.ops.aten.cos.default], nodes[torch.ops.aten.neg.default]
+    assert FUSED.price(neg) == ALONE.price(neg)
+    assert FUSED.price(cos).seconds < 0.1 * ALONE.price(cos).seconds
 
 
 @pytest.mark.slow
@@ -84,7 +108,7 @@ def test_without_a_budget_generated_code_recomputes_what_costs_next_to_nothing(
         fxzero.plan, model, args, kwargs=kwargs, optimizer="sgd", objective=objective
     )
     found = plan(inner="inductor")
-    assert found.peak_bytes < 0.9 * found.unplanned_peak_bytes
+    assert found.peak_bytes < 0.95 * found.unplanned_peak_bytes
     assert found.recompute_seconds > 0
     if objective == "time":
         assert found.recompute_seconds <= 0.01 * found.step_seconds
