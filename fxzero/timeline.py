@@ -54,6 +54,7 @@ class Alive:
         name: name of a parameter or buffer, else the node's.
         first, last: the points of the timeline at which it is there; ``last`` is None for what
             the step leaves behind.
+        fixed: whether it is there before the step, and after it.
     """
 
     bytes: int
@@ -62,6 +63,7 @@ class Alive:
     node: fx.Node | None
     first: int = 0
     last: int | None = None
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Timeline:
         nodes: what runs at each of the points.
         roles: the points' bytes by role.
         lives: for each node the first and last point of the largest storage that it makes.
+        allocations: all that was on the device at any point, in the order in which it was made.
     """
 
     points: tuple[int, ...]
@@ -97,6 +100,7 @@ class Timeline:
     nodes: tuple[fx.Node | None, ...] = ()
     roles: tuple[dict[str, int], ...] = ()
     lives: dict[fx.Node, tuple[int, int | None]] = field(default_factory=dict)
+    allocations: tuple[Alive, ...] = ()
 
     def peak_of(self, phase: str) -> int:
         """Peak of "forward" or "backward" alone."""
@@ -158,6 +162,8 @@ class _Books:
         self.lasts: dict[object, int] = {}
         self.made: dict[fx.Node, tuple[object, int, int]] = {}
         self.fixed: dict[str, int] = {}
+        self.opened: list[Alive] = []
+        self.numbers: dict[object, int] = {}
 
     def run(self) -> Timeline:
         self._open_fixed()
@@ -182,6 +188,7 @@ class _Books:
             nodes=tuple(self.nodes),
             roles=tuple(self.roles),
             lives={node: (born, self.lasts.get(key)) for node, (key, born, _) in self.made.items()},
+            allocations=tuple(self.opened),
         )
 
     def _dated(self, entries: Mapping[object, Alive]) -> tuple[Alive, ...]:
@@ -212,6 +219,7 @@ class _Books:
         self._add_fixed(self.around.optimizer_bytes, "optimizer", "optimizer state")
         self._add_fixed(LOSS_SCALARS if self.around.loss_bytes else 0, "output", "loss")
         self.permanent = set(self.alive)
+        self.opened = [replace(entry, fixed=True) for entry in self.opened]
 
     def _add_fixed(self, size: int, role: str, name: str) -> None:
         if size:
@@ -321,6 +329,8 @@ class _Books:
 
     def _open(self, key: object, entry: Alive) -> None:
         self.alive[key] = entry
+        self.numbers[key] = len(self.opened)
+        self.opened.append(entry)
         self.total += entry.bytes
         self.by_role[entry.role] = self.by_role.get(entry.role, 0) + entry.bytes
 
@@ -335,6 +345,8 @@ class _Books:
         if key in self.alive or key in self.on_host:
             self.lasts[key] = len(self.points) - 1
         if (entry := self.alive.pop(key, None)) is not None:
+            number = self.numbers[key]
+            self.opened[number] = replace(entry, last=len(self.points) - 1)
             self.total -= entry.bytes
             self.by_role[entry.role] -= entry.bytes
         if (entry := self.on_host.pop(key, None)) is not None:
