@@ -198,6 +198,13 @@ def keep_annotations() -> contextlib.AbstractContextManager[Any]:
     return traceback.preserve_node_meta()
 
 
+def lazy_modules() -> contextlib.AbstractContextManager[Any]:
+    """Graph modules made inside write their Python code only when somebody calls them."""
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module
+
+    return _use_lazy_graph_module(True)
+
+
 @contextlib.contextmanager
 def annotate(**marks: Any) -> Iterator[None]:
     """Nodes traced inside carry ``marks`` in ``meta["custom"]``; outside a trace, nothing."""

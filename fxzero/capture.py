@@ -173,6 +173,7 @@ def export(
         _named_errors(type(model).__name__),
         torch.enable_grad(),
         _torch.keep_annotations(),
+        _torch.lazy_modules(),
         no_collections(),
     ):
         exported = torch.export.export(traced, tuple(leaves), strict=False)
@@ -201,6 +202,7 @@ def join(
         _named_errors(name),
         torch.enable_grad(),
         _torch.keep_annotations(),
+        _torch.lazy_modules(),
         no_collections(),
     ):
         if inner == "eager":

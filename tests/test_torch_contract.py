@@ -617,3 +617,13 @@ def test_every_public_function_is_stated_here() -> None:
     ]
     source = inspect.getsource(inspect.getmodule(_raises))  # type: ignore[arg-type]
     assert [name for name in functions if f"_torch.{name}" not in source] == []
+
+
+def test_lazy_modules_write_no_code_until_they_are_called() -> None:
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    with _torch.lazy_modules():
+        traced = make_fx(double)(torch.ones(2))
+    assert traced._needs_recompile()
+    assert traced(torch.ones(2)).tolist() == [2.0, 2.0]
