@@ -107,12 +107,14 @@ def test_nothing_is_compiled_or_built_again_while_memory_stays() -> None:
     for _ in range(3):
         optimizer.step()
         (update,) = optimizer._updates
-        tables.append(update._tables[torch.float32][1])
+        ((_, table, _),) = update._tables.values()
+        tables.append(table)
     assert tables[0] is tables[1]
     assert tables[1] is tables[2]
     owned[0].grad = owned[0].grad.clone()
     optimizer.step()
-    assert update._tables[torch.float32][1] is not tables[0]
+    ((_, table, _),) = update._tables.values()
+    assert table is not tables[0]
 
 
 def test_parameters_without_elements_are_counted_only() -> None:
@@ -201,6 +203,10 @@ def test_a_capture_without_a_step_before_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(_torch, "is_capturing", lambda: False)
     owned[2].grad = None
     optimizer.step()
+    cases.give_gradients(owned, 1)
+    for other in (*owned[:2], *owned[3:]):
+        other.grad = None
+    optimizer.step()  # now all have states, and no step had gradients for all
     cases.give_gradients(owned, 1)
     monkeypatch.setattr(_torch, "is_capturing", lambda: True)
     with pytest.raises(UsageError, match=r"for the same 7 parameters\n"):
