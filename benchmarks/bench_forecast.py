@@ -128,7 +128,7 @@ def _run(setting: Setting) -> dict[str, Any]:
     given: dict[str, Any] = {"zero": setting.zero if setting.ranks > 1 else "auto"}
     if setting.stages > 1:
         given["pipeline"] = fxzero.Pipeline(setting.stages, "1f1b", _PARTS)
-    budget = _budget(setting, case, given)
+    budget, plan = _planned(setting, case, given)
     model: Any = fxzero.compile(
         case.module, case.inputs, inner="eager", memory_budget=budget, **given
     )
@@ -152,7 +152,6 @@ def _run(setting: Setting) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
         optimizer.zero_grad()
     rank = dist.get_rank() if setting.ranks > 1 else 0
-    plan = model.plan
     planned = plan.ranks[rank].peak_bytes
     timed = setting.ranks <= (os.cpu_count() or 1)
     return {
@@ -165,15 +164,17 @@ def _run(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _budget(setting: Setting, case: Case, given: dict[str, Any]) -> int | None:
-    """The same on all ranks, for plans are."""
-    if setting.share is None:
-        return None
+def _planned(setting: Setting, case: Case, given: dict[str, Any]) -> tuple[int | None, fxzero.Plan]:
+    """The budget, and the plan for it that anybody can make before anything runs."""
     data = setting.ranks // setting.stages
     mesh = {name: size for name, size in (("pp", setting.stages), ("dp", data)) if size > 1}
-    plan = fxzero.plan(case.module, case.inputs, mesh=mesh or None, **given)
-    low, high = plan.minimum_budget, plan.unplanned_peak_bytes
-    return int(low + setting.share * (high - low))
+    plan = functools.partial(fxzero.plan, case.module, case.inputs, mesh=mesh or None, **given)
+    free = plan()
+    if setting.share is None:
+        return None, free
+    low, high = free.minimum_budget, free.unplanned_peak_bytes
+    budget = int(low + setting.share * (high - low))
+    return budget, plan(memory_budget=budget)
 
 
 def _backward(model: Any, case: Case, setting: Setting) -> None:
