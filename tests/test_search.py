@@ -156,6 +156,7 @@ def test_a_way_that_lost_says_what_it_has_more_of() -> None:
     result = found()
     assert result.reason(result.best) == ""
     kinds = {"recompute", "waits for links", "waits for other stages", "uneven stages", "optimizer"}
+    kinds.add("smaller micro-batches")
     for each in result.ranked[1:]:
         assert result.reason(each) in kinds
     worst = max(result.ranked, key=lambda each: each.bubble / each.seconds)

@@ -108,7 +108,9 @@ class Found:
             "recompute": estimate.recompute - best.recompute,
             "waits for links": estimate.links - best.links,
             "waits for other stages": estimate.bubble - best.bubble,
-            "uneven stages": estimate.compute - best.compute,
+            "uneven stages" if estimate.way.schedule else "smaller micro-batches": (
+                estimate.compute - best.compute
+            ),
             "optimizer": estimate.update - best.update,
         }
         return max(more, key=more.__getitem__)

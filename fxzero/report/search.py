@@ -86,12 +86,17 @@ def _verdict(found: Found) -> str:
         return f"DOES NOT FIT: the way that needs least, {best.way}, needs {need}"
     examples = found.examples(best)
     text = (
-        f"{_BEST[goal]}: {best.way} on {devices_of(best.way)} devices, {examples} examples in "
+        f"{_BEST[goal]}: {best.way} on {_devices(best)}, {examples} examples in "
         f"{format_seconds(best.seconds)} ({examples / best.seconds:.4g} a second), peak "
         f"{format_bytes(best.peak_bytes)}"
     )
     cost = found.cost(best)
     return text if cost is None else f"{text}, {cost:.4g} for a step"
+
+
+def _devices(estimate: Estimate) -> str:
+    count = devices_of(estimate.way)
+    return "1 device" if count == 1 else f"{count} devices"
 
 
 def _advice(found: Found) -> str:
