@@ -26,16 +26,17 @@ import numpy as np
 from fxzero.cluster.sketch import Numbers, Sketch, StageSketch
 from fxzero.cluster.ways import Way
 from fxzero.hardware import Hardware
-from fxzero.network import Route, route
+from fxzero.network import route
 from fxzero.pipelining.schedules import Schedule, StageTimes, make_schedule
 from fxzero.pipelining.simulation import step_seconds
+from fxzero.quantization import QUANTUM, wire_bytes
 
 # Collectives of a kind that are under way beside operators, as in plans.
 _IN_FLIGHT = 2
 # Micro-batches a rank that are played; a pipeline is in its rhythm then.
 _PLAYED = 2
-# Bytes of a number that travels as a code, with its share of a scale, by kind.
-_CODE_BYTES = {"int8": 1 + 4 / 128, "fp8": 1 + 4 / 128, "int4": 0.5 + 4 / 128}
+# Bytes of a number that codes stand for, as for weights in 16 bits.
+_NUMBER_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Estimator:
         need = np.full(self.sketch.levels, float(self.held * way.microbatch))
         for stage, in_flight in mine:
             need += _static_bytes(stage, way, accumulates)
-            need += in_flight * way.microbatch * (stage.saved + (stage.sent if in_flight else 0))
+            need += in_flight * way.microbatch * (stage.saved + stage.sent)
         working = np.max([stage.working for stage, _ in mine], axis=0) * way.microbatch
         gathered = max(_gathered_bytes(stage, way) for stage, _ in mine)
         total: Numbers = need + working + gathered
@@ -127,7 +128,7 @@ class Estimator:
         stages: Sequence[StageSketch],
         schedule: Schedule | None,
         ranks: Sequence[Sequence[int]],
-        played: Sequence[_Played],
+        played: Sequence[StageTimes],
         level: int,
         links: _Links,
         peaks: Numbers,
@@ -138,14 +139,13 @@ class Estimator:
         if schedule is None:
             step = count * pace[0]
         else:
-            times = [each.times for each in played]
             sends = [links.send(stage.sent * way.microbatch, stage.messages) for stage in stages]
-            step = step_seconds(schedule, times, sends[:-1])
+            step = step_seconds(schedule, played, sends[:-1])
             step += (count - schedule.microbatches) * pace[slowest]
         mine = ranks[slowest]
-        hidden = played[mine[0]].times.input_gradient + played[mine[0]].times.weight_gradient
-        once = sum(links.once(stages[s]) for s in mine)
-        around = once.start + max(once.end - hidden, 0.0) if once else 0.0
+        hidden = played[mine[0]].input_gradient + played[mine[0]].weight_gradient
+        before = sum(links.before(stages[s]) for s in mine)
+        around = before + max(sum(links.behind(stages[s]) for s in mine) - hidden, 0.0)
         compute = count * sum(stages[s].of(way.microbatch) for s in mine)
         recompute = count * sum(float(stages[s].seconds[level]) for s in mine) * way.microbatch
         waits = count * pace[slowest] - compute - recompute + around
@@ -170,38 +170,18 @@ class Estimator:
         return moved / (way.shard if way.zero else 1) / self.hardware.bandwidth
 
 
-@dataclass(frozen=True)
-class _Once:
-    """Seconds of collectives before the first micro-batch and behind the last."""
-
-    start: float = 0.0
-    end: float = 0.0
-
-    def __add__(self, other: _Once) -> _Once:
-        return _Once(self.start + other.start, self.end + other.end)
-
-    def __radd__(self, other: object) -> _Once:
-        return self
-
-
 class _Links:
     """Seconds of a way's collectives."""
 
     def __init__(self, way: Way, hardware: Hardware) -> None:
         sizes = way.mesh.sizes
         self.way = way
-        self._shard = self._route(hardware, sizes, way.sharded_over) if way.zero else None
-        copies = way.replicate if way.zero else way.replicate * way.shard
-        self._copies = self._route(hardware, sizes, way.replicated_over) if copies > 1 else None
+        self._shard = route(hardware, sizes, way.sharded_over) if way.zero else None
+        copies = way.replicate > 1
+        self._copies = route(hardware, sizes, way.replicated_over) if copies else None
         self._pipeline = route(hardware, sizes, "pp")
         weights, gradients = way.sends
-        self._weights = 1.0 if weights is None else _CODE_BYTES[weights] / 2
-        self._gradients = 1.0 if gradients is None else _CODE_BYTES[gradients] / 2
-
-    @staticmethod
-    def _route(hardware: Hardware, sizes: object, along: str) -> Route:
-        assert isinstance(sizes, dict)
-        return route(hardware, sizes, along)
+        self._weights, self._gradients = _share_sent(weights), _share_sent(gradients)
 
     @property
     def gathers_each_time(self) -> bool:
@@ -230,12 +210,18 @@ class _Links:
         """From a stage to the next."""
         return max(messages - 1, 0) * self._pipeline.send(0) + self._pipeline.send(size)
 
-    def once(self, stage: StageSketch) -> _Once:
-        """What a step takes besides its micro-batches."""
-        weights = stage.weights
-        start = 0.0 if self.gathers_each_time else self.gather(weights.computed)
-        end = 0.0 if self.reduces_each_time else self.reduce(weights.gradient)
-        return _Once(start, end)
+    def before(self, stage: StageSketch) -> float:
+        """What a step gathers before its first micro-batch."""
+        return 0.0 if self.gathers_each_time else self.gather(stage.weights.computed)
+
+    def behind(self, stage: StageSketch) -> float:
+        """What a step reduces behind its last micro-batch."""
+        return 0.0 if self.reduces_each_time else self.reduce(stage.weights.gradient)
+
+
+def _share_sent(kind: str | None) -> float:
+    """Of the bytes of numbers, what travels."""
+    return 1.0 if kind is None else wire_bytes(QUANTUM, kind) / QUANTUM / _NUMBER_BYTES
 
 
 def _static_bytes(stage: StageSketch, way: Way, accumulates: bool) -> float:
@@ -257,19 +243,8 @@ def _gathered_bytes(stage: StageSketch, way: Way) -> float:
     return largest + float(stage.reduced.max(initial=0.0))
 
 
-@dataclass(frozen=True)
-class _Played:
-    """A stage's micro-batch with what it waits for links."""
-
-    times: StageTimes
-
-    @property
-    def total(self) -> float:
-        return self.times.total
-
-
-def _play(stage: StageSketch, level: int, way: Way, links: _Links) -> _Played:
-    """Forward and backward of a micro-batch beside their collectives."""
+def _play(stage: StageSketch, level: int, way: Way, links: _Links) -> StageTimes:
+    """Forward and backward of a micro-batch, with what they wait for collectives."""
     size = way.microbatch
     again = float(stage.seconds[level])
     backward = stage.input_gradient + stage.weight_gradient
@@ -285,7 +260,7 @@ def _play(stage: StageSketch, level: int, way: Way, links: _Links) -> _Played:
         reduces[::-1] or [0.0] * len(backward),
     )
     late = min(float(stage.weight_gradient.sum()) * size, back)
-    return _Played(StageTimes(ahead, max(back - late, 0.0), late))
+    return StageTimes(ahead, back - late, late)
 
 
 def _beside(compute: Numbers, gathers: Sequence[float], reduces: Sequence[float]) -> float:

@@ -50,6 +50,7 @@ class Question:
     Attributes:
         model, call: with the smallest micro-batch.
         global_batch: examples of a step of all devices.
+        smallest: examples of the smallest micro-batch.
         price: of a device-hour; None: not known.
     """
 
@@ -59,6 +60,7 @@ class Question:
     hardware: Hardware
     devices: int
     global_batch: int
+    smallest: int
     goal: str
     price: float | None
     optimizers: tuple[object, ...]
@@ -89,8 +91,9 @@ class Found:
     def examples(self, estimate: Estimate) -> int:
         """Of a step."""
         way = estimate.way
-        smallest = Batch.of(*self.question.call).size
-        return smallest * way.microbatch * way.microbatches * way.replicate * way.shard
+        return (
+            self.question.smallest * way.microbatch * way.microbatches * way.replicate * way.shard
+        )
 
     def cost(self, estimate: Estimate) -> float | None:
         """Of a step, in the currency of the price; None: no price was given."""
@@ -124,11 +127,12 @@ class Found:
         """
         if estimate is not None:
             return _planned(self.question, estimate.way, options)
-        for each in self.ranked[:_PLANNED]:
-            found = _planned(self.question, each.way, options)
+        first = found = _planned(self.question, self.best.way, options)
+        for each in self.ranked[1:_PLANNED]:
             if found.fits:
                 return found
-        return _planned(self.question, self.best.way, options)
+            found = _planned(self.question, each.way, options)
+        return found if found.fits else first
 
     def __str__(self) -> str:
         from fxzero.report.search import render
@@ -199,7 +203,18 @@ def search(
     total = _checked(devices, global_batch, goal, price, batch.size)
     called = name or type(model).__name__
     question = Question(
-        model, call, options, described, devices, total, goal, price, optimizers, loss_fn, called
+        model=model,
+        call=call,
+        options=options,
+        hardware=described,
+        devices=devices,
+        global_batch=total,
+        smallest=batch.size,
+        goal=goal,
+        price=price,
+        optimizers=optimizers,
+        loss_fn=loss_fn,
+        name=called,
     )
     estimator = _estimator(question, batch)
     stages = _STAGES if zero == "auto" else (int(zero),)

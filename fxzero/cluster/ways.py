@@ -17,8 +17,6 @@ from fxzero.mesh import Mesh
 SCHEDULES = ("1f1b", "zb1p", "interleaved1f1b")
 # Stages of a rank in interleaved schedules.
 _INTERLEAVED = 2
-# Pipelines of fewer micro-batches a rank wait most of the time.
-_LEAST_MICROBATCHES = 1
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def ways(
 def _schedules(pipeline: int, count: int, units: int) -> Sequence[str]:
     if pipeline == 1:
         return ("",)
-    if count < _LEAST_MICROBATCHES * pipeline:
+    if count < pipeline:  # most ranks would wait most of the time
         return ()
     divides = count % pipeline == 0 and _INTERLEAVED * pipeline <= units
     return [name for name in SCHEDULES if divides or "interleaved" not in name]

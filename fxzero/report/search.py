@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 12
 _WIDTH = 160
+_ADVICE = "more devices, shorter inputs, a smaller model, or offload=True"
 _BEST = {
     "time": "fastest",
     "devices": "fewest devices",
@@ -50,7 +51,7 @@ def render(found: Found, shown: int = _SHOWN) -> str:
         *_assumptions(found),
     ]
     if not best.fits:
-        lines.insert(2, f"to fit: {_advice(found)}")
+        lines.insert(2, f"to fit: {_ADVICE}")
     return "\n".join(lines)
 
 
@@ -97,10 +98,6 @@ def _verdict(found: Found) -> str:
 def _devices(estimate: Estimate) -> str:
     count = devices_of(estimate.way)
     return "1 device" if count == 1 else f"{count} devices"
-
-
-def _advice(found: Found) -> str:
-    return "more devices, shorter inputs, a smaller model, or offload=True"
 
 
 def _table(found: Found, shown: int) -> str:
