@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -164,7 +165,7 @@ def _product_rate(dtype: torch.dtype, device: str) -> float:
     size = 256
     while True:
         a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
-        seconds = _seconds(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+        seconds = _seconds(partial(torch.matmul, a, b), device)
         if seconds > _PRODUCT_SECONDS or size >= _LARGEST_PRODUCT:
             return 2 * size**3 / seconds
         size *= 2

@@ -5,6 +5,7 @@ A second moment in float32 of a bfloat16 weight would lose its last bits in ever
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 State = dict[str, Any]
 
 
-class Uncast(torch.optim.Optimizer):
+class Uncast(torch.optim.Optimizer, ABC):
     """An optimizer that keeps the dtypes of loaded states."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -53,13 +54,13 @@ class Uncast(torch.optim.Optimizer):
             self._check_state(parameter, state)
         return found
 
+    @abstractmethod
     def _check_state(self, parameter: Tensor, state: State) -> None:
         """Raises a UsageError if a parameter's state is not what this optimizer keeps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _adopt_loaded(self) -> None:
         """Makes loaded states this optimizer's own."""
-        raise NotImplementedError
 
     @property
     def _parameters(self) -> list[Tensor]:

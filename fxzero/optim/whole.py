@@ -12,6 +12,7 @@ States are cut over ranks as their parameters are.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -84,17 +85,17 @@ class WholeOptimizer(Uncast):
             shared[cut] = [self._homed(*pairs[n]) for n in numbers]
         return whole, shared
 
+    @abstractmethod
     def _homed(self, parameter: Tensor, group: Group) -> Homed:
         """A parameter with its states, spread as it is; those that were loaded may be whole."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check_options(self, group: Mapping[str, Any]) -> None:
         """Raises a UsageError for the first option that cannot be right."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check_parameter(self, parameter: Tensor) -> None:
         """Raises a UsageError for a parameter that cannot be updated."""
-        raise NotImplementedError
 
     def _check_state(self, parameter: Tensor, state: Mapping[str, Any]) -> None:
         pass
