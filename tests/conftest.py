@@ -55,6 +55,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs a CUDA device")
 
 
+@pytest.fixture(scope="module")
+def pools():
+    """Processes that train together, by their number: 1, 2 and 4."""
+    from pool import Pool
+
+    made = {world: Pool(world) for world in (1, 2, 4)}
+    yield made
+    for pool in made.values():
+        pool.close()
+
+
 @pytest.fixture(autouse=True)
 def _deterministic_torch() -> None:
     """Seed torch and keep it on one thread."""

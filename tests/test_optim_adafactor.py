@@ -290,15 +290,6 @@ def test_torchs_is_planned_by_name_for_whole_parameters() -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def pools() -> Any:
-    """Pools by number of ranks."""
-    made = {world: Pool(world) for world in WORLDS}
-    yield made
-    for pool in made.values():
-        pool.close()
-
-
 def run(pool: Pool, case: str, **given: Any) -> Any:
     return pool.run(f"adafactor_rank_cases:{case}", **given)
 

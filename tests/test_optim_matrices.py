@@ -226,15 +226,6 @@ def test_a_step_needs_no_more_than_was_said(shape: Any, dtype: torch.dtype) -> N
     assert measured <= fixed + profile.transient_bytes + slack
 
 
-@pytest.fixture(scope="module")
-def pools() -> Any:
-    """Pools by number of ranks."""
-    made = {world: Pool(world) for world in WORLDS}
-    yield made
-    for pool in made.values():
-        pool.close()
-
-
 def run(pool: Pool, case: str, **given: Any) -> Any:
     return pool.run(f"matrix_rank_cases:{case}", **given)
 

@@ -21,15 +21,6 @@ _FLOAT32, _NARROW, _WHOLE = (
 )
 
 
-@pytest.fixture(scope="module")
-def pools() -> Any:
-    """Pools by number of ranks."""
-    made = {world: Pool(world) for world in WORLDS}
-    yield made
-    for pool in made.values():
-        pool.close()
-
-
 def run(pool: Pool, case: str, **given: Any) -> Any:
     return pool.run(f"optimizer_rank_cases:{case}", **given)
 
