@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_solver import peak_by_hand, problems
 
-from fxzero.solver.eviction import _Books, _gaps, evict
+from fxzero.solver.eviction import Chains, evict
+from fxzero.solver.ledger import Ledger
 from fxzero.solver.problem import Operator, Problem
-from fxzero.solver.schedule import Schedule, make_schedule, save_more
+from fxzero.solver.schedule import Schedule, evaluate, make_schedule, save_more
 
 
 def seconds(operator: Operator) -> float:
@@ -115,10 +116,32 @@ def test_of_what_may_go_the_cheapest_goes_for_its_bytes(
         problem, problem.must_save | data.draw(st.sets(st.sampled_from(range(len(problem.bytes)))))
     )
     excess = data.draw(st.integers(1, max(start.peak, 1)))
-    books, gaps = _Books(problem, start), list(_gaps(problem, start))
-    chains = [(gap, *found) for gap in gaps if (found := books.chain(gap, seconds)) and found[0]]
+    ledger = Ledger(problem, start)
+    ways, (_, gaps) = Chains(ledger, seconds), ledger.gaps()
+    chains = [(gap, *found) for gap in gaps if (found := ways.chain(gap)) and found[0]]
     one_by_one = min(chains, key=lambda c: c[2] / min(c[0].bytes, excess), default=None)
-    assert books.cheapest(gaps, seconds, excess) == one_by_one
+    assert ways.cheapest(gaps, excess) == one_by_one
+
+
+@given(problems(), st.data())
+def test_a_ledger_has_the_bytes_of_the_schedule_evaluated_as_a_whole(
+    problem: Problem, data: st.DataObject
+) -> None:
+    saved = problem.must_save | data.draw(st.sets(st.sampled_from(range(len(problem.bytes)))))
+    ledger = Ledger(problem, make_schedule(problem, saved))
+    for _ in range(4):
+        whole = evaluate(problem, sorted(ledger.again, key=lambda run: (run[1], run[0])))
+        assert ledger.forward.tolist() == whole.forward.tolist()
+        assert ledger.backward.tolist() == whole.backward.tolist()
+        peak, gaps = ledger.gaps()
+        assert peak == whole.peak
+        for gap in gaps:
+            assert ledger.is_there(gap.storage, gap.until)
+        chains = [(g, *found) for g in gaps if (found := Chains(ledger, seconds).chain(g))]
+        if not chains:
+            return
+        gap, chain, _ = data.draw(st.sampled_from(chains))
+        ledger.run_again(chain, ledger.step_of(gap.until))
 
 
 @given(problems(), st.data())
