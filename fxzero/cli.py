@@ -18,6 +18,7 @@ import click
 
 from fxzero import __version__
 from fxzero.errors import BudgetError, FxzeroError, InternalError
+from fxzero.garbage import no_collections
 
 if TYPE_CHECKING:
     from fxzero.budget_file import BudgetFile
@@ -158,6 +159,7 @@ def _model_options(command: _Command) -> _Command:
     return command
 
 
+@no_collections()
 def _make_plan(
     model: str,
     batch: int | None,

@@ -253,7 +253,7 @@ class GraphPlanner:
         )
         chosen = select(skipped_passes(), preparation)
         plain = tuple(item for item in chosen if item.name not in _OF_GRADIENTS)
-        prepared, reports = run_passes(graph.copy(), self.context, plain)
+        prepared, reports = run_passes(graph, self.context, plain)
         self.digest = prepared.digest()
         self.graph, last = run_passes(prepared, self.context, chosen[len(plain) :])
         arguments = [(role, node.meta["val"]) for role, node in self.graph.pairs()]
@@ -462,7 +462,7 @@ class GraphPlanner:
     def _carry_out(self, decisions: Decisions) -> Emitted:
         context = replace(self.context, decisions=decisions)
         passes = select(skipped_passes())
-        graph, reports = run_passes(self.graph.copy(), context, passes)
+        graph, reports = run_passes(self.graph, context, passes)
         split = partition(graph)
         if checking():
             check_split(split)

@@ -47,7 +47,7 @@ def run_passes(
     check: bool | None = None,
     dump: Path | None = None,
 ) -> tuple[TrainGraph, tuple[PassReport, ...]]:
-    """The graph after all ``passes``, and a report for each of them.
+    """The graph after all ``passes``, and a report for each of them; the one given stays as it is.
 
     Args:
         check: whether to check the graph's law; None: as the environment says.
@@ -60,12 +60,11 @@ def run_passes(
         check = checking()
     if dump is None and os.environ.get("FXZERO_DUMP"):
         dump = Path(os.environ["FXZERO_DUMP"])
-    original = graph.copy()  # passes rewrite in place
     try:
-        return _run(graph, context, passes, check=check, dump=dump)
+        return _run(graph.copy(), context, passes, check=check, dump=dump)
     except InternalError as error:
         try:
-            directory = write_reproducer(dump, original, context, passes, error)
+            directory = write_reproducer(dump, graph, context, passes, error)
         except Exception as failure:
             error.add_note(f"no reproducer was written: {type(failure).__name__}: {failure}")
             raise error from error.__cause__

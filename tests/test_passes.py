@@ -150,8 +150,17 @@ def test_a_copy_has_the_same_nodes_and_is_not_changed_with_the_original() -> Non
     copy, text = graph.copy(), format_graph(graph)
     assert format_graph(copy) == text
     assert copy.digest() == graph.digest()
-    run_passes(graph, graphs.recompute_most(graph))
+    rematerialize_pass(graph, graphs.recompute_most(graph))
+    assert format_graph(graph) != text
     assert format_graph(copy) == text
+
+
+def test_the_graph_that_passes_are_run_on_stays_as_it_is() -> None:
+    graph = graphs.tiny()
+    text = format_graph(graph)
+    rewritten, _ = run_passes(graph, graphs.recompute_most(graph))
+    assert format_graph(rewritten) != text
+    assert format_graph(graph) == text
 
 
 def test_the_list_of_passes_prints() -> None:

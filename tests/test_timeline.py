@@ -185,7 +185,7 @@ def case(kind: type[nn.Module], recompute: str = "none") -> Case:
     captured = capture(model, (X,))
     planner = Planner(captured.graph, Options(optimizer="sgd", recompute=recompute), "model")
     decisions = planner.decide().plan.decisions
-    graph, _ = run_passes(captured.graph.copy(), PassContext(decisions))
+    graph, _ = run_passes(captured.graph, PassContext(decisions))
     return Case(model, captured, partition(graph))
 
 
