@@ -3,10 +3,10 @@
     python benchmarks/bench_forecast.py [--settings 20] [--seed 0]
 
 A setting is a model, a number of ranks, a ZeRO stage, a pipeline or none, and a budget between the
-smallest peak and that without recompute, all drawn with a seed.  Operators are calibrated first, at
-the shapes that a micro-batch has.  The peak is what a rank's tensors and the allocator's record
-come to, over a whole step with AdamW; the step's time is that of forward and backward.  Times are
-shown where each process has a core of its own.
+smallest peak and that without recompute, all drawn with a seed.  Operators and links are calibrated
+first, by as many processes at once as train later, at the shapes that a micro-batch has.  The peak
+is what a rank's tensors and the allocator's record come to, over a whole step with AdamW; the
+step's time is that of forward and backward.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import harness
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
-from models import MODELS, Case, build
+from models import Case, Size, build
 
 import fxzero
 from fxzero.calibration import calibrate_model
@@ -41,7 +41,14 @@ from fxzero.sources import Source
 _RESULTS = Path(__file__).resolve().parent / "results"
 _WORLDS = (1, 1, 2, 2, 2, 4)
 _PARTS = 4  # micro-batches of a pipeline
-_ROUNDS = 5
+_ROUNDS = 7
+# Large enough that operators take longer than calling them.
+_SIZES = {
+    "gpt2": Size(4, 256, 4, 256, 2048),
+    "llama": Size(4, 256, 4, 256, 2048),
+    "bert": Size(4, 256, 4, 256, 2048),
+    "vit": Size(4, 256, 8, 64, 10),
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,6 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
         os.environ["FXZERO_CACHE"] = directory
-        _calibrate(settings)
         for world in sorted({setting.ranks for setting in settings}):
             mine = [setting for setting in settings if setting.ranks == world]
             processes.start_processes(
@@ -87,21 +93,30 @@ def _drawn(source: random.Random, count: int) -> list[Setting]:
         ranks = source.choice(_WORLDS)
         stages = source.choice((1, 1, 2)) if ranks > 1 else 1
         zero = source.choice((0, 1, 2, 3)) if ranks // stages > 1 else 0
-        model = source.choice([name for name in MODELS if name in ("gpt2", "llama", "bert", "vit")])
+        model = source.choice(list(_SIZES))
         found.append(Setting(model, ranks, zero, stages, source.choice((None, 0.3, 0.7))))
     return found
 
 
 def _case(setting: Setting) -> Case:
-    return build(setting.model, quick=True, dropout=0.0, dtype=torch.float32, device="cpu")
+    return build(
+        setting.model,
+        quick=True,
+        dropout=0.0,
+        dtype=torch.float32,
+        device="cpu",
+        size=_SIZES[setting.model],
+    )
 
 
-def _calibrate(settings: list[Setting]) -> None:
+def _calibrate(settings: list[Setting], first: bool) -> None:
     for name, stages in sorted({(setting.model, setting.stages) for setting in settings}):
         case = _case(Setting(name, 1, 0, stages, None))
         parts = _PARTS if stages > 1 else 1
         inputs = {key: value[: len(value) // parts] for key, value in case.inputs.items()}
-        print(calibrate_model(Source(name, case.module, (), inputs)), flush=True)
+        report = calibrate_model(Source(name, case.module, (), inputs))
+        if first:
+            print(report, flush=True)
 
 
 def _rank(rank: int, world: int, settings: list[Setting], directory: str) -> None:
@@ -109,6 +124,9 @@ def _rank(rank: int, world: int, settings: list[Setting], directory: str) -> Non
     if world > 1:
         store = dist.FileStore(f"{directory}/store-{world}", world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    _calibrate(settings, rank == 0)
+    if world > 1:
+        dist.barrier()
     rows = []
     for setting in settings:
         if rank == 0:
@@ -153,14 +171,13 @@ def _run(setting: Setting) -> dict[str, Any]:
         optimizer.zero_grad()
     rank = dist.get_rank() if setting.ranks > 1 else 0
     planned = plan.ranks[rank].peak_bytes
-    timed = setting.ranks <= (os.cpu_count() or 1)
     return {
         **asdict(setting),
         "budget": budget,
         "planned": planned,
         "measured": peak,
-        "planned_seconds": plan.step_seconds if timed else None,
-        "measured_seconds": statistics.median(seconds) if timed else None,
+        "planned_seconds": plan.step_seconds,
+        "measured_seconds": statistics.median(seconds),
     }
 
 
@@ -193,9 +210,10 @@ def _write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         share = "none" if row["share"] is None else f"{row['share']:.0%}"
         told = [row.get("error", ""), ""]
         if "planned" in row:
-            told = [f"{row['measured'] / row['planned']:.3f}", ""]
-            if row["planned_seconds"]:
-                told[1] = f"{row['measured_seconds'] / row['planned_seconds']:.2f}"
+            told = [
+                f"{row['measured'] / row['planned']:.3f}",
+                f"{row['measured_seconds'] / row['planned_seconds']:.2f}",
+            ]
         start = (row["model"], row["ranks"], row["stages"], row["zero"], share)
         cells.append((*map(str, start), *told))
     harness.show(cells)

@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace) -> None:
         device=options.device,
     )
     graph = capture(case.module, (), dict(case.inputs)).graph
-    calibrate(graph.graph.nodes, options.device)
+    calibrate(graph, options.device)
     rows = harness.run(case, wanted, options.rounds)
     torch.compiler.reset()
     # Whether gradients are right does not depend on size; finite differences need float64.

@@ -74,7 +74,7 @@ def _compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     part = {name: value[:_ROWS] for name, value in batch.items()}
     captured = capture(_model(), (), part)
     dist.barrier()  # all measure at once, as all compute at once: they share the machine's memory
-    calibrate(captured.graph.graph.nodes, "cpu")
+    calibrate(captured.graph, "cpu")
     dist.barrier()
     steps: dict[str, Callable[[], torch.Tensor]] = {}
     found = []

@@ -96,7 +96,7 @@ def _run(options: argparse.Namespace) -> None:
     for name in options.models.split(","):
         case = build(name, quick=options.quick, dropout=0.0, dtype=torch.float32, device="cpu")
         graph = capture(case.module, (), dict(case.inputs)).graph
-        calibrate(graph.graph.nodes, "cpu")
+        calibrate(graph, "cpu")
         planner = _planner(graph, options.objective)
         found = list(_cells(name, case, graph, options.objective))
         cells += found

@@ -58,11 +58,19 @@ class Loss(nn.Module):
         return output if isinstance(output, Tensor) else output.loss
 
 
-def build(name: str, *, quick: bool, dropout: float, dtype: torch.dtype, device: str) -> Case:
-    """The model in training mode, and its inputs, on ``device``."""
+def build(
+    name: str,
+    *,
+    quick: bool,
+    dropout: float,
+    dtype: torch.dtype,
+    device: str,
+    size: Size | None = None,
+) -> Case:
+    """The model in training mode, and its inputs, on ``device``; ``size``: instead of the two."""
     family, full, small = MODELS[name]
     torch.manual_seed(0)
-    model, inputs = family(small if quick else full, dropout)
+    model, inputs = family(size or (small if quick else full), dropout)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     blocks = zoo.BLOCKS[name.split("-")[0]]
     return Case(

@@ -1,44 +1,46 @@
 """Measures the operators of a model on this device, once, and keeps the times for later plans.
 
-Each kind of operator (name, shapes, strides, dtypes, other arguments) is run by itself on random
-numbers.  The times lie in one JSON file for each device, thread count and torch version, below
-``FXZERO_CACHE`` (default: ~/.cache/fxzero); a plan made on that device finds them there and says
-so. What was not measured is priced by the roofline model, times what the others took of it.
+    fxzero calibrate MODEL                                            one process
+    torchrun --no-python --nproc-per-node 2 fxzero calibrate MODEL    two, and links between them
+
+Each kind of operator (name, shapes, strides, dtypes, other arguments) has the time that it takes
+where it stands in the model's graph (``timing.py``).  Processes under torchrun run it at the same
+time, as they do when they train.  The times lie in one JSON file for each device, number of
+threads, of processes, and version of torch, below ``FXZERO_CACHE`` (default: ~/.cache/fxzero); a
+plan for so many ranks on that device finds them there and says so.  What was not measured is priced
+by the roofline model, times what the others took of it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
-import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import fx
 
 from fxzero.capture import capture
-from fxzero.cost import CostModel, drawn_operator, hardware_for, modelled_cost, operator_key
+from fxzero.cost import CostModel, hardware_for, modelled_cost, operator_key
 from fxzero.errors import PlanError
+from fxzero.graph import TrainGraph
 from fxzero.hardware import Hardware
+from fxzero.links import Links, is_first, measure_links
 from fxzero.options import model_device
 from fxzero.plans import read_value
 from fxzero.randomness import RandomState
 from fxzero.sources import Source
-from fxzero.storages import tensor_leaves
+from fxzero.timing import device_description, times_alone, times_in_place
 
 log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _MAX_FILE_BYTES = 64 * 2**20
-_RUNS = 5
-_SECONDS = 0.02  # an operator is run more often until it took this long
-_LARGEST = 2 * 2**30  # bytes of arguments and results beyond which an operator is not run
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,18 @@ class Calibration:
 
     Attributes:
         device: what was measured: name, threads, version of torch.
+        processes: how many ran at the same time.
         operators: seconds by ``cost.operator_key``.
         scale: measured by modelled seconds, over all kinds of the last model.
+        links: between the processes; None: there is one.
     """
 
     schema_version: int
     device: str
+    processes: int
     operators: dict[str, float]
     scale: float
+    links: Links | None
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,15 @@ class CalibrationReport:
     seconds: float
 
     def __str__(self) -> str:
+        found = self.calibration
+        among = f", {found.processes} processes" if found.processes > 1 else ""
         lines = [
             f"measured {self.measured} kinds of operators in {self.seconds:.1f} s on "
-            f"{self.calibration.device}; {self.known} were known",
-            f"measured times are {self.calibration.scale:.3g} times the modelled ones",
+            f"{found.device}{among}; {self.known} were known",
+            f"measured times are {found.scale:.3g} times the modelled ones",
         ]
+        if found.links is not None:
+            lines.append(f"links between processes: {found.links}")
         if self.failed:
             lines.append(f"not measured, modelled instead: {', '.join(self.failed)}")
         return "\n".join([*lines, f"written to {self.path}; plans on this device use it"])
@@ -92,57 +102,77 @@ def cost_model(
         hardware: what they are for instead, by its description alone.
         fused, mesh: as in ``CostModel``.
     """
-    costs = _calibrated(device) if hardware is None else CostModel(hardware)
+    ranks = math.prod((mesh or {}).values())
+    costs = _calibrated(device, ranks) if hardware is None else CostModel(hardware)
     return replace(costs, fused=fused, mesh=dict(mesh or {}))
 
 
-def _calibrated(device: str) -> CostModel:
+def _calibrated(device: str, ranks: int) -> CostModel:
+    """By the calibration of as many processes, else that of one."""
     hardware = hardware_for(device)
-    path = calibration_path(device)
-    try:
-        calibration = _load(path)
-    except FileNotFoundError:
-        return CostModel(hardware)
-    except (OSError, ValueError) as error:
-        log.warning("calibration %s is not used: %s", path, error)
-        return CostModel(hardware)
-    return CostModel(hardware, calibration.operators, calibration.scale)
+    for processes in dict.fromkeys((ranks, 1)):
+        path = calibration_path(device, processes)
+        try:
+            calibration = _load(path)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            log.warning("calibration %s is not used: %s", path, error)
+            continue
+        if calibration.links is not None:
+            hardware = calibration.links.between(hardware)
+        return CostModel(hardware, calibration.operators, calibration.scale)
+    return CostModel(hardware)
 
 
-def calibrate(nodes: Iterable[fx.Node], device: str) -> CalibrationReport:
-    """Measures every kind of operator among ``nodes`` that the cache does not have yet.
+def calibrate(graph: TrainGraph, device: str) -> CalibrationReport:
+    """Measures every kind of operator of a captured graph that the cache does not have yet.
+
+    Where several processes run, all of them measure, and the first one writes what it found.
 
     Args:
-        nodes: of a captured joint graph.
         device: "cpu" or "cuda".
     """
-    path = calibration_path(device)
+    start = time.perf_counter()
+    links = measure_links(device)
+    processes = 1 if links is None else links.processes
+    path = calibration_path(device, processes)
     try:
         before = _load(path)
     except (OSError, ValueError):
-        before = Calibration(_SCHEMA_VERSION, device_description(device), {}, 1.0)
+        named = device_description(device)
+        before = Calibration(_SCHEMA_VERSION, named, processes, {}, 1.0, None)
     hardware = hardware_for(device)
-    kinds = {operator_key(n): n for n in nodes if modelled_cost(n, hardware).seconds}
-    new = {key: node for key, node in kinds.items() if key not in before.operators}
-    start = time.perf_counter()
-    measured, failed = _measure(new, device)
-    operators = {**before.operators, **measured}
+    nodes = [node for node in graph.graph.nodes if modelled_cost(node, hardware).seconds]
+    kinds = {operator_key(node): node for node in nodes}
+    state = RandomState.now()
+    with torch.no_grad():
+        measured = times_in_place(graph, device) if kinds.keys() - before.operators.keys() else {}
+        missing = kinds.keys() - before.operators.keys() - measured.keys()
+        alone, failed = times_alone({key: kinds[key] for key in kinds if key in missing}, device)
+    state.restore()
+    operators = {**measured, **alone, **before.operators}
     timed = [key for key in kinds if key in operators]
     modelled = sum(modelled_cost(kinds[key], hardware).seconds for key in timed)
     scale = sum(operators[key] for key in timed) / modelled if modelled else before.scale
-    calibration = replace(before, operators=operators, scale=scale)
+    calibration = replace(before, operators=operators, scale=scale, links=links)
+    if is_first():
+        _save(path, calibration)
+    return CalibrationReport(
+        calibration,
+        path,
+        len(kinds.keys() & operators.keys() - before.operators.keys()),
+        len(kinds.keys() & before.operators.keys()),
+        failed,
+        time.perf_counter() - start,
+    )
+
+
+def _save(path: Path, calibration: Calibration) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(asdict(calibration), sort_keys=True, indent=1))
     partial.replace(path)
-    return CalibrationReport(
-        calibration,
-        path,
-        len(measured),
-        len(kinds) - len(new),
-        failed,
-        time.perf_counter() - start,
-    )
 
 
 def calibrate_model(source: Source) -> CalibrationReport:
@@ -151,30 +181,14 @@ def calibrate_model(source: Source) -> CalibrationReport:
     A model on the meta device is measured on the CPU.
     """
     graph = capture(source.model, source.args, source.kwargs).graph
-    return calibrate(graph.graph.nodes, model_device(source.model))
+    return calibrate(graph, model_device(source.model))
 
 
-def calibration_path(device: str) -> Path:
-    """The file with the times of this device, thread count and torch version."""
+def calibration_path(device: str, processes: int = 1) -> Path:
+    """The file with the times of this device, numbers of threads and processes, and torch."""
     root = Path(os.environ.get("FXZERO_CACHE") or Path.home() / ".cache" / "fxzero")
-    return root / (re.sub(r"[^a-zA-Z0-9.]+", "-", device_description(device)).lower() + ".json")
-
-
-def device_description(device: str) -> str:
-    """'Xeon 8259CL, 2 threads, torch 2.13.0' for the CPU; the device's name for CUDA."""
-    version = torch.__version__.partition("+")[0]
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {version}"
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads, torch {version}"
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "CPU"
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else "CPU"
+    name = device_description(device) + (f", {processes} processes" if processes > 1 else "")
+    return root / (re.sub(r"[^a-zA-Z0-9.]+", "-", name).lower() + ".json")
 
 
 def _load(path: Path) -> Calibration:
@@ -189,71 +203,9 @@ def _load(path: Path) -> Calibration:
         0 <= seconds < 1e6 for seconds in (calibration.scale, *calibration.operators.values())
     ):
         raise PlanError("times must be seconds")
+    links = calibration.links
+    if links is not None and not (
+        links.bandwidth > 0 and 0 <= links.startup < 1e6 and 0 <= links.overlap <= 1
+    ):
+        raise PlanError(f"{links} are no links")
     return calibration
-
-
-def _measure(kinds: dict[str, fx.Node], device: str) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Seconds by key, and the names of operators that cannot be run by themselves."""
-    state = RandomState.now()
-    measured: dict[str, float] = {}
-    failed: dict[str, None] = {}
-    with torch.no_grad():
-        for key, node in kinds.items():
-            operator = drawn_operator(node)
-            assert operator is not None
-            try:
-                measured[key] = seconds_of(_runner(operator, node, device), device)
-            except (RuntimeError, IndexError, ValueError, TypeError, MemoryError):
-                failed[str(operator)] = None
-    state.restore()
-    return measured, tuple(failed)
-
-
-def _runner(operator: Any, node: fx.Node, device: str) -> Callable[[], Any]:
-    leaves = [
-        leaf for n in (node, *node.all_input_nodes) for leaf in tensor_leaves(n.meta.get("val"))
-    ]
-    if sum(leaf.numel() * leaf.element_size() for leaf in leaves) > _LARGEST:
-        raise MemoryError
-    args, kwargs = fx.map_arg(
-        (node.args, node.kwargs), lambda n: _example(n.meta.get("val"), device)
-    )
-    return lambda: operator(*args, **kwargs)
-
-
-def _example(value: Any, device: str) -> Any:
-    """A tensor of the same shape, strides and dtype: random numbers, zeros for indices."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    span = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-    size = max(span, 0) if value.numel() else 0
-    if value.is_floating_point():
-        base = torch.rand(size, device=device).to(value.dtype)
-    else:
-        base = torch.zeros(size, dtype=value.dtype, device=device)
-    return base.as_strided(value.shape, value.stride())
-
-
-def seconds_of(run: Callable[[], Any], device: str) -> float:
-    """What a function takes: the median of several runs, the first one apart."""
-    run()
-    times: list[float] = []
-    while len(times) < _RUNS or sum(times) < _SECONDS:
-        times.append(_one_run(run, device))
-    return statistics.median(times)
-
-
-def _one_run(run: Callable[[], Any], device: str) -> float:
-    if device == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        result = run()
-        end.record()
-        end.synchronize()
-        del result
-        return float(begin.elapsed_time(end)) / 1e3
-    start = time.perf_counter()
-    result = run()
-    seconds = time.perf_counter() - start
-    del result
-    return seconds

@@ -1,7 +1,8 @@
 """The time of a step whose collectives run beside operators until they are waited for.
 
 Operators run one after the other, and so do collectives, on links of their own.  A wait holds
-operators up until its collective has ended; a collective that has ended by then costs nothing.
+operators up until its collective has ended; one that has ended by then costs nothing but what it
+takes from operators that run beside it, where they share cores or memory.
 
     start g1 | op | op | wait g1        operators   ==op====op==......|
                                         links       ======g1==========|     "....": exposed
@@ -29,7 +30,7 @@ class Elapsed:
     Attributes:
         step: from its first operator to its last.
         communication: all collectives, by themselves.
-        exposed: how long operators wait for collectives.
+        exposed: how long operators stand still for collectives.
         starts: when each node begins.
     """
 
@@ -39,11 +40,15 @@ class Elapsed:
     starts: Mapping[fx.Node, float] = field(default_factory=dict, repr=False, compare=False)
 
 
-def elapsed(graphs: Iterable[fx.Graph], price: Callable[[fx.Node], NodeCost]) -> Elapsed:
+def elapsed(
+    graphs: Iterable[fx.Graph], price: Callable[[fx.Node], NodeCost], overlap: float = 1.0
+) -> Elapsed:
     """The time of graphs that run one after the other.
 
     Args:
         price: what a node that calls a function costs by itself.
+        overlap: the share of a collective's time that operators hide; they stand still for the
+            rest of it.
     """
     now = idle_from = communication = exposed = 0.0
     ends: dict[fx.Node, float] = {}
@@ -57,6 +62,8 @@ def elapsed(graphs: Iterable[fx.Graph], price: Callable[[fx.Node], NodeCost]) ->
             if is_collective(node):
                 communication += seconds
                 ends[node] = idle_from = max(now, idle_from) + seconds
+                exposed += (1 - overlap) * seconds
+                now += (1 - overlap) * seconds
             elif is_wait(node):
                 wait = max(ends.get(collective_of(node), now) - now, 0.0)
                 exposed += wait
@@ -88,5 +95,6 @@ def exposed_share(graph: TrainGraph, costs: CostModel) -> float:
             collectives += seconds
         elif graph.is_backward(node):
             operators += seconds
-    left = gathers + collectives - operators
+    transfers = gathers + collectives
+    left = max(transfers - operators, (1 - costs.overlap) * transfers)
     return min(max(left / gathers, _LEAST_EXPOSED), 1.0)

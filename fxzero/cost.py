@@ -126,6 +126,11 @@ class CostModel:
         return 2 * transfer_seconds(tensor, self.hardware) * self.scale
 
     @property
+    def overlap(self) -> float:
+        """The share of a collective's time that operators beside it hide."""
+        return self.hardware.achieved.overlap
+
+    @property
     def source(self) -> str:
         """Where the times come from, for the notes of a plan."""
         if not self.measured:

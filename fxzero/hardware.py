@@ -57,12 +57,15 @@ class Achieved:
         attention: of the peak, in fused attention.
         memory: of the memory's bandwidth.
         links: of the bandwidth to the host and to other devices.
+        overlap: of a collective's time, what operators that run beside it hide; less than 1 where
+            both need the same cores or memory.
     """
 
     matmul: float = 1.0
     attention: float = 1.0
     memory: float = 1.0
     links: float = 1.0
+    overlap: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,10 @@ _TABLES: dict[str, dict[str, _Number]] = {
     },
     "network": {"bandwidth": _RATE, "latency": _SECONDS, "startup": _SECONDS},
     "power": {"watts": _Number("watts", 0.1, 1e6, optional=True)},
-    "achieved": dict.fromkeys(("matmul", "attention", "memory", "links"), _SHARE),
+    "achieved": {
+        **dict.fromkeys(("matmul", "attention", "memory", "links"), _SHARE),
+        "overlap": _Number("a share", 0.0, 1.0, optional=True),
+    },
 }
 
 
@@ -271,7 +277,9 @@ def load(path: Path) -> Hardware:
         devices=node["devices"],
         startup=network["startup"],
         watts=found["power"].get("watts"),
-        achieved=Achieved(**{name: found["achieved"][name] for name in _TABLES["achieved"]}),
+        achieved=Achieved(
+            **{n: found["achieved"][n] for n in _TABLES["achieved"] if n in found["achieved"]}
+        ),
         sources={name: table["source"] for name, table in found.items()},
     )
 

@@ -11,48 +11,26 @@ processes run, the first one writes.
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from fxzero.calibration import device_description, seconds_of
-from fxzero.collectives import all_gather, average_part
 from fxzero.cost import hardware_for
 from fxzero.errors import UsageError
-from fxzero.hardware import Achieved, Hardware, Link
-from fxzero.mesh import resolve_mesh
+from fxzero.hardware import Achieved, Hardware
+from fxzero.links import Links, is_first, measure_links
 from fxzero.options import device_memory
+from fxzero.timing import device_description, seconds_of
 from fxzero.units import format_bytes
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A product is made larger until it takes so long, or has rows and columns as many.
 _PRODUCT_SECONDS, _LARGEST_PRODUCT = 0.02, 8192
 _BYTES = {"cpu": 2**26, "cuda": 2**29}
-_MESSAGE_BYTES = {"cpu": 2**24, "cuda": 2**28}
 _NOT_MEASURED = "assumed, not measured: run it under torchrun with several processes"
-
-
-@dataclass(frozen=True)
-class _Network:
-    """Links as they were measured.
-
-    Attributes:
-        startup: seconds of a collective of next to nothing.
-        inside: how many of the ranks are in a node.
-        first: whether this process is the one that writes.
-    """
-
-    bandwidth: float
-    startup: float
-    ranks: int
-    inside: int
-    first: bool
 
 
 def measure_hardware(path: Path) -> str:
@@ -64,10 +42,10 @@ def measure_hardware(path: Path) -> str:
     if path.suffix != ".toml":
         raise UsageError(f"{path}: the name of a description of hardware ends in .toml")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = _measure_network(device)
-    if network is not None and not network.first:
+    between = measure_links(device)
+    if between is not None and not is_first():
         return ""
-    found = replace(_measure_device(device, network), name=path.stem)
+    found = replace(_measure_device(device, between), name=path.stem)
     try:
         path.write_text(to_toml(found))
     except OSError as error:
@@ -75,7 +53,7 @@ def measure_hardware(path: Path) -> str:
     peaks = ", ".join(
         f"{dtype} {rate / 1e9:.4g} GFLOP/s" for dtype, rate in found.peak_flops.items()
     )
-    links = "not measured" if network is None else f"{found.node.bandwidth / 1e9:.3g} GB/s"
+    links = "not measured" if between is None else str(between)
     return (
         f"{device_description(device)}: {format_bytes(found.memory or 0)}, {peaks}, memory "
         f"{found.bandwidth / 1e9:.4g} GB/s, links between processes {links}\nwritten to {path}; "
@@ -111,6 +89,7 @@ def to_toml(hardware: Hardware) -> str:
             "attention": got.attention,
             "memory": got.memory,
             "links": got.links,
+            "overlap": got.overlap,
         },
     }
     lines = [f'device = "{hardware.device}"']
@@ -120,16 +99,14 @@ def to_toml(hardware: Hardware) -> str:
     return "\n".join([*lines, ""])
 
 
-def _measure_device(device: str, network: _Network | None) -> Hardware:
+def _measure_device(device: str, links: Links | None) -> Hardware:
     usual = hardware_for(device)
     measured = f"measured on {device_description(device)}"
     peaks = {str(dtype).removeprefix("torch."): _product_rate(dtype, device) for dtype in _DTYPES}
-    node, far, startup, devices = usual.node, usual.network, usual.startup, 1
-    near_source = far_source = _NOT_MEASURED
-    if network is not None:
-        node = far = Link(network.bandwidth, 0.0)
-        startup, devices = network.startup, network.inside
-        near_source = far_source = f"{measured}, {network.ranks} processes, {devices} in a node"
+    there = _NOT_MEASURED
+    if links is not None:
+        usual = links.between(usual)
+        there = f"{measured}, {links.processes} processes, {links.inside} in a node"
     attention = min(max(_attention_rate(device) / max(peaks.values()), 0.01), 1.0)
     return Hardware(
         name="",
@@ -138,18 +115,18 @@ def _measure_device(device: str, network: _Network | None) -> Hardware:
         peak_bandwidth=_memory_rate(device),
         launch=_seconds(lambda: torch.ones(1, device=device).neg_(), device) / 2,
         host=_host_rate(device),
-        node=node,
-        network=far,
+        node=usual.node,
+        network=usual.network,
         memory=device_memory(device),
-        devices=max(devices, 1),
-        startup=startup,
-        achieved=Achieved(attention=round(attention, 3)),
+        devices=1 if links is None else links.inside,
+        startup=usual.startup,
+        achieved=Achieved(attention=round(attention, 3), overlap=usual.achieved.overlap),
         sources={
             "memory": measured,
             "compute": measured,
             "host": measured,
-            "node": near_source,
-            "network": far_source,
+            "node": there,
+            "network": there,
             "power": "not measured",
             "achieved": "figures are those achieved; attention: by the fastest dtype's peak",
         },
@@ -191,45 +168,3 @@ def _host_rate(device: str) -> float:
     there = torch.rand(_BYTES[device] // 4, device=device)
     here = torch.empty(there.shape, pin_memory=device == "cuda")
     return there.nbytes / _seconds(lambda: here.copy_(there), device)
-
-
-def _measure_network(device: str) -> _Network | None:
-    """By gathers and reduce-scatters among all processes; None: there is one."""
-    mesh = resolve_mesh(None, device)
-    if mesh.size == 1:
-        return None
-    group, ranks = mesh.groups["dp"], mesh.size
-    place = torch.device(device)
-
-    def both(size: int) -> float:
-        """Seconds of the two, whose whole has ``size`` bytes."""
-        whole = torch.zeros(max(size // 4 // ranks, 1) * ranks, device=place)
-        part = whole[: len(whole) // ranks].clone()
-
-        def run() -> None:
-            all_gather(part, ranks, group)
-            average_part(whole, ranks, group)
-
-        dist.barrier()
-        times = torch.tensor(sorted(_timed(run, device) for _ in range(10))[5])
-        dist.all_reduce(times, dist.ReduceOp.MAX)
-        return float(times)
-
-    both(4)  # connects
-    nothing, much = both(4), both(_MESSAGE_BYTES[device])
-    moved = 2 * _MESSAGE_BYTES[device] * (ranks - 1) / ranks
-    inside = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    first = dist.get_rank() == 0
-    dist.destroy_process_group()
-    return _Network(moved / max(much - nothing, 1e-9), nothing / 2, ranks, inside, first)
-
-
-def _timed(run: Callable[[], object], device: str) -> float:
-    """Once: ranks must call collectives equally often."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

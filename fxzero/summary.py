@@ -87,7 +87,7 @@ class Facts:
     def time(self) -> Elapsed:
         """Of the step."""
         graphs = (self.split.forward.graph, self.split.backward.graph)
-        return elapsed(graphs, self.prices.__getitem__)
+        return elapsed(graphs, self.prices.__getitem__, self.costs.overlap)
 
     @cached_property
     def seconds(self) -> list[float]:

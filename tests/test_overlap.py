@@ -166,6 +166,9 @@ def test_a_wait_costs_what_operators_have_not_hidden():
 
     time = elapsed([graph], prices.__getitem__)
     assert (time.step, time.communication, time.exposed) == (10.0, 7.0, 2.0)
+    # Where operators and collectives share cores, nothing is hidden: 8 of operators, 7 of these.
+    time = elapsed([graph], prices.__getitem__, overlap=0.0)
+    assert (time.step, time.communication, time.exposed) == (15.0, 7.0, 7.0)
 
 
 def test_a_wait_for_a_collective_of_the_models_own_costs_nothing():

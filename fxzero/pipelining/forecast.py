@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxzero.calibration import cost_model
 from fxzero.clock import elapsed
@@ -279,17 +279,19 @@ class _Forecast:
 
     def _times(self, emitted: Emitted, known: StageTimes) -> StageTimes:
         """What a stage's graphs take."""
-        split, price = emitted.split, self.costs.price
-        forward = elapsed([split.forward.graph], price).step
-        backward = elapsed([split.backward.graph], price).step
+
+        def seconds(graph: fx.Graph) -> float:
+            return elapsed([graph], self.costs.price, self.costs.overlap).step
+
+        split = emitted.split
+        forward, backward = seconds(split.forward.graph), seconds(split.backward.graph)
         if not self.schedule.splits_backward:
             late = min(known.weight_gradient, backward)
             return StageTimes(forward, backward - late, late)
         parts = split_backward(split.backward, split.input_gradients)
-        first, second = (
-            elapsed([part.graph], price).step for part in (parts.input_part, parts.weight_part)
+        return StageTimes(
+            forward, seconds(parts.input_part.graph), seconds(parts.weight_part.graph)
         )
-        return StageTimes(forward, first, second)
 
     def _around(self, choice: Choice) -> float:
         """Seconds of collectives before the first micro-batch and behind the last.

@@ -1,0 +1,198 @@
+"""Times operators: where they stand in a graph that runs as a whole, or each by itself.
+
+An operator that runs again and again by itself finds its arguments in the caches and its result's
+memory in the allocator, which in a step it seldom does; operators that are bound by memory take a
+few times as long there.  So a graph that the device can hold runs in order, memory freed at each
+value's last use.  What follows an operator up to the next one, views and memory given back,
+counts as its own: times add up to what the graph takes.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxzero.cost import drawn_operator, makes_view, operator_key
+from fxzero.execution import last_uses
+from fxzero.graph import TrainGraph
+from fxzero.options import device_memory
+from fxzero.storages import tensor_leaves
+
+_RUNS = 5
+_SECONDS = 0.02  # an operator by itself is run more often until it took this long
+_LARGEST = 2 * 2**30  # bytes of arguments and results beyond which an operator is not run
+_ROUNDS, _LONGEST = 5, 30.0  # of a graph; seconds after which no further round begins
+_SHARE = 0.5  # of the device's memory that a graph may take
+# What operators raise that cannot be run on numbers made up.
+_REFUSALS = (RuntimeError, IndexError, ValueError, TypeError, MemoryError)
+
+
+def times_in_place(graph: TrainGraph, device: str) -> dict[str, float]:
+    """Seconds of the operators of a joint graph by ``cost.operator_key``: means over equal ones.
+
+    Args:
+        device: "cpu" or "cuda", on which it is run several times on numbers made up.
+
+    Returns:
+        An empty dict if the graph is too large for the device, or one of its operators refuses.
+    """
+    memory = device_memory(device)
+    if memory is None or _largest_bytes(graph.graph) > _SHARE * memory:
+        return {}
+    rounds: list[dict[fx.Node, float]] = []
+    start = time.perf_counter()
+    try:
+        _run(graph, device)
+        while len(rounds) < _ROUNDS and (not rounds or time.perf_counter() - start < _LONGEST):
+            rounds.append(_run(graph, device))
+    except _REFUSALS:
+        return {}
+    found: dict[str, list[float]] = defaultdict(list)
+    for node in rounds[0]:
+        found[operator_key(node)].append(statistics.median(times[node] for times in rounds))
+    return {key: statistics.fmean(times) for key, times in found.items()}
+
+
+def times_alone(
+    kinds: Mapping[str, fx.Node], device: str
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Seconds by key of operators run by themselves, and the names of those that cannot be."""
+    measured: dict[str, float] = {}
+    failed: dict[str, None] = {}
+    for key, node in kinds.items():
+        operator = drawn_operator(node)
+        assert operator is not None
+        try:
+            measured[key] = seconds_of(_runner(operator, node, device), device)
+        except _REFUSALS:
+            failed[str(operator)] = None
+    return measured, tuple(failed)
+
+
+def seconds_of(run: Callable[[], Any], device: str) -> float:
+    """What a function takes: the median of several runs, the first one apart."""
+    run()
+    times: list[float] = []
+    while len(times) < _RUNS or sum(times) < _SECONDS:
+        watch = _Watch(device)
+        result = run()
+        watch.stop()
+        del result
+        times.append(watch.seconds())
+    return statistics.median(times)
+
+
+def device_description(device: str) -> str:
+    """'Xeon 8259CL, 2 threads, torch 2.13.0' for the CPU; the device's name for CUDA."""
+    version = torch.__version__.partition("+")[0]
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {version}"
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads, torch {version}"
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "CPU"
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else "CPU"
+
+
+class _Watch:
+    """Runs from when it is made until it is stopped, by the device's clock."""
+
+    def __init__(self, device: str) -> None:
+        self.events = None
+        if device == "cuda":
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self.events[0].record()
+        self.start = self.end = time.perf_counter()
+
+    def stop(self) -> None:
+        self.end = time.perf_counter()
+        if self.events is not None:
+            self.events[1].record()
+
+    def seconds(self) -> float:
+        if self.events is None:
+            return self.end - self.start
+        self.events[1].synchronize()
+        return float(self.events[0].elapsed_time(self.events[1])) / 1e3
+
+
+def _run(graph: TrainGraph, device: str) -> dict[fx.Node, float]:
+    """Seconds of each operator in one run of the graph."""
+    dying, values = last_uses(graph.graph), dict[fx.Node, Any]()
+    watches: list[tuple[fx.Node, _Watch]] = []
+    current: fx.Node | None = None
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            if not _is_free(node):
+                current = node
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            watch = _Watch(device)
+            values[node] = node.target(*args, **kwargs)
+            del args, kwargs
+            for dead in dying.get(node, ()):
+                del values[dead]
+            watch.stop()
+            if current is not None:
+                watches.append((current, watch))
+        elif node.op != "output":
+            values[node] = _example(node.meta.get("val"), device)
+    times: dict[fx.Node, float] = defaultdict(float)
+    for node, watch in watches:
+        times[node] += watch.seconds()
+    return times
+
+
+def _is_free(node: fx.Node) -> bool:
+    """Whether plans take a node to cost nothing."""
+    operator = drawn_operator(node)
+    return operator is None or makes_view(operator)
+
+
+def _largest_bytes(graph: fx.Graph) -> int:
+    """The most bytes at once in a run of the graph, views counted as values of their own."""
+    dying, now, most = last_uses(graph), 0, 0
+    for node in graph.nodes:
+        now += _bytes([node]) if node.op != "call_function" or not _is_free(node) else 0
+        most = max(most, now)
+        now -= _bytes(dead for dead in dying.get(node, ()) if not _is_free(dead))
+    return most
+
+
+def _bytes(nodes: Iterable[fx.Node]) -> int:
+    leaves = (leaf for node in nodes for leaf in tensor_leaves(node.meta.get("val")))
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+
+
+def _runner(operator: Any, node: fx.Node, device: str) -> Callable[[], Any]:
+    if _bytes((node, *node.all_input_nodes)) > _LARGEST:
+        raise MemoryError
+    args, kwargs = fx.map_arg(
+        (node.args, node.kwargs), lambda n: _example(n.meta.get("val"), device)
+    )
+    return lambda: operator(*args, **kwargs)
+
+
+def _example(value: Any, device: str) -> Any:
+    """A tensor of the same shape, strides and dtype: random numbers, zeros for indices."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    span = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    size = max(span, 0) if value.numel() else 0
+    if value.is_floating_point():
+        base = torch.rand(size, device=device).to(value.dtype)
+    else:
+        base = torch.zeros(size, dtype=value.dtype, device=device)
+    return base.as_strided(value.shape, value.stride())
