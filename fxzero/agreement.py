@@ -68,6 +68,23 @@ class Agreement:
             self._refuse("ranks were given different steps", self._collect(description))
         return answers
 
+    def told_by_all(self, value: Any, when: str) -> list[Any]:
+        """What every rank says, in the order of ``ranks``; all ranks call it.
+
+        Args:
+            value: anything that can be pickled.
+            when: what it is about, for errors.
+
+        Raises:
+            PeerError: a rank does not answer.
+        """
+        answers: list[Any] = [None] * len(self.ranks)
+        try:
+            dist.all_gather_object(answers, value, group=self.group)
+        except RuntimeError as error:
+            raise self.explained(error, when) from error
+        return answers
+
     def explained(self, error: RuntimeError, when: str) -> RuntimeError:
         """A PeerError for an error of a collective, other errors as they are.
 

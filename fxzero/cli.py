@@ -439,10 +439,12 @@ def passes() -> None:
 @click.option(
     "--inner", type=click.Choice(["inductor", "eager"]), help="[default: what is present]"
 )
-def verify(model: str, memory_budget: str | None, inner: str | None) -> int:
-    """Run a compiled step against eager PyTorch: loss, gradients, randomness, peak.
+@click.option("--json", type=click.Path(path_type=Path), help="Write the report to this file.")
+def verify(model: str, memory_budget: str | None, inner: str | None, json: Path | None) -> int:
+    """Run a compiled step against eager PyTorch: loss, gradients, randomness, buffers, peak.
 
-    Exits with 1 if they differ.
+    Names the pass and the line of the model where they begin to differ, and values that are not
+    finite.  Exits with 1 if anything is wrong.
     """
     import fxzero
     from fxzero.sources import load_factory
@@ -452,6 +454,8 @@ def verify(model: str, memory_budget: str | None, inner: str | None) -> int:
     compiled = fxzero.compile(source.model, example, memory_budget=memory_budget, inner=inner)
     result = compiled.verify(*source.args, **source.kwargs)
     click.echo(str(result))
+    if json:
+        _write(json, lambda path: path.write_text(result.to_json()))
     return _OK if result.ok else _NOT_VERIFIED
 
 

@@ -41,6 +41,7 @@ from fxzero.ranks import Ranks, connect
 from fxzero.receiving import Updates, check_updater
 from fxzero.sharding import agree_on_values, ids_elsewhere, is_spread
 from fxzero.structure import Structure, flatten
+from fxzero.ties import Ties, ties_of
 from fxzero.training_step import TrainingStep
 
 log = logging.getLogger(__name__)
@@ -157,6 +158,7 @@ def compile(
             batch = Batch.of(*example).times(ranks.sizes["pp"] if joins else 1)
             state.pipeline.prepare(model, view, batch)
     state.ranks = connect(model, ranks.data, options.sharding)
+    state.ties = ties_of(model)
     original = type(model)._fxzero_original if isinstance(model, CompiledModule) else type(model)
     vars(model)["_fxzero"] = state
     model.__class__ = _compiled_class(original)
@@ -321,6 +323,7 @@ class CompiledModule(nn.Module):
 def _rebuild(model: nn.Module, options: Options, plan: Plan | None, limit: int) -> nn.Module:
     state = vars(model)["_fxzero"] = _State(options, plan, None)
     state.recompile_limit = limit
+    state.ties = ties_of(model)
     model.__class__ = _compiled_class(type(model))
     return model
 
@@ -365,6 +368,7 @@ class _State:
         self.ranks = ranks
         self.plan = plan
         self.loss_fn = loss_fn
+        self.ties: Ties = frozenset()
         self.recompile_limit = _DEFAULT_RECOMPILE_LIMIT
         # By what is traced, and by whether gradients exist.
         self.steps: OrderedDict[tuple[Hashable, bool], TrainingStep] = OrderedDict()
@@ -383,6 +387,7 @@ class _State:
             raise UsageError("a model with pipeline stages cannot be copied: copy it, then compile")
         state = _State(self.options, self.plan, self.loss_fn, self.ranks)
         state.recompile_limit = self.recompile_limit
+        state.ties = self.ties
         return state
 
     def latest_plan(self) -> Plan:
@@ -543,6 +548,13 @@ def _describe_step(model: nn.Module, leaves: Sequence[torch.Tensor], reduces: bo
     return f"inputs {describe_all(leaves)}, {mode}, {frozen} frozen parameters{accumulating}"
 
 
+def _tied_places(model: nn.Module) -> tuple[int, ...]:
+    """For each place of a parameter, the number of the tensor that stands there."""
+    numbers: dict[int, int] = {}
+    places = (p for m in model.modules() for p in m._parameters.values() if p is not None)
+    return tuple(numbers.setdefault(id(p), len(numbers)) for p in places)
+
+
 def _key(model: nn.Module, leaves: Sequence[torch.Tensor], structure: Structure) -> Hashable:
     """All that a captured graph depends on."""
     return (
@@ -550,5 +562,6 @@ def _key(model: nn.Module, leaves: Sequence[torch.Tensor], structure: Structure)
         tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in leaves),
         tuple(module.training for module in model.modules()),
         tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in model.parameters()),
+        _tied_places(model),
         _torch.autocast_state(),
     )

@@ -16,6 +16,7 @@ from fxzero.errors import UsageError, unknown_option
 from fxzero.hardware import Hardware
 from fxzero.mesh import Mesh, Sharding, check_zero
 from fxzero.optimizers import profile_optimizer, updates_one_by_one
+from fxzero.passes.pipeline import PassList
 from fxzero.policies import check_recompute_option
 from fxzero.precision import Precision, check_precision
 from fxzero.units import parse_budget
@@ -43,6 +44,7 @@ class Options:
         update: where the optimizer updates weights: in its "step" or in the "backward".
         ranks: of all dimensions of the mesh, in its order.
         hardware: what is planned for; None: the device that the model is on.
+        passes: what is done to graphs.
     """
 
     memory_budget: int | None = None
@@ -58,6 +60,7 @@ class Options:
     update: str = "step"
     ranks: Mapping[str, int] = field(default_factory=dict)
     hardware: Hardware | None = None
+    passes: PassList = field(default_factory=PassList)
 
     @property
     def updates(self) -> bool:

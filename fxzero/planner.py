@@ -9,6 +9,7 @@ graphs, and if it exceeds the budget the solver is asked again with less.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,7 +29,7 @@ from fxzero.optimizers import profile_optimizer
 from fxzero.options import Options, device_of
 from fxzero.passes.context import PassContext
 from fxzero.passes.partition import Split, partition
-from fxzero.passes.pipeline import PREPARATION, Pass, select, skipped_passes
+from fxzero.passes.pipeline import Pass, select, skipped_passes
 from fxzero.passes.runner import checking, run_passes
 from fxzero.passes.shard import WHOLE, left_whole
 from fxzero.passes.spec import check_split
@@ -99,10 +100,11 @@ class Planner:
             hardware=options.hardware,
             mesh=options.ranks,
         )
-        merged = GraphPlanner(graph, options, name, PREPARATION, costs, **given)
+        preparation = options.passes.preparation
+        merged = GraphPlanner(graph, options, name, preparation, costs, **given)
         self.variants: tuple[GraphPlanner, ...] = (merged,)
         if _merged_share(graph, merged.graph) > _SMALL_SHARE:
-            unmerged = tuple(item for item in PREPARATION if item.name != "deduplicate")
+            unmerged = tuple(item for item in preparation if item.name != "deduplicate")
             self.variants += (GraphPlanner(graph, options, name, unmerged, costs, **given),)
 
     @property
@@ -159,6 +161,14 @@ class Planner:
     def rehearse(self, decided: Decided, forward: BoxedFunction, backward: BoxedFunction) -> Peaks:
         """The peaks of functions that run the graphs of ``decided``."""
         return self._variant(decided.plan).rehearse(decided, forward, backward)
+
+    def passes(self, plan: Plan) -> tuple[Pass, ...]:
+        """Those that make the graphs that carry out a Plan, in their order."""
+        return self._variant(plan).passes
+
+    def partway(self, plan: Plan, count: int) -> TrainGraph:
+        """The captured graph after the first ``count`` of ``passes(plan)``, all of it one graph."""
+        return self._variant(plan).partway(plan, count)
 
     def _variant(self, plan: Plan) -> GraphPlanner:
         """Whose graph the plan belongs to."""
@@ -252,12 +262,14 @@ class GraphPlanner:
             updates=options.updates,
         )
         chosen = select(skipped_passes(), preparation)
-        plain = tuple(item for item in chosen if item.name not in _OF_GRADIENTS)
+        plain = tuple(itertools.takewhile(lambda item: item.name not in _OF_GRADIENTS, chosen))
         prepared, reports = run_passes(graph, self.context, plain)
         self.digest = prepared.digest()
         self.graph, last = run_passes(prepared, self.context, chosen[len(plain) :])
         arguments = [(role, node.meta["val"]) for role, node in self.graph.pairs()]
         self.prepared = tuple(report.name for report in (*reports, *last))
+        self.captured = graph
+        self.passes = (*chosen, *select(skipped_passes(), options.passes.execution))
         self.options = options
         self.name = name
         self.outputs_held = outputs_held and not is_stage
@@ -461,13 +473,20 @@ class GraphPlanner:
 
     def _carry_out(self, decisions: Decisions) -> Emitted:
         context = replace(self.context, decisions=decisions)
-        passes = select(skipped_passes())
+        passes = self.passes[len(self.prepared) :]
         graph, reports = run_passes(self.graph, context, passes)
         split = partition(graph)
         if checking():
             check_split(split)
         timeline = simulate(split, self.surroundings)
         return Emitted(split, timeline, (*self.prepared, *(report.name for report in reports)))
+
+    def partway(self, plan: Plan, count: int) -> TrainGraph:
+        """The graph that carries out a Plan, as the first ``count`` of ``passes`` leave it."""
+        context = replace(self.context, decisions=plan.decisions)
+        passes = self.passes[:count]
+        graph, _ = run_passes(self.captured.copy(), context, passes, check=False)
+        return graph
 
     @cached_property
     def swept(self) -> tuple[Schedule, ...]:

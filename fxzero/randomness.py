@@ -60,6 +60,12 @@ class RandomState:
         ready = torch.cuda.is_available() and torch.cuda.is_initialized()
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if ready else None)
 
+    def equals(self, other: RandomState) -> bool:
+        """Whether the same numbers follow."""
+        if self.cuda is None or other.cuda is None:  # nothing has been drawn there yet
+            return torch.equal(self.cpu, other.cpu)
+        return torch.equal(self.cpu, other.cpu) and torch.equal(self.cuda, other.cuda)
+
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """Inside, random numbers are those drawn after this moment; the stream does not move."""

@@ -11,10 +11,11 @@ meanwhile, and which outputs gradients come from.  The plan starts from the safe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,11 +24,12 @@ from torch import nn
 
 from fxzero.capture import Capture, capture
 from fxzero.errors import BudgetError, RuntimeStateError
-from fxzero.graph import InputRole, describe_all
+from fxzero.graph import InputRole, TrainGraph, describe_all
 from fxzero.halves import run_in_halves
 from fxzero.inner import compile_split
 from fxzero.microbatches import Call
 from fxzero.options import Options
+from fxzero.passes.pipeline import Pass
 from fxzero.planner import Decided, Emitted, Planner
 from fxzero.plans import Plan
 from fxzero.randomness import RandomState
@@ -100,6 +102,7 @@ class TrainingStep:
         self._outputs_seen = False
         self._gradients_settled = False
         self._stale = False
+        self._observes = True
         self._wanted: tuple[int, ...] | None = None
         self._captured: Capture
         self._planner: Planner
@@ -126,6 +129,41 @@ class TrainingStep:
     def executable(self) -> Executable:
         """The functions that run them."""
         return self._executable
+
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        """Positions of the outputs that the next run's graphs expect gradients from."""
+        return self._captured.differentiable if self._wanted is None else self._wanted
+
+    @property
+    def plan_with_outputs_held(self) -> Plan:
+        """The plan for a caller who keeps the outputs during the backward."""
+        if self._planner.outputs_held:
+            return self.plan
+        planner = self._planner.observing(outputs_held=True)
+        return self._as_it_runs(planner.restate(self._decided), planner).plan
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """Those that made the graphs, in their order."""
+        return self._planner.passes(self._decided.plan)
+
+    def partway(self, count: int) -> TrainGraph:
+        """The joint graph as the first ``count`` of ``passes`` leave it."""
+        return self._planner.partway(self._decided.plan, count)
+
+    def tensor_for(self, role: InputRole, leaves: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The parameter, buffer or input that stands behind a placeholder now."""
+        return self._source(role)(leaves)
+
+    @contextlib.contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Inside, backwards teach nothing about how the caller trains."""
+        self._observes = False
+        try:
+            yield
+        finally:
+            self._observes = True
 
     def run(self, leaves: Sequence[torch.Tensor], parameters: Parameters = IN_PLACE) -> Any:
         """The model's return value for flat inputs, attached to autograd."""
@@ -280,12 +318,16 @@ class TrainingStep:
             in_halves=self._in_halves,
         )
 
-    def _as_it_runs(self, decided: Decided) -> Decided:
-        """The same with a plan that says what generated code needs."""
+    def _as_it_runs(self, decided: Decided, planner: Planner | None = None) -> Decided:
+        """The same with a plan that says what generated code needs.
+
+        Args:
+            planner: the one with whose assumptions it was planned; None: the step's.
+        """
         if self.options.inner == "eager" or self._in_halves:
             return decided
         run = self._executable
-        peaks = self._planner.rehearse(decided, run.forward, run.backward)
+        peaks = (planner or self._planner).rehearse(decided, run.forward, run.backward)
         return replace(decided, plan=as_it_runs(decided.plan, peaks))
 
     def _source(self, role: InputRole) -> Source:
@@ -335,7 +377,7 @@ class TrainingStep:
 
         Many ranks keep to the first assumptions: what one of them sees, the others may not.
         """
-        if self.ranks is not None:
+        if self.ranks is not None or not self._observes:
             return
         self._outputs_held = outputs_held or (self._outputs_seen and self._outputs_held)
         self._outputs_seen = True

@@ -26,7 +26,7 @@ def format_nodes(graph: TrainGraph, nodes: Iterable[fx.Node]) -> list[str]:
     inputs = dict(zip(graph.placeholders, graph.inputs, strict=False))
     lines = []
     for node in nodes:
-        fields = [node.name, _input(inputs[node]) if node in inputs else _call(node)]
+        fields = [node.name, _input(inputs[node]) if node in inputs else format_call(node)]
         if node.op != "output":
             role = "B" if graph.is_backward(node) else "F"
             value = describe(node.meta.get("val"))
@@ -46,7 +46,8 @@ def _input(role: InputRole) -> str:
     return f"{role.kind} {role.name or role.index}"
 
 
-def _call(node: fx.Node) -> str:
+def format_call(node: fx.Node) -> str:
+    """The node's operator and arguments."""
     if node.op in ("placeholder", "get_attr"):
         return node.op
     name = "output" if node.op == "output" else _operator(node.target)

@@ -91,6 +91,19 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
+@dataclass(frozen=True)
+class PassList:
+    """The passes of a compilation, in the order in which they run.
+
+    Attributes:
+        preparation: those before the plan is made.
+        execution: those that carry it out.
+    """
+
+    preparation: tuple[Pass, ...] = PREPARATION
+    execution: tuple[Pass, ...] = PASSES
+
+
 def skipped_passes() -> tuple[str, ...]:
     """Names in the environment's FXZERO_SKIP.
 

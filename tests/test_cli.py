@@ -130,7 +130,7 @@ def test_the_set_of_commands_and_options_is_this() -> None:
         },
         "hardware": set(),
         "passes": set(),
-        "verify": {"model", "memory_budget", "inner"},
+        "verify": {"model", "memory_budget", "inner", "json"},
         "replay": {"directory"},
         "calibrate": {"model", "batch", "seq", "dtype", "hardware_file"},
         "doctor": set(),
@@ -384,10 +384,13 @@ class Verification:
     def __str__(self) -> str:
         return f"equal: {self.ok}"
 
+    def to_json(self) -> str:
+        return "{}"
+
 
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
 def test_verify_compiles_real_tensors_and_returns_1_where_they_differ(
-    run: Callable[..., Ran], stub: Stub, ok: bool, code: int
+    run: Callable[..., Ran], stub: Stub, tmp_path: Path, ok: bool, code: int
 ) -> None:
     calls = []
 
@@ -396,7 +399,9 @@ def test_verify_compiles_real_tensors_and_returns_1_where_they_differ(
         return types.SimpleNamespace(verify=lambda *args, **kwargs: Verification(ok))
 
     stub("fxzero.compiler", compile=compile)
-    result = run("verify", FACTORY, "--memory-budget", "1GiB", "--inner", "eager")
+    file = tmp_path / "report.json"
+    result = run("verify", FACTORY, "--memory-budget", "1GiB", "--inner", "eager", "--json", file)
+    assert file.read_text() == "{}"
     assert (result.code, result.out) == (code, f"equal: {ok}\n")
     ((model, args, options),) = calls
     assert model.weight.device.type == "cpu"

@@ -26,7 +26,6 @@ from fxzero.cost import CostModel
 from fxzero.mesh import Sharding
 from fxzero.optimizers import profile_optimizer
 from fxzero.options import Options
-from fxzero.passes.pipeline import PREPARATION
 from fxzero.pipelining.cutting import Row
 from fxzero.pipelining.profile import Profile, origins, weights_of
 from fxzero.planner import GraphPlanner
@@ -115,7 +114,7 @@ class Levels:
             profile.graph,
             alone,
             "",
-            PREPARATION,
+            options.passes.preparation,
             costs,
             outputs_held=False,
             reduces=False,
