@@ -14,6 +14,7 @@ from fxzero.graph import TrainGraph
 from fxzero.passes.context import PassContext
 from fxzero.passes.pipeline import PASSES, PREPARATION, Pass, PassList
 from fxzero.passes.rematerialize import CLONE_OF
+from fxzero.updating import UPDATE
 
 Spoil = Callable[[TrainGraph], None]
 
@@ -36,16 +37,22 @@ def plant(model: Any, name: str, spoil: Spoil) -> Any:
 
 
 def scale_gradient(of: str, factor: float = 1.5) -> Spoil:
-    """The gradient of a parameter is multiplied."""
+    """The gradient of a parameter is multiplied where it is returned, or given to the optimizer."""
 
     def spoil(graph: TrainGraph) -> None:
         (output,) = graph.graph.find_nodes(op="output")
         results = list(graph.results)
         for place, (role, node) in enumerate(graph.result_pairs()):
-            if role.kind == "gradient" and role.of is not None and role.of.name == of:
-                with graph.graph.inserting_before(output):
-                    scaled = graph.graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
-                scaled.meta = dict(node.meta)
+            if role.kind != "gradient" or role.of is None or role.of.name != of:
+                continue
+            updates = node.target is UPDATE
+            gradient = node.args[1] if updates else node
+            with graph.graph.inserting_before(node if updates else output):
+                scaled = graph.graph.call_function(torch.ops.aten.mul.Tensor, (gradient, factor))
+            scaled.meta = dict(gradient.meta)
+            if updates:
+                node.update_arg(1, scaled)
+            else:
                 results[place] = scaled
         output.args = (tuple(results),)
 

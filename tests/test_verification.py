@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import fxzero
 from fxzero.errors import UsageError
+from fxzero.optim import AdamW
 from fxzero.passes.pipeline import PASSES, PREPARATION
 from fxzero.ties import TieChange
 from fxzero.verification import Guilt, Verification, compare
@@ -288,6 +289,24 @@ def test_a_dropout_that_is_drawn_anew_is_found() -> None:
     assert found.guilt.node is not None
     assert found.guilt.node.source == line_of("hidden = F.dropout(hidden, 0.25, self.training)")
     assert "  random stream  DIFFERS\n" in str(found)
+
+
+@pytest.mark.parametrize("name", ["shard", "update", "rematerialize", "postpone_updates"])
+def test_a_gradient_that_an_optimizer_would_take_is_compared(name: str) -> None:
+    model = compiled(Small(), optimizer=AdamW, update="backward", recompute="full")
+    optimizer = AdamW(model.parameters())
+    model.update_with(optimizer)
+    assert model.verify(IDS, LABELS).exact
+    model._fxzero.steps.clear()
+    sabotage.plant(model, name, sabotage.scale_gradient("up.bias"))
+    weights, states = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    found = model.verify(IDS, LABELS)
+    assert not found.ok
+    assert found.guilt is not None
+    assert found.guilt.name == name
+    assert "mul" in str(found.guilt.node)
+    assert_equal(model.state_dict(), weights)
+    assert str(optimizer.state_dict()) == str(states)
 
 
 @pytest.mark.slow

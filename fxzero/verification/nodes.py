@@ -172,7 +172,7 @@ def _difference(
 
 
 def _number(value: torch.Tensor) -> float:
-    return float(value.abs() if value.is_complex() else value)
+    return float(value.abs() if value.is_complex() else value) + 0.0  # no negative zero
 
 
 def _result(
