@@ -30,16 +30,20 @@ _HOME = {
     "FxzeroError": "fxzero.errors",
     "PeerError": "fxzero.errors",
     "UsageError": "fxzero.errors",
+    "AlarmError": "fxzero.errors",
+    "AlarmWarning": "fxzero.errors",
 }
 
-_MODULES = ("checkpoint", "optim")
+_MODULES = ("checkpoint", "monitor", "optim")
 
 if TYPE_CHECKING:
-    from fxzero import checkpoint, optim
+    from fxzero import checkpoint, monitor, optim
     from fxzero.clipping import clip_grad_norm_
     from fxzero.cluster.search import search
     from fxzero.compiler import compile
     from fxzero.errors import (
+        AlarmError,
+        AlarmWarning,
         BudgetError,
         CaptureError,
         CheckpointError,
@@ -56,6 +60,8 @@ if TYPE_CHECKING:
     from fxzero.precision import Precision
 
 __all__ = [
+    "AlarmError",
+    "AlarmWarning",
     "BudgetError",
     "CaptureError",
     "CheckpointError",
@@ -72,6 +78,7 @@ __all__ = [
     "compile",
     "explain",
     "measure",
+    "monitor",
     "name",
     "optim",
     "plan",

@@ -58,12 +58,7 @@ class Agreement:
             PeerError: a rank does not answer.
         """
         mine = torch.tensor([_number(description), *map(int, facts)])
-        every = [torch.empty_like(mine) for _ in self.ranks]
-        try:
-            dist.all_gather(every, mine, group=self.group)
-        except RuntimeError as error:
-            raise self.explained(error, when) from error
-        numbers, *answers = torch.stack(every).T.tolist()
+        numbers, *answers = self.numbers(mine, when).T.tolist()
         if len(set(numbers)) > 1:
             self._refuse("ranks were given different steps", self._collect(description))
         return answers
@@ -210,6 +205,32 @@ class Agreement:
         said = dict(zip(self.ranks, self._collect(text), strict=True))
         if any(len({said[rank] for rank in group}) > 1 for group in among):
             self._refuse(differing, list(said.values()), advice)
+
+    def numbers(self, mine: torch.Tensor, when: str) -> torch.Tensor:
+        """Every rank's numbers, [ranks, ...]: of one shape and dtype, on the CPU.
+
+        Raises:
+            PeerError: a rank does not answer.
+        """
+        every = [torch.empty_like(mine) for _ in self.ranks]
+        try:
+            dist.all_gather(every, mine, group=self.group)
+        except RuntimeError as error:
+            raise self.explained(error, when) from error
+        return torch.stack(every)
+
+    def reduced(self, mine: torch.Tensor, how: Any, when: str) -> torch.Tensor:
+        """All ranks' numbers reduced by a ``ReduceOp``: of one shape and dtype, on the CPU.
+
+        Raises:
+            PeerError: a rank does not answer.
+        """
+        result = mine.clone()
+        try:
+            dist.all_reduce(result, how, group=self.group)
+        except RuntimeError as error:
+            raise self.explained(error, when) from error
+        return result
 
     def _collect(self, text: str) -> list[str]:
         answers: list[Any] = [None] * len(self.ranks)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fxzero import _torch
 from fxzero.errors import RuntimeStateError, UsageError
@@ -73,15 +74,7 @@ def clip_grad_norm_(
             "gradients of no_sync steps are not reduced yet\n"
             "  run the last backward of an accumulation outside of no_sync, then clip"
         )
-    if is_whole:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        total: torch.Tensor = nn.utils.get_total_norm(gradients, norm_type)
-    else:
-        with contextlib.nullcontext() if pipeline is None else pipeline.told():
-            norms = _norms(parameters, ranks.shards if ranks is not None else None, norm_type)
-            if pipeline is not None:
-                norms = pipeline.of_all_stages(model, norms)
-        total = torch.linalg.vector_norm(norms, norm_type)
+    total = gradient_norm(model, norm_type)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(f"the norm of the gradients is {total.item()}, so they were not clipped")
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
@@ -90,6 +83,28 @@ def clip_grad_norm_(
         return total
     for parameter in parameters:
         _local_gradient(parameter).mul_(scale)
+    return total
+
+
+@torch.no_grad()
+def gradient_norm(model: nn.Module, norm_type: float = 2.0) -> torch.Tensor:
+    """The norm of all gradients of the model, which have been reduced; a scalar, 0 without any.
+
+    On many ranks all of them must call it; it is the same on every rank.
+    """
+    state = vars(model).get("_fxzero")
+    ranks: Ranks | None = state.ranks if state is not None else None
+    pipeline: PipelinedModel | None = state.pipeline if state is not None else None
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if pipeline is None and (ranks is None or not parameters):
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        total: torch.Tensor = nn.utils.get_total_norm(gradients, norm_type)
+        return total.full_tensor() if isinstance(total, DTensor) else total
+    with contextlib.nullcontext() if pipeline is None else pipeline.told():
+        norms = _norms(parameters, ranks.shards if ranks is not None else None, norm_type)
+        if pipeline is not None:
+            norms = pipeline.of_all_stages(model, norms)
+    total = torch.linalg.vector_norm(norms, norm_type)
     return total
 
 

@@ -370,8 +370,8 @@ class _State:
         self.loss_fn = loss_fn
         self.ties: Ties = frozenset()
         self.recompile_limit = _DEFAULT_RECOMPILE_LIMIT
-        # By what is traced, and by whether gradients exist.
-        self.steps: OrderedDict[tuple[Hashable, bool], TrainingStep] = OrderedDict()
+        # By what is traced and whether it reduces, and by whether gradients exist.
+        self.steps: OrderedDict[tuple[tuple[Hashable, bool], bool], TrainingStep] = OrderedDict()
         self.latest: TrainingStep | None = None
         self.pipeline: PipelinedModel | None = None
         self.updates = Updates()
@@ -478,6 +478,11 @@ class _State:
         if self.ranks is None or not any(map(is_spread, model.parameters())):
             return contextlib.nullcontext()
         return self.ranks.shards.gathered(model)
+
+    def has_trained(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether there is a graph for such inputs."""
+        key = _key(model, *flatten((args, kwargs)))
+        return any(traced[0] == key for traced, _ in self.steps)
 
     def step_for(
         self,

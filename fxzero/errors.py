@@ -144,6 +144,16 @@ class CheckpointError(FxzeroError, RuntimeError):
     code = "FXZ701"
 
 
+class AlarmError(FxzeroError, RuntimeError):
+    """A monitor stopped the training, on every rank."""
+
+    code = "FXZ801"
+
+
+class AlarmWarning(UserWarning):
+    """A monitor saw something that should not be."""
+
+
 class InternalError(FxzeroError):
     """A bug of ours.
 

@@ -83,9 +83,9 @@ def _pinned_peak() -> int:
 
 def _measure_cpu(fn: Callable[[], Any]) -> Measurement:
     held = _held_values(fn)
-    counter = StorageCounter(t for value in held for t in _tensors_of(value))
+    counter = StorageCounter(t for value in held for t in tensors_of(value))
     baseline = counter.current
-    compiled = any(_is_compiled(value) for value in held)
+    compiled = any(runs_generated_code(value) for value in held)
     record = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if compiled else None
     start = time.perf_counter()
     with record or contextlib.nullcontext(), counter:
@@ -99,12 +99,14 @@ def _measure_cpu(fn: Callable[[], Any]) -> Measurement:
     return Measurement(peak, seconds, output, baseline, "allocator", tensors, counter.host_peak)
 
 
-def _is_compiled(value: Any) -> bool:
+def runs_generated_code(value: Any) -> bool:
     """Whether a value runs code that allocates behind the dispatcher's back."""
     if isinstance(value, torch.nn.Module):
         return any(_torch.is_compiled_callable(m) or _inner(m) for m in value.modules())
     if isinstance(value, (list, tuple, dict)):
-        return any(_is_compiled(v) for v in (value.values() if isinstance(value, dict) else value))
+        return any(
+            runs_generated_code(v) for v in (value.values() if isinstance(value, dict) else value)
+        )
     return _torch.is_compiled_callable(value)
 
 
@@ -130,6 +132,10 @@ class StorageCounter(_torch.TransparentDispatchMode):
         self.host_peak = 0
         self._seen: dict[int, int] = {}
         self._on_host: dict[int, int] = {}
+        self.add(known)
+
+    def add(self, known: Iterable[torch.Tensor]) -> None:
+        """Counts tensors that exist."""
         for tensor in known:
             self._count(tensor)
 
@@ -213,7 +219,8 @@ def _global_names(code: types.CodeType) -> list[str]:
     return [*code.co_names, *(name for item in inner for name in _global_names(item))]
 
 
-def _tensors_of(value: Any) -> list[torch.Tensor]:
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors of a module, of an optimizer, or in any other value."""
     if isinstance(value, torch.nn.Module):
         tensors = [*value.parameters(), *value.buffers()]
         return tensors + [p.grad for p in value.parameters() if p.grad is not None]

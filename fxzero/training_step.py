@@ -121,6 +121,11 @@ class TrainingStep:
         return self._decided.plan
 
     @property
+    def graph(self) -> TrainGraph:
+        """The joint graph as it was traced, before any pass."""
+        return self._captured.graph
+
+    @property
     def emitted(self) -> Emitted:
         """The graphs that run, and their timeline."""
         return self._decided.emitted
@@ -385,6 +390,15 @@ class TrainingStep:
             self._gradients_settled = True
             if set(received) < set(self._captured.differentiable) and self.given is None:
                 self._wanted = received
+
+    @contextlib.contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Inside, backwards show nothing: they are not those of the training."""
+        before, self._observes = self._observes, False
+        try:
+            yield
+        finally:
+            self._observes = before
 
     def _worth_planning_again(self) -> bool:
         budget, plan = self.options.memory_budget, self._decided.plan

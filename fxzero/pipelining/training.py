@@ -25,7 +25,7 @@ from fxzero.agreement import Agreement
 from fxzero.calibration import cost_model
 from fxzero.capture import Capture
 from fxzero.errors import PeerError, UsageError, first_line
-from fxzero.graph import describe_all
+from fxzero.graph import TrainGraph, describe_all
 from fxzero.mesh import Mesh
 from fxzero.microbatches import Batch
 from fxzero.options import Options, model_device
@@ -175,6 +175,15 @@ class PipelinedModel:
             if not isinstance(error, PeerError):
                 error.add_note(f"rank {self.agreement.rank} failed in {where}; all ranks are told")
             raise
+
+    @property
+    def graphs(self) -> tuple[list[TrainGraph], int]:
+        """This rank's stages as they were traced, and how many micro-batches a step has."""
+        prepared = next(reversed(self.prepared.values()), None)
+        if prepared is None:
+            return [], 0
+        captures = prepared.captures.values()
+        return [captured.graph for captured in captures], prepared.schedule.microbatches
 
     @property
     def _groups(self) -> list[Any]:
