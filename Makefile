@@ -4,6 +4,7 @@
 #   PIP_ARGS="..."          more arguments for pip, such as an index that has CPU builds of torch
 #   PYTEST_ARGS="..."       more arguments for pytest, such as -k budget
 #   BENCH_ARGS="..."        arguments of the memory benchmark in `make bench-gpu`, such as --model llama
+#   FUZZ_ARGS="..."         arguments of `make fuzz`, such as --inputs 1000
 #   WORKERS=N               test processes at a time (default 2)
 
 SHELL := /bin/bash
@@ -14,6 +15,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -31,7 +33,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 FXZERO := $(PY) \
   -c "import sys; from fxzero.cli import main; sys.argv[0] = 'fxzero'; sys.exit(main())"
 
-.PHONY: help demo demo-distributed test test-kernels test-quick test-all lint bench bench-gpu clean
+.PHONY: help demo demo-distributed test test-kernels test-quick test-all fuzz lint bench bench-gpu clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) \
@@ -56,6 +58,9 @@ test-quick: $(READY)  ## the same without the slow ones
 
 test-all: $(READY) test-kernels  ## run every test, one at a time; those marked cuda are skipped without a device
 	$(PYTEST) $(PYTEST_ARGS)
+
+fuzz: $(READY)  ## give 100,000 damaged files to the loaders of plans, checkpoints and the like
+	PYTHONPATH=tests/fuzz:tests:$$PYTHONPATH OMP_NUM_THREADS=1 $(PY) tests/fuzz/run.py $(FUZZ_ARGS)
 
 lint: $(READY)  ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .

@@ -22,19 +22,19 @@ from __future__ import annotations
 import json
 import math
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fxzero.documents import naming, parse_toml, read_text
 from fxzero.errors import PlanError, UsageError
 from fxzero.plans import Plan, Value, read_value
 from fxzero.report.folding import pattern
 from fxzero.report.wording import printable, short_source
 from fxzero.units import format_bytes, parse_budget
 
-_MAX_FILE_BYTES = 2**20
+_MAX_FILE_BYTES = 2**16  # twelve lines of values have about 4 KiB
 _VALUES = 12  # are recorded, at most,
 _SHARE = 0.01  # those with at least this share of the peak
 _OWN = "[accepted]"
@@ -134,18 +134,10 @@ class BudgetFile:
         Raises:
             UsageError: it cannot be read, or holds anything else than what stands above.
         """
-        try:
-            size = path.stat().st_size
-            if size > _MAX_FILE_BYTES:
-                raise UsageError(f"{path} has {size} bytes, more than a budget file can have")
-            text = path.read_text()
-            return cls._parse(path, text, tomllib.loads(text))
-        except OSError as error:
-            raise UsageError(f"cannot read {path}: {error.strerror}") from None
-        except PlanError as error:
-            raise UsageError(f"{path}: {str(error).removeprefix(f'[{error.code}] ')}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise UsageError(f"{path} is not TOML: {error}") from None
+        text = read_text(path, _MAX_FILE_BYTES, UsageError)
+        data = parse_toml(text, str(path), UsageError)
+        with naming(path, UsageError):
+            return cls._parse(path, text, data)
 
     @classmethod
     def _parse(cls, path: Path, text: str, data: dict[str, Any]) -> BudgetFile:
@@ -184,7 +176,7 @@ class BudgetFile:
             limits = Limits(peak=_at_least(plan.peak_bytes))
         start = self._user_text(limits) if self.text else _new_text(options, limits)
         text = f"{start.rstrip()}\n\n{_accepted_text(Accepted.of(plan))}"
-        read = BudgetFile._parse(self.path, text, tomllib.loads(text))
+        read = BudgetFile._parse(self.path, text, parse_toml(text, str(self.path), UsageError))
         if read.limits != limits:  # written in a way that lines do not show
             raise UsageError(f"{self.path}: write each limit in a line of its own below [limits]")
         return text

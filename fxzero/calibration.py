@@ -27,6 +27,7 @@ import torch
 
 from fxzero.capture import capture
 from fxzero.cost import CostModel, hardware_for, modelled_cost, operator_key
+from fxzero.documents import naming, read_json
 from fxzero.errors import PlanError
 from fxzero.graph import TrainGraph
 from fxzero.hardware import Hardware
@@ -40,7 +41,7 @@ from fxzero.timing import device_description, times_alone, times_in_place
 log = logging.getLogger(__name__)
 
 _SCHEMA_VERSION = 2
-_MAX_FILE_BYTES = 64 * 2**20
+_MAX_FILE_BYTES = 2**24  # room for 50,000 kinds of operators; a model has some hundreds
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,12 @@ def _calibrated(device: str, ranks: int) -> CostModel:
     hardware = hardware_for(device)
     for processes in dict.fromkeys((ranks, 1)):
         path = calibration_path(device, processes)
+        if not path.exists():
+            continue
         try:
             calibration = _load(path)
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            log.warning("calibration %s is not used: %s", path, error)
+        except PlanError as error:
+            log.warning("a calibration is not used: %s", error)
             continue
         if calibration.links is not None:
             hardware = calibration.links.between(hardware)
@@ -139,7 +140,7 @@ def calibrate(graph: TrainGraph, device: str) -> CalibrationReport:
     path = calibration_path(device, processes)
     try:
         before = _load(path)
-    except (OSError, ValueError):
+    except PlanError:
         named = device_description(device)
         before = Calibration(_SCHEMA_VERSION, named, processes, {}, 1.0, None)
     hardware = hardware_for(device)
@@ -192,9 +193,12 @@ def calibration_path(device: str, processes: int = 1) -> Path:
 
 
 def _load(path: Path) -> Calibration:
-    if path.stat().st_size > _MAX_FILE_BYTES:
-        raise PlanError(f"{path} is larger than a calibration can be")
-    data = json.loads(path.read_text())
+    data = read_json(path, _MAX_FILE_BYTES, PlanError)
+    with naming(path, PlanError):
+        return _checked(data)
+
+
+def _checked(data: object) -> Calibration:
     calibration = read_value(Calibration, data, "calibration")
     assert isinstance(calibration, Calibration)
     if calibration.schema_version != _SCHEMA_VERSION:

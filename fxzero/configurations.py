@@ -10,7 +10,8 @@ No weights are read and none are allocated.
 
 from __future__ import annotations
 
-import json
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ import torch
 from torch import nn
 
 from fxzero import unet
+from fxzero.configuration_limits import checked_configuration, counted_modules
+from fxzero.documents import read_json, shortened
 from fxzero.errors import UsageError, described
 
 _DEFAULT_BATCH, _DEFAULT_SEQ = 1, 1024
+_MAX_FILE_BYTES = 2**23  # the names of 21,841 labels, there and back, have about 1.5 MiB
 
 
 def build_configuration(
@@ -42,15 +46,10 @@ def build_configuration(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON: {error}") from None
+    data = read_json(path, _MAX_FILE_BYTES, UsageError)
     if not isinstance(data, dict):
         raise UsageError(f"{path} holds no configuration, but a {type(data).__name__}")
-    return data
+    return checked_configuration(data, path)
 
 
 def _unet(
@@ -59,7 +58,7 @@ def _unet(
     if seq is not None:
         raise UsageError(f"--seq {seq} has no effect: {unet.MODEL_TYPE} takes images")
     config = unet.UNetConfig.read(data, str(path))
-    with torch.device("meta"):
+    with torch.device("meta"), counted_modules(path), _building(path):
         return unet.UNet(config).to(dtype), unet.inputs(config, batch, dtype)
 
 
@@ -75,25 +74,33 @@ def _transformer(
     except ImportError as error:
         raise UsageError(f"{path} needs transformers: {described(error)}") from error
     kind = data.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UsageError(
-            f"{path}: model_type {kind!r} is not known to transformers {transformers.__version__}"
+            f"{path}: model_type {shortened(repr(kind))} is not known to transformers "
+            f"{transformers.__version__}"
         )
     if "quantization_config" in data:
         raise UsageError(f"{path}: training of quantized weights cannot be planned")
-    try:
+    with _building(path):
         config = CONFIG_MAPPING[kind].from_dict(data)
         config.use_cache = False
         task, architecture = _choose_architecture(config, path)
         weights = dtype or config.dtype or torch.float32
-        with torch.device("meta"):
+        with torch.device("meta"), counted_modules(path):
             model = getattr(transformers, architecture)._from_config(config, dtype=weights)
+        inputs = _image_inputs if task == "image classification" else _token_inputs
+        return model, inputs(config, batch, seq, weights)
+
+
+@contextlib.contextmanager
+def _building(path: Path) -> Iterator[None]:
+    """What the classes of others say of a configuration is about its file."""
+    try:
+        yield
     except UsageError:
         raise
     except Exception as error:
         raise UsageError(f"{path}: cannot build the model: {described(error)}") from error
-    inputs = _image_inputs if task == "image classification" else _token_inputs
-    return model, inputs(config, batch, seq, weights)
 
 
 def _choose_architecture(config: Any, path: Path) -> tuple[str, str]:

@@ -23,7 +23,12 @@ class FxzeroError(Exception):
         super().__init__(f"[{self.code}] {message}")
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (str(self).removeprefix(f"[{self.code}] "),)
+        return type(self), (self.text,)
+
+    @property
+    def text(self) -> str:
+        """The message without the code that it starts with."""
+        return str(self).removeprefix(f"[{self.code}] ")
 
 
 class UsageError(FxzeroError, ValueError):

@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import difflib
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fxzero.documents import parse_toml, read_text
 from fxzero.errors import UsageError
 from fxzero.units import format_bytes
 
 _LIBRARY = Path(__file__).parent / "devices"
-_MAX_FILE_BYTES = 64 * 2**10
+_MAX_FILE_BYTES = 2**16  # those of the library have about 2 KiB
 _DEVICES = ("cpu", "cuda")
 # Left free of a device's memory: for CUDA's context and NCCL's buffers, and for fragmentation.
 _RESERVED_BYTES, _RESERVED_SHARE = 2**30, 0.05
@@ -285,21 +285,8 @@ def load(path: Path) -> Hardware:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path} is not a file")
-        size = path.stat().st_size
-        if size > _MAX_FILE_BYTES:
-            raise UsageError(
-                f"{path} has {size} bytes, a description of hardware at most {_MAX_FILE_BYTES}"
-            )
-        return tomllib.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except UsageError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not TOML: {_short(str(error))}") from None
+    text = read_text(path, _MAX_FILE_BYTES, UsageError)
+    return parse_toml(text, str(path), UsageError)
 
 
 def _read_table(table: object, name: str, path: Path) -> dict[str, Any]:

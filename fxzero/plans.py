@@ -10,6 +10,7 @@ All sizes are bytes, all times seconds.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -19,15 +20,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxzero.documents import naming, parse_json, read_text
 from fxzero.errors import PlanError
 
 if TYPE_CHECKING:
     from fxzero.report.card import Card
 
 SCHEMA_VERSION = 7
-_MAX_FILE_BYTES = 256 * 2**20
+# That of Llama 3 405B in 16 stages has MMMM MiB; Python takes up to 30 bytes for one of JSON.
+_MAX_FILE_BYTES = 64 * 2**20
 # Larger than any count of bytes or operations; such numbers would overflow later.
 _LARGEST = 10**30
+TURN_KINDS = ("F", "I", "W", "B")
 STATUSES = ("optimal", "feasible", "infeasible", "timeout")
 
 
@@ -415,10 +419,7 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Reads a document; raises PlanError for anything that is not a whole Plan."""
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"not a plan: {error}") from None
+        data = parse_json(text, "a plan", PlanError)
         if not isinstance(data, dict) or "schema_version" not in data:
             raise PlanError("not a plan: no schema_version")
         if data["schema_version"] != SCHEMA_VERSION:
@@ -432,28 +433,25 @@ class Plan:
             raise PlanError(f"plan.status is {plan.status!r}, expected one of {STATUSES}")
         for index, track in enumerate(plan.timeline):
             _check_track(track, f"plan.timeline[{index}]")
+        if plan.pipeline is not None:
+            _check_pipeline(plan.pipeline)
         return plan
 
     def save(self, path: str | Path) -> None:
         """Writes the JSON document."""
-        Path(path).write_text(self.to_json())
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Reads a JSON document written by ``save``.
 
         Raises:
-            PlanError: the file is missing, too large, or not a plan.
+            PlanError: names the file, which is missing, too large, or not a plan.
         """
         path = Path(path)
-        try:
-            size = path.stat().st_size
-            text = path.read_text() if size <= _MAX_FILE_BYTES else None
-        except (OSError, ValueError) as error:
-            raise PlanError(f"cannot read plan {path}: {error}") from None
-        if text is None:
-            raise PlanError(f"{path} has {size} bytes, more than a plan can have")
-        return cls.from_json(text)
+        text = read_text(path, _MAX_FILE_BYTES, PlanError)
+        with naming(path, PlanError):
+            return cls.from_json(text)
 
     def to_html(self, path: str | Path) -> None:
         """Writes one self-contained HTML page."""
@@ -528,8 +526,29 @@ def _check_track(track: Track, where: str) -> None:
             raise PlanError(f"{where}.bytes.{role} must not be negative")
 
 
+def _check_pipeline(pipeline: PipelinePlan) -> None:
+    stages = len(pipeline.stages)
+    if not stages:
+        raise PlanError("plan.pipeline has no stage")
+    for index, stage in enumerate(pipeline.stages):
+        if not 0 <= stage.rank < stages:
+            where = f"plan.pipeline.stages[{index}]"
+            raise PlanError(f"{where}.rank is {stage.rank}, of at most {stages} ranks")
+    for index, turn in enumerate(pipeline.turns):
+        where = f"plan.pipeline.turns[{index}]"
+        if not (0 <= turn.rank < pipeline.ranks and 0 <= turn.stage < stages):
+            raise PlanError(f"{where} is of stage {turn.stage} on rank {turn.rank}: there is none")
+        if turn.kind not in TURN_KINDS or not 0 <= turn.start <= turn.end < _LARGEST:
+            raise PlanError(f"{where} is {turn.kind!r} from {turn.start} s to {turn.end} s")
+
+
 def read_value(kind: Any, value: Any, where: str) -> Any:
-    """``value`` from JSON as an instance of the annotation ``kind``; PlanError if it is not."""
+    """``value`` from JSON as an instance of the annotation ``kind``; PlanError if it is not.
+
+    Whatever it is, it is an ``object``.
+    """
+    if kind is object:
+        return value
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(kind, value, where)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -562,7 +581,7 @@ def read_value(kind: Any, value: Any, where: str) -> Any:
 def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise PlanError(f"{where} must be an object, not {type(value).__name__}")
-    hints = typing.get_type_hints(kind)
+    hints = _fields(kind)
     missing = sorted(set(hints) - set(value))
     unknown = sorted(set(value) - set(hints))
     if missing or unknown:
@@ -570,3 +589,9 @@ def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
     return kind(
         **{name: read_value(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}
     )
+
+
+@functools.cache
+def _fields(kind: Any) -> dict[str, Any]:
+    """Annotations of a dataclass, which Python writes as text and compiles each time."""
+    return typing.get_type_hints(kind)

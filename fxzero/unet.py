@@ -53,7 +53,7 @@ class UNetConfig:
         try:
             config = read_value(cls, values, where)
         except PlanError as error:
-            raise UsageError(str(error).removeprefix(f"[{PlanError.code}] ")) from None
+            raise UsageError(error.text) from None
         assert isinstance(config, UNetConfig)
         sizes = (config.image_size, config.image_channels, config.blocks, *config.channels)
         if not config.channels or min(sizes) < 1 or not 0 <= config.dropout < 1:

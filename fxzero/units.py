@@ -23,6 +23,7 @@ _UNITS = {
 _QUANTITY = re.compile(r"\s*(-?[0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
 _WHOLE = re.compile(r"\s*-?[0-9]+\s*")
 _PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
+_LONGEST = 40  # characters of the longest quantity that anybody writes; a float holds them
 _EXPECTED = 'write "22GiB", "800MB", "90%" of the device, or a whole number of bytes'
 
 
@@ -45,6 +46,8 @@ def parse_budget(budget: object, device_bytes: int | None = None) -> int | None:
         raise UsageError(f"memory_budget={budget!r} is not a number of bytes: {_EXPECTED}")
     if isinstance(budget, float):
         return _parse_float(budget)
+    if isinstance(budget, str) and len(budget) > _LONGEST:
+        raise UsageError(f"memory_budget={budget[:20]!r}... is malformed: {_EXPECTED}")
     if isinstance(budget, int):
         if budget <= 0:
             raise UsageError(f"memory_budget={budget} must be positive: {_EXPECTED}")

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from fxzero.documents import beside, naming, read_json, shortened
 from fxzero.errors import PlanError
 from fxzero.graph import TrainGraph
 from fxzero.passes import pipeline
@@ -27,7 +27,11 @@ from fxzero.passes.pipeline import Pass
 from fxzero.passes.serialize import dump_graph, load_graph
 from fxzero.plans import read_value
 
-_MAX_FILE_BYTES = 1 << 30
+# A graph has about 1.5 KiB a node, and that of Llama 3 405B NNNN nodes.
+_MAX_FILE_BYTES = 2**27
+
+
+T = TypeVar("T")
 
 
 def write_reproducer(
@@ -60,19 +64,25 @@ def read_reproducer(directory: Path) -> tuple[TrainGraph, PassContext, tuple[Pas
     Raises:
         PlanError: a file is missing or holds anything else.
     """
-    context = read_value(PassContext, _read_json(directory / "context.json"), "context")
+    context = _read(directory, "context", lambda data: read_value(PassContext, data, "context"))
+    passes = _read(directory, "passes", _known_passes)
+    return _read(directory, "graph", load_graph), context, passes
+
+
+def _read(directory: Path, name: str, made: Callable[[Any], T]) -> T:
+    """What is made of a file's document."""
+    path = beside(directory / "error.txt", f"{name}.json", PlanError)
+    data = read_json(path, _MAX_FILE_BYTES, PlanError)
+    with naming(path, PlanError):
+        return made(data)
+
+
+def _known_passes(data: Any) -> tuple[Pass, ...]:
     known = {item.name: item for item in (*pipeline.PREPARATION, *pipeline.PASSES)}
-    names = read_value(tuple[str, ...], _read_json(directory / "passes.json"), "passes")
+    names = read_value(tuple[str, ...], data, "passes")
     if unknown := [name for name in names if name not in known]:
-        raise PlanError(f"unknown passes {', '.join(unknown)}\n  known: {', '.join(known)}")
-    graph = load_graph(_read_json(directory / "graph.json"))
-    return graph, context, tuple(known[name] for name in names)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        if os.path.getsize(path) > _MAX_FILE_BYTES:
-            raise PlanError(f"{path} is larger than a reproducer can be")
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise PlanError(f"cannot read {path}: {error}") from None
+        some = ", ".join(map(shortened, unknown[:5]))
+        raise PlanError(f"unknown passes {some}\n  known: {', '.join(known)}")
+    if len(set(names)) < len(names):
+        raise PlanError(f"{len(names)} passes, of which only {len(set(names))} are different")
+    return tuple(known[name] for name in names)

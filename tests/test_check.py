@@ -129,7 +129,7 @@ def test_a_file_that_is_too_large_or_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot read"):
         BudgetFile.read(path)
     path.write_text("#" * 2**21)
-    with pytest.raises(UsageError, match="2097152 bytes, more than a budget file can have"):
+    with pytest.raises(UsageError, match="2097152 bytes, more than the 65536 that are read"):
         BudgetFile.read(path)
 
 

@@ -185,7 +185,7 @@ def test_another_model_is_refused_with_the_names(saved):
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load(root, nn.Linear(4, 4))
     assert str(caught.value).splitlines() == [
-        "[FXZ701] the checkpoint is of another model",
+        f"[FXZ701] {root / 'step-3'}: the checkpoint is of another model",
         "  in the model only: bias, weight",
         "  in the checkpoint only: embed.weight, norm.bias, norm.num_batches_tracked, "
         "norm.running_mean, norm.running_var and 2 more",

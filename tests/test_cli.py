@@ -312,7 +312,7 @@ def test_a_bug_names_its_reproducer(run: Callable[..., Ran], stub: Stub) -> None
         (["plan", "no_such_module:f"], "cannot import 'no_such_module': ModuleNotFoundError"),
         (["plan", "/no/config.json"], "cannot read /no/config.json: No such file or directory"),
         (["verify", "gpt2"], "'gpt2' is not a factory"),
-        (["diff", "/no/a.json", "/no/b.json"], "cannot read plan /no/a.json"),
+        (["diff", "/no/a.json", "/no/b.json"], "cannot read /no/a.json: No such file"),
         (["replay", "/no/directory"], "does not exist"),
         (["calibrate"], "Missing argument 'MODEL', or --hardware-file"),
         (["calibrate", "--hardware-file", "mine.json"], "mine.json: the name of a description"),

@@ -115,8 +115,8 @@ def test_an_unknown_field_is_refused_by_name() -> None:
         (("timeline", 0), [1, 2], r"plan.timeline\[0\] must be an object, not list"),
         (("timeline", 0, "seconds", 0), -1.0, r"plan.timeline\[0\].seconds must ascend from 0"),
         (("timeline", 0, "seconds", 1), 9.0, r"plan.timeline\[0\].seconds must ascend from 0"),
-        (("timeline", 0, "seconds", 0), float("nan"), r"seconds must ascend from 0"),
-        (("timeline", 0, "seconds", 281), float("inf"), r"seconds must ascend from 0"),
+        (("timeline", 0, "seconds", 0), float("nan"), r"a plan has a number that is nan"),
+        (("timeline", 0, "seconds", 281), float("inf"), r"a plan has a number that is inf"),
         (("timeline", 0, "seconds"), [], r"plan.timeline\[0\] has no instant"),
         (("timeline", 0, "bytes"), {}, r"plan.timeline\[0\] has no instant or no role"),
         (("timeline", 0, "bytes", "saved"), [1, 2], r"bytes.saved must have 282 items, not 2"),
@@ -125,8 +125,9 @@ def test_an_unknown_field_is_refused_by_name() -> None:
         (("status",), "great", r"plan.status is 'great'"),
         (("schema_version",), 1, r"plan has schema_version 1, this fxzero reads 7"),
         (("schema_version",), True, r"plan has schema_version True, this fxzero reads 7"),
-        (("peak_bytes",), 10**400, r"plan.peak_bytes is larger than anything"),
-        (("step_seconds",), 10**400, r"plan.step_seconds must be float, not int"),
+        (("peak_bytes",), 10**50, r"plan.peak_bytes is larger than anything"),
+        (("step_seconds",), 10**50, r"plan.step_seconds must be float, not int"),
+        (("step_seconds",), 10**400, r"a plan has a number of more than 100 digits"),
     ],
 )
 def test_the_error_names_the_field(path: tuple[Any, ...], other: Any, message: str) -> None:
@@ -160,12 +161,12 @@ def test_a_file_that_is_no_plan_is_refused_by_name(tmp_path: Path, content: byte
 
 
 def test_a_path_that_cannot_be_is_refused() -> None:
-    with pytest.raises(PlanError, match="cannot read plan"):
+    with pytest.raises(PlanError, match="cannot read a\0b: embedded null byte"):
         Plan.load("a\0b")
 
 
 def test_a_folder_is_no_plan(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="cannot read plan"):
+    with pytest.raises(PlanError, match=r"cannot read .*: not a file"):
         Plan.load(tmp_path)
 
 
@@ -173,5 +174,7 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     with path.open("wb") as file:
         file.truncate(300 * MiB)  # sparse: takes no space on disk
-    with pytest.raises(PlanError, match="more than a plan can have"):
+    with pytest.raises(
+        PlanError, match="has 314572800 bytes, more than the 67108864 that are read"
+    ):
         Plan.load(path)

@@ -187,7 +187,7 @@ def test_a_configuration_that_cannot_be_trained_is_refused(
     [
         (None, "cannot read .*: No such file"),
         (b"{", "is not JSON"),
-        (b"\xff\x00", "is not JSON"),
+        (b"\xff\x00", "is not UTF-8"),
         (b"[]", "holds no configuration, but a list"),
     ],
 )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxzero.checkpoint.state import State
 from fxzero.errors import CheckpointError
 from fxzero.sharding import ids_elsewhere
 
@@ -97,11 +98,11 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], tensors: Tensors
+    model: nn.Module, optimizer: torch.optim.Optimizer, saved_state: State, tensors: Tensors
 ) -> None:
     """Gives an optimizer the settings and the state that ``optimizer_contents`` took apart."""
     names = parameter_names(model, optimizer)
-    saved = {name: group for group in settings["groups"] for name in group["parameters"]}
+    saved = {name: group for group in saved_state.groups for name in group.parameters}
     for group in optimizer.param_groups:
         mine = [names[id(p)] for p in group["params"]]
         known = [saved[name] for name in mine if name in saved]
@@ -109,11 +110,11 @@ def restore_optimizer(
             raise CheckpointError(
                 "the optimizer groups parameters in another way than the checkpoint\n"
                 f"  here: {_listed(mine)}\n  there: "
-                + "; ".join(_listed(group["parameters"]) for group in settings["groups"])
+                + "; ".join(_listed([*group.parameters]) for group in saved_state.groups)
             )
         if known:
-            group.update({key: _unplain(v) for key, v in known[0]["settings"].items()})
-    states: dict[str, dict[str, Any]] = {name: dict(s) for name, s in settings["state"].items()}
+            group.update(known[0].settings)
+    states: dict[str, dict[str, Any]] = {name: dict(s) for name, s in saved_state.states.items()}
     for key, value in tensors.items():
         name, _, kind = key.removeprefix("optimizer.").rpartition(".")
         states.setdefault(name, {})[kind] = value
@@ -142,14 +143,6 @@ def _plain(value: Any, what: str) -> Any:
     if isinstance(value, _JSON):
         return value
     raise CheckpointError(f"{what} is {type(value).__name__} {value!r}, which cannot be saved")
-
-
-def _unplain(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if "tuple" in value:
-        return tuple(map(_unplain, value["tuple"]))
-    return torch.tensor(value["scalar"], dtype=getattr(torch, value["dtype"]))
 
 
 def _listed(names: list[str]) -> str:

@@ -19,9 +19,9 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fxzero.errors import CheckpointError, PlanError
+from fxzero.documents import beside, naming, read_json
+from fxzero.errors import CheckpointError
 from fxzero.plans import read_value
 
 FORMAT = 1
@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 _TEMPORARY = ".tmp"
 _STEP = re.compile(r"step-(\d{1,18})")
-_MAX_MANIFEST_BYTES = 1 << 28
+_MAX_MANIFEST_BYTES = 2**24  # room for 100,000 files: each rank writes one or two
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
 
 def discard(path: Path) -> None:
     """Deletes a checkpoint; one that is half deleted is not taken for a whole one."""
+    if path.is_symlink():
+        return path.unlink()
     gone = path if path.name.endswith(_TEMPORARY) else path.with_name(path.name + ".old.tmp")
     if gone != path:
         if gone.exists():
@@ -119,16 +121,9 @@ def read_manifest(path: Path) -> Manifest:
         CheckpointError: it is missing or damaged, or a file is missing or has another length.
     """
     source = path / MANIFEST
-    try:
-        size = source.stat().st_size
-        data: Any = json.loads(source.read_text()) if size <= _MAX_MANIFEST_BYTES else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no checkpoint: {_reason(error)}") from None
-    try:
+    data = read_json(source, _MAX_MANIFEST_BYTES, CheckpointError)
+    with naming(source, CheckpointError):
         manifest: Manifest = read_value(Manifest, data, "manifest")
-    except PlanError as error:
-        text = str(error).partition("] ")[2]
-        raise CheckpointError(f"{source} is damaged: {text}") from None
     if manifest.format != FORMAT:
         raise CheckpointError(
             f"{path} has format {manifest.format}, this fxzero reads {FORMAT}\n"
@@ -140,12 +135,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _check_length(path: Path, name: str, record: FileRecord) -> None:
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise CheckpointError(f"{path / MANIFEST} names a file outside its directory: {name!r}")
-    try:
-        size = (path / name).stat().st_size
-    except OSError as error:
-        raise CheckpointError(f"{path / name} is missing: {_reason(error)}") from None
+    size = beside(path / MANIFEST, name, CheckpointError).stat().st_size
     if size != record.bytes:
         raise CheckpointError(f"{path / name} has {size} bytes, its manifest says {record.bytes}")
 
@@ -238,7 +228,3 @@ def retain(root: Path, keep: int) -> None:
     """Deletes all but the ``keep`` newest checkpoints."""
     for _, path in checkpoints(root)[:-keep]:
         discard(path)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

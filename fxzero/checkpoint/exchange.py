@@ -11,25 +11,27 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fxzero.checkpoint.contents import Tensors, named_tensors
 from fxzero.checkpoint.team import Team
+from fxzero.checkpoint.tensor_files import opened
+from fxzero.documents import beside, naming, read_json
 from fxzero.errors import CheckpointError, UsageError
+from fxzero.plans import read_value
 from fxzero.sharding import ids_elsewhere, padded_rows
 
 _ONE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _FILE_BYTES = 5 * 10**9
+# That of DeepSeek-V3, with 91,000 tensors, has 9 MB.
+_MAX_INDEX_BYTES = 2**26
 
 
 def export_safetensors(
@@ -143,49 +145,41 @@ def _places(source: Path) -> dict[str, Path]:
     if source.is_file():
         return dict.fromkeys(_names(source), source)
     if (source / _ONE).exists():
-        return dict.fromkeys(_names(source / _ONE), source / _ONE)
-    try:
-        index: Any = json.loads((source / _INDEX).read_text())
-        pairs = dict(index["weight_map"]).items()
-        files = {str(name): str(file) for name, file in pairs}
-    except OSError:
-        raise CheckpointError(f"{source} has neither {_ONE} nor {_INDEX}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{source / _INDEX} is damaged: {error}") from None
-    for file in set(files.values()):
-        if os.path.basename(file) != file:
-            raise CheckpointError(f"{source / _INDEX} names a file outside its directory: {file!r}")
-    return {name: source / file for name, file in files.items()}
+        one = beside(source / _INDEX, _ONE, CheckpointError, links=True)
+        return dict.fromkeys(_names(one), one)
+    index = source / _INDEX
+    if not index.exists():
+        raise CheckpointError(f"{source} has neither {_ONE} nor {_INDEX}")
+    data = read_json(index, _MAX_INDEX_BYTES, CheckpointError)
+    with naming(index, CheckpointError):
+        parts = read_value(dict[str, object], data, "index")
+        files = read_value(dict[str, str], parts.get("weight_map"), "weight_map")
+    known = {name: beside(index, name, CheckpointError, links=True) for name in files.values()}
+    return {name: known[file] for name, file in files.items()}
 
 
 def _names(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
+    with opened(path) as file:
+        return list(file.keys())
 
 
 def _copy(target: torch.Tensor, path: Path, name: str) -> None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            saved = file.get_slice(name)
-            shape = list(saved.get_shape())
-            if shape != list(target.shape):
-                raise CheckpointError(
-                    f"{name} has shape {shape} in {path}, {list(target.shape)} in the model"
-                )
-            if not isinstance(target, DTensor):
-                target.copy_(file.get_tensor(name))
-                return
-            local = target.to_local()
-            start = _first_row(target)
-            if local.ndim == 0:
-                local.copy_(file.get_tensor(name))
-            elif local.numel():
-                local.copy_(saved[start : start + local.shape[0]])
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {name} from {path}: {error}") from None
+    with opened(path) as file:
+        saved = file.get_slice(name)
+        shape = list(saved.get_shape())
+        if shape != list(target.shape):
+            raise CheckpointError(
+                f"{name} has shape {shape} in {path}, {list(target.shape)} in the model"
+            )
+        if not isinstance(target, DTensor):
+            target.copy_(file.get_tensor(name))
+            return
+        local = target.to_local()
+        start = _first_row(target)
+        if local.ndim == 0:
+            local.copy_(file.get_tensor(name))
+        elif local.numel():
+            local.copy_(saved[start : start + local.shape[0]])
 
 
 def _first_row(target: DTensor) -> int:

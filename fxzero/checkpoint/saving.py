@@ -11,7 +11,6 @@ ranks wrote them.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import threading
 import warnings
@@ -27,7 +26,6 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fxzero import __version__
 from fxzero.checkpoint.contents import (
@@ -41,6 +39,7 @@ from fxzero.checkpoint.contents import (
 )
 from fxzero.checkpoint.directories import (
     FORMAT,
+    MANIFEST,
     STATE,
     FileRecord,
     Manifest,
@@ -52,7 +51,10 @@ from fxzero.checkpoint.directories import (
     retain,
     temporary_path,
 )
+from fxzero.checkpoint.shards import Shapes, saved_tensors
+from fxzero.checkpoint.state import State, read_state, written_state
 from fxzero.checkpoint.team import Team
+from fxzero.documents import beside, naming
 from fxzero.errors import CheckpointError, UsageError
 from fxzero.randomness import RandomState
 from fxzero.sharding import ids_elsewhere
@@ -192,8 +194,8 @@ class _Job:
             )
 
     def _write_state(self, temporary: Path) -> None:
-        state = {"extra": self.extra, "optimizer": self.contents.settings}
-        (temporary / STATE).write_text(json.dumps(state))
+        text = written_state(self.extra, self.contents.settings)
+        (temporary / STATE).write_text(text, encoding="utf-8")
 
     def _commit(self, temporary: Path, files: dict[str, FileRecord]) -> Path:
         manifest = Manifest(
@@ -224,10 +226,7 @@ def _prepare(
         raise UsageError(f"step={step!r} must be a number of steps, at least 0")
     if keep is not None and keep < 1:
         raise UsageError(f"keep={keep!r} must be at least 1")
-    try:
-        json.dumps(extra)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"extra cannot be written as JSON: {error}") from None
+    written_state(extra or {}, {})  # what is wrong with it is said before anything is written
     tensors = model_tensors(model)
     optimized = Contents({}, {}) if optimizer is None else optimizer_contents(model, optimizer)
     team = Team.of_all()
@@ -285,43 +284,58 @@ def _load(
     manifest = team.do(lambda: read_manifest(source))
     names = sorted(manifest.files)[team.rank :: team.size]
     team.do(lambda: check_files(source, manifest, names))
-    state = team.do(lambda: json.loads((source / STATE).read_text()))
-    reader = HuggingFaceStorageReader(str(source))
-    saved = team.do(lambda: _saved(reader))
-    wanted = team.do(lambda: _targets(saved, model, optimizer, state))
+    state = team.do(lambda: read_state(beside(source / MANIFEST, STATE, CheckpointError)))
+    saved = team.do(lambda: saved_tensors(source, manifest))
+    wanted = team.do(lambda: _targets(source, saved, model, optimizer, state))
     mine = {
-        name: torch.empty(shape, dtype=dtype)
+        name: torch.zeros(shape, dtype=dtype)
         for name, (shape, dtype) in saved.items()
         if name.startswith(f"rng.{team.rank}.")
     }
-    team.do(lambda: _read({**wanted, **mine}, reader, team))
+    team.do(lambda: _read({**wanted, **mine}, source, team))
     if optimizer is not None:
         tensors = {name: t for name, t in wanted.items() if name.startswith("optimizer.")}
-        team.do(lambda: restore_optimizer(model, optimizer, state["optimizer"], tensors))
-    restored = manifest.ranks == team.size and bool(mine)
+        team.do(lambda: _restore_optimizer(source, model, optimizer, state, tensors))
+    restored = manifest.ranks == team.size and f"rng.{team.rank}.cpu" in mine
     if restored:
         cuda = mine.get(f"rng.{team.rank}.cuda")
-        RandomState(mine[f"rng.{team.rank}.cpu"], cuda).restore()
-    return Loaded(source, manifest.step, state["extra"], restored)
+        team.do(lambda: _restore_random(RandomState(mine[f"rng.{team.rank}.cpu"], cuda), source))
+    return Loaded(source, manifest.step, state.extra, restored)
 
 
-def _saved(reader: HuggingFaceStorageReader) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor in a checkpoint, by name."""
-    metadata = reader.read_metadata().state_dict_metadata
-    return {
-        name: (tuple(item.size), item.properties.dtype)
-        for name, item in metadata.items()
-        if isinstance(item, TensorStorageMetadata)
-    }
+def _restore_optimizer(
+    source: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    tensors: Tensors,
+) -> None:
+    with naming(source, CheckpointError):
+        restore_optimizer(model, optimizer, state, tensors)
+
+
+def _restore_random(state: RandomState, source: Path) -> None:
+    try:
+        state.restore()
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{source} has no state of a random generator: {error}") from None
 
 
 def _targets(
-    saved: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    source: Path,
+    saved: Shapes,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    state: dict[str, Any],
+    state: State,
 ) -> Tensors:
     """Where each tensor of the checkpoint goes."""
+    with naming(source, CheckpointError):
+        return _checked_targets(saved, model, optimizer, state)
+
+
+def _checked_targets(
+    saved: Shapes, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: State
+) -> Tensors:
     targets = model_tensors(model)
     known = {f"model.{names[0]}" for names, _ in named_tensors(model)}
     _check_names({name for name in saved if name.startswith("model.")}, known)
@@ -333,7 +347,7 @@ def _targets(
             )
     if optimizer is None:
         return targets
-    if "groups" not in state["optimizer"]:
+    if not state.groups:
         raise CheckpointError("the checkpoint was saved without an optimizer")
     elsewhere = ids_elsewhere(model)
     parameters = {n: p for n, p in model.named_parameters() if id(p) not in elsewhere}
@@ -359,11 +373,11 @@ def _check_names(saved: set[str], known: set[str]) -> None:
         raise CheckpointError("\n".join(["the checkpoint is of another model", *lines]))
 
 
-def _read(tensors: Tensors, reader: HuggingFaceStorageReader, team: Team) -> None:
+def _read(tensors: Tensors, source: Path, team: Team) -> None:
     with _quiet():
         state_dict_loader.load(
             dict(tensors),
-            storage_reader=reader,
+            storage_reader=HuggingFaceStorageReader(str(source)),
             process_group=team.group,
             no_dist=team.group is None,
         )

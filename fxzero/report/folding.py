@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from fxzero.plans import Value
 
 # A whole component of a path: the 3 of "h.3.mlp", not that of "conv3".
-_LAYER = re.compile(r"(?:^|(?<=\.))\d+(?=[. ]|$)")
+_LAYER = re.compile(r"(?:^|(?<=\.))\d{1,9}(?=[. ]|$)")  # no model has more layers
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 # What tells operators and parameters of one module apart: "mul_3", "primals_7_gathered".
 _COPY = re.compile(r"_\d+(?=$| workspace$|_gathered$)")
