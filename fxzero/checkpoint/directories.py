@@ -120,7 +120,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         CheckpointError: it is missing or damaged, or a file is missing or has another length.
     """
-    source = path / MANIFEST
+    source = beside(path / MANIFEST, MANIFEST, CheckpointError)
     data = read_json(source, _MAX_MANIFEST_BYTES, CheckpointError)
     with naming(source, CheckpointError):
         manifest: Manifest = read_value(Manifest, data, "manifest")
@@ -132,6 +132,13 @@ def read_manifest(path: Path) -> Manifest:
     for name, record in manifest.files.items():
         _check_length(path, name, record)
     return manifest
+
+
+def covered(path: Path, manifest: Manifest, name: str) -> Path:
+    """A file of a checkpoint; raises CheckpointError if the manifest does not know its bytes."""
+    if name not in manifest.files:
+        raise CheckpointError(f"{path / name} is not in {path / MANIFEST}")
+    return beside(path / MANIFEST, name, CheckpointError)
 
 
 def _check_length(path: Path, name: str, record: FileRecord) -> None:

@@ -39,12 +39,12 @@ from fxzero.checkpoint.contents import (
 )
 from fxzero.checkpoint.directories import (
     FORMAT,
-    MANIFEST,
     STATE,
     FileRecord,
     Manifest,
     check_files,
     commit,
+    covered,
     read_manifest,
     record_file,
     resolve,
@@ -54,7 +54,7 @@ from fxzero.checkpoint.directories import (
 from fxzero.checkpoint.shards import Shapes, saved_tensors
 from fxzero.checkpoint.state import State, read_state, written_state
 from fxzero.checkpoint.team import Team
-from fxzero.documents import beside, naming
+from fxzero.documents import naming
 from fxzero.errors import CheckpointError, UsageError
 from fxzero.randomness import RandomState
 from fxzero.sharding import ids_elsewhere
@@ -284,7 +284,7 @@ def _load(
     manifest = team.do(lambda: read_manifest(source))
     names = sorted(manifest.files)[team.rank :: team.size]
     team.do(lambda: check_files(source, manifest, names))
-    state = team.do(lambda: read_state(beside(source / MANIFEST, STATE, CheckpointError)))
+    state = team.do(lambda: read_state(covered(source, manifest, STATE)))
     saved = team.do(lambda: saved_tensors(source, manifest))
     wanted = team.do(lambda: _targets(source, saved, model, optimizer, state))
     mine = {

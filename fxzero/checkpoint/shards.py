@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from fxzero.checkpoint.directories import MANIFEST, Manifest
+from fxzero.checkpoint.directories import Manifest, covered
 from fxzero.checkpoint.tensor_files import opened
-from fxzero.documents import beside, naming, parse_json, shortened
+from fxzero.documents import naming, parse_json, shortened
 from fxzero.errors import CheckpointError
 from fxzero.plans import read_value
 
@@ -65,11 +65,7 @@ def saved_tensors(source: Path, manifest: Manifest) -> Shapes:
     """
     parts: dict[str, list[Part]] = {}
     for path in sorted(source.glob(f"*{_SUFFIX}")):
-        if path.name not in manifest.files:
-            raise CheckpointError(
-                f"{path} is not in {source / MANIFEST}: it is not the checkpoint's"
-            )
-        for name, part in _parts(beside(source / MANIFEST, path.name, CheckpointError)).items():
+        for name, part in _parts(covered(source, manifest, path.name)).items():
             parts.setdefault(name, []).append(part)
     with naming(source, CheckpointError):
         return {name: _whole(name, found) for name, found in parts.items()}

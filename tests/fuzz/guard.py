@@ -10,9 +10,12 @@ import resource
 import signal
 import sys
 import sysconfig
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch.fx import operator_schemas
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _NEVER = (
@@ -32,17 +35,20 @@ _CHANGES = (
     *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.link", "os.symlink"),
     *("os.truncate", "os.utime", "shutil.rmtree", "shutil.move", "shutil.copyfile"),
 )
-# Where libraries lie, whose modules may be imported late.
+# Where libraries lie, whose modules may be imported late; torch reads lines of whatever calls it.
 _LIBRARIES = tuple(
     {
         *(os.path.realpath(path) for path in sysconfig.get_paths().values()),
         str(Path(__file__).resolve().parents[2] / "fxzero"),
         str(Path(__file__).resolve().parents[2] / "passes"),
         str(Path(__file__).resolve().parents[2] / "kernels"),
+        str(Path(__file__).resolve().parent),
     }
 )
 # What fx writes of a graph whose every name was checked; modules of the interpreter.
 _GENERATED = ("<eval_with_key>", "<frozen ")
+# Evaluates types in the signatures of registered operators, whichever a graph names.
+_SIGNATURES = operator_schemas.__file__
 
 
 class Hang(BaseException):
@@ -94,7 +100,9 @@ class Guard:
         finally:
             self.active = True
         if found is not None:
-            self.violations.append(found)
+            frames = traceback.extract_stack(limit=8)[:-1]
+            where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
+            self.violations.append(f"{found} at {where}")
             raise PermissionError(f"guard: {found}")
 
     def _open(self, path: Any, mode: Any, flags: int) -> str | None:
@@ -113,6 +121,8 @@ class Guard:
 
     def _code(self, code: Any, name: Any = None) -> str | None:
         name = os.fsdecode(name) if name is not None else getattr(code, "co_filename", "?")
+        if sys._getframe(2).f_code.co_filename == _SIGNATURES:
+            return None
         if name.startswith(_GENERATED) or _within(os.path.realpath(name), _LIBRARIES):
             return None
         return f"code {name!r:.100} {code!r:.200}"

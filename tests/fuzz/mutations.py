@@ -22,6 +22,7 @@ STRINGS = (
     *("SECRET", "SECRETS/secret.safetensors", "manifest.json", "state.json", "."),
     *("planted", "planted:run", "planted.run", "os.system", "os:system", "builtins.eval"),
     *("aten.save.default", "aten.from_file.default", "prim.Print.default", "{{7*7}}", "%s%n"),
+    *('File "SECRET", line 1, in f\n  x = 1', "SECRET:1 in f: x = 1", "/dev/zero:1 in f: x"),
     *("<script>alert(1)</script>", "__import__('planted')", "someone/kernel", "cuda:99", "meta"),
     *("nan", "inf", "1e999", "9" * 5000, "90%", "-1GiB", "999999999TiB", "int8", "torch.float32"),
     *("parameter", "gradient", "backward", "optimal", "pp", "dp", "F64", "I8", "float32", "auto"),
