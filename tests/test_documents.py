@@ -173,6 +173,14 @@ def test_sizes_beyond_any_memory_are_malformed(size: str, tmp_path: Path) -> Non
         BudgetFile.read(path)
 
 
+def test_options_in_any_script_are_written_and_read_back(tmp_path: Path) -> None:
+    name = "\U0001f600\x7f\u00e9.json"
+    path = tmp_path / "budget.toml"
+    text = BudgetFile(path).updated(gpt_plan(), {"model": name})
+    path.write_text(text, encoding="utf-8")
+    assert BudgetFile.read(path).plan == {"model": name}
+
+
 def test_a_hostile_description_of_hardware_is_refused_in_time(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text("a." * 30_000 + "b = 1\n")

@@ -175,6 +175,6 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(300 * MiB)  # sparse: takes no space on disk
     with pytest.raises(
-        PlanError, match="has 314572800 bytes, more than the 67108864 that are read"
+        PlanError, match="has 314572800 bytes, more than the 33554432 that are read"
     ):
         Plan.load(path)

@@ -320,18 +320,18 @@ def _replay(folder: Path, _: bool) -> None:
 _LINKED = ("secrets",)
 
 LOADERS = (
-    Loader("plan", 20, _plans, _load_plan, reads=_LINKED, further=0.5),
+    Loader("plan", 16, _plans, _load_plan, reads=_LINKED, further=0.2),
     Loader(
-        "plan, replayed", 10, _tiny_plans, _load_and_replay_plan, names_file=False, reads=_LINKED
+        "plan, replayed", 12, _tiny_plans, _load_and_replay_plan, names_file=False, reads=_LINKED
     ),
-    Loader("budget.toml", 12, _budgets, _load_budget, reads=_LINKED),
-    Loader("hardware.toml", 10, _hardware, _load_hardware, reads=_LINKED),
-    Loader("calibration", 5, _calibrations, _load_calibration, reads=(*_LINKED, "/proc/cpuinfo")),
-    Loader("config.json", 12, _configurations, _load_configuration, seconds=10.0, reads=_LINKED),
-    Loader("checkpoint, verified", 5, _checkpoints, _verify_checkpoint),
+    Loader("budget.toml", 14, _budgets, _load_budget, reads=_LINKED),
+    Loader("hardware.toml", 12, _hardware, _load_hardware, reads=_LINKED),
+    Loader("calibration", 6, _calibrations, _load_calibration, reads=(*_LINKED, "/proc/cpuinfo")),
+    Loader("config.json", 11, _configurations, _load_configuration, seconds=10.0, reads=_LINKED),
+    Loader("checkpoint, verified", 6, _checkpoints, _verify_checkpoint),
     Loader("checkpoint, loaded", 11, _checkpoints, _load_checkpoint, signs=True, further=0.7),
     Loader("weights", 8, _weights, _load_weights, reads=_LINKED),
-    Loader("reproducer", 7, _reproducers, _replay),
+    Loader("reproducer", 4, _reproducers, _replay),
 )
 
 
