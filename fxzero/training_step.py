@@ -164,11 +164,11 @@ class TrainingStep:
     @contextlib.contextmanager
     def unobserved(self) -> Iterator[None]:
         """Inside, backwards teach nothing about how the caller trains."""
-        self._observes = False
+        before, self._observes = self._observes, False
         try:
             yield
         finally:
-            self._observes = True
+            self._observes = before
 
     def run(self, leaves: Sequence[torch.Tensor], parameters: Parameters = IN_PLACE) -> Any:
         """The model's return value for flat inputs, attached to autograd."""
@@ -390,15 +390,6 @@ class TrainingStep:
             self._gradients_settled = True
             if set(received) < set(self._captured.differentiable) and self.given is None:
                 self._wanted = received
-
-    @contextlib.contextmanager
-    def unobserved(self) -> Iterator[None]:
-        """Inside, backwards show nothing: they are not those of the training."""
-        before, self._observes = self._observes, False
-        try:
-            yield
-        finally:
-            self._observes = before
 
     def _worth_planning_again(self) -> bool:
         budget, plan = self.options.memory_budget, self._decided.plan
