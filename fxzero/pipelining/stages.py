@@ -114,7 +114,7 @@ class Exports:
                 leaf if isinstance(leaf, _torch.FakeTensor) else mode.from_tensor(leaf)
                 for leaf in leaves
             ]
-            interpreter = _Attached(forward)
+            interpreter = _Attached(forward, mode)
             (loss,) = interpreter.run(*given)
         reached, pending = set[Any](), [loss.grad_fn]
         while pending:
@@ -127,11 +127,17 @@ class Exports:
 
 
 class _Attached(fx.Interpreter):
-    """Remembers how autograd knows each value."""
+    """Remembers how autograd knows each value; the module's tensors are not written to."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, mode: _torch.FakeTensorMode) -> None:
         super().__init__(module)
+        self.mode = mode
         self.functions: dict[str, Any] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        is_real = isinstance(value, torch.Tensor) and not isinstance(value, _torch.FakeTensor)
+        return self.mode.from_tensor(value) if is_real else value
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
