@@ -298,7 +298,7 @@ class CompiledModule(nn.Module):
             yield
 
     def verify(self, *args: Any, **kwargs: Any) -> Any:
-        """Compares the compiled step with eager on these inputs; returns a ``Verification``."""
+        """Compares the compiled step with eager on these inputs, see ``fxzero.verification``."""
         from fxzero.verification import verify
 
         return verify(self, args, kwargs)

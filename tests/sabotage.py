@@ -33,6 +33,8 @@ def plant(model: Any, name: str, spoil: Spoil) -> Any:
     passes = PassList(tuple(map(spoilt, PREPARATION)), tuple(map(spoilt, PASSES)))
     state = vars(model)["_fxzero"]
     state.options = replace(state.options, passes=passes)
+    if state.pipeline is not None:
+        state.pipeline.options = replace(state.pipeline.options, passes=passes)
     return model
 
 

@@ -185,15 +185,28 @@ def test_one_of_the_micro_batches_is_verified() -> None:
     assert shapes == {"int64[16, 16], int64[16, 16]"}
 
 
-def test_a_pipeline_is_refused() -> None:
-    model = compiled(Small())
-    model._fxzero.pipeline = object()
+def test_a_pipeline_cannot_be_compared_but_verified() -> None:
+    model = compiled(Small(), pipeline=fxzero.Pipeline(2, microbatches=2))
+    with pytest.raises(UsageError) as caught:
+        compare(model, (IDS, LABELS), {})
+    assert str(caught.value) == (
+        "[FXZ101] compare() runs one step of a whole model, and this one is a pipeline\n"
+        "  call model.verify(*inputs), on all ranks"
+    )
     with pytest.raises(UsageError) as caught:
         model.verify(IDS, LABELS)
     assert str(caught.value) == (
-        "[FXZ101] a pipeline cannot be verified: no rank has the whole model to run eagerly\n"
-        "  verify the same model compiled without pipeline=..., on one of its micro-batches"
+        "[FXZ101] the model draws random numbers, and the stages of a pipeline draw them from "
+        "streams of their own: nothing to compare with\n  verify it after model.eval()"
     )
+    buffers = copy.deepcopy(dict(model.named_buffers()))
+    found = model.eval().verify(IDS, LABELS)
+    assert found.ok, str(found)
+    assert found.gradient_count == 5
+    assert all(p.grad is None for p in model.parameters())
+    assert_equal(dict(model.named_buffers()), buffers)
+    model.step(IDS, LABELS)
+    assert model.steps == buffers["steps"] + 2  # micro-batches, and nothing for the cutting
 
 
 # Spoilt passes

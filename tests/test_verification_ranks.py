@@ -62,3 +62,49 @@ def test_what_is_not_finite_on_one_rank_fails_all(pools: Any, zero: int) -> None
     assert not first["ok"]
     assert not second["ok"]
     assert "in forward: x = self.embed(ids) * torch.log(scale)" in second["origins"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "zero", "sizes", "schedule"),
+    [
+        ("mlp", 0, {"pp": 2}, "1f1b"),
+        ("mlp", 0, {"pp": 2}, "zb1p"),
+        ("mlp", 3, {"pp": 2, "dp": 2}, "1f1b"),
+        ("mlp", 1, {"pp": 2, "dp": 2}, "interleaved1f1b"),
+    ],
+)
+def test_a_pipeline_equals_eager_accumulation(
+    pools: Any, name: str, zero: int, sizes: Any, schedule: str
+) -> None:
+    world = 2 * sizes.get("dp", 1)
+    given = {"name": name, "zero": zero, "sizes": sizes, "schedule": schedule}
+    answers = _run(pools, "pipeline", world=world, **given)
+    for answer in answers:
+        assert answer["exact"], answer["text"]
+        assert answer["ok"]
+    assert sum(answer["count"] for answer in answers) == sizes.get("dp", 1) * 34
+
+
+def test_tied_weights_of_a_pipeline_are_added_up_otherwise(pools: Any) -> None:
+    given = {"name": "tied of 2 layers", "zero": 0, "sizes": {"pp": 2}}
+    for answer in _run(pools, "pipeline", **given):
+        assert answer["ok"], answer["text"]
+
+
+@pytest.mark.parametrize(("of", "stage"), [("layers.0.0.weight", 0), ("layers.8.bias", 1)])
+def test_a_spoilt_pass_of_one_stage_is_found(pools: Any, of: str, stage: int) -> None:
+    given = {"name": "mlp", "zero": 0, "sizes": {"pp": 2}, "spoil": "deduplicate", "of": of}
+    for answer in _run(pools, "pipeline", **given):
+        assert not answer["ok"]
+        assert answer["guilt"][:2] == ("pass", "deduplicate"), answer["text"]
+        assert answer["stage"] == stage
+        assert f", in stage {stage}" in answer["text"]
+        assert answer["result"] == f"gradient of {of}"
+        assert answer["failed"] == (stage,)
+
+
+def test_a_stale_rank_of_a_pipeline_is_named_on_all(pools: Any) -> None:
+    given = {"name": "mlp", "zero": 0, "sizes": {"pp": 2, "dp": 2}, "stale": 3}
+    for answer in _run(pools, "pipeline", world=4, **given):
+        assert not answer["ok"]
+        assert [rank for rank, *_ in answer["stale"]] == [3], answer["text"]

@@ -6,7 +6,9 @@ import sabotage
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pipeline_cases import build
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import fxzero
 from fxzero import _torch
@@ -103,3 +105,36 @@ def not_finite_on_one(zero):
     if dist.get_rank() == 1:
         scale[3] = -1.0
     return _answer(model, model.verify(ids, scale))
+
+
+def _pipeline(name, zero, sizes, schedule):
+    model, args, kwargs, loss = build(name)
+    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    asked = fxzero.Pipeline(sizes["pp"], microbatches=4, schedule=schedule)
+    options = {"mesh": mesh, "zero": zero, "inner": "eager", "recompute": _everything}
+    return fxzero.compile(model, pipeline=asked, loss_fn=loss, **options), args, kwargs
+
+
+def pipeline(name, zero, sizes, schedule="1f1b", spoil=None, of=None, stale=None):
+    """A pipeline, verified before and after a step; some have a spoilt pass or a stale weight."""
+    model, args, kwargs = _pipeline(name, zero, sizes, schedule)
+    if spoil is not None:
+        os.environ["FXZERO_SPEC"] = "0"
+        sabotage.plant(model, spoil, sabotage.scale_gradient(of))
+    model.step(*args, **kwargs)  # cuts the model
+    named = dict(model.named_parameters())
+    if stale is not None and dist.get_rank() == stale:
+        with torch.no_grad():
+            next(p for p in named.values() if not p.is_meta).add_(1e-3)
+    gradients = {name: p.grad for name, p in named.items()}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = model.verify(*args, **kwargs)
+    assert all(p.grad is gradients[name] for name, p in model.named_parameters())
+    assert all(p is named[name] for name, p in model.named_parameters())
+    for name, tensor in model.state_dict().items():
+        assert tensor.is_meta or torch.equal(
+            _torch.local_tensor(tensor), _torch.local_tensor(state[name])
+        )
+    guilt = found.guilt
+    stage = None if guilt is None else guilt.stage
+    return {**_answer(model, found), "stage": stage, "count": found.gradient_count}

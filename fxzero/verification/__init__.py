@@ -17,6 +17,7 @@ from fxzero.ties import changed_ties, ties_of
 from fxzero.verification.bisection import Guilt, agreement_of, find_guilty, on_any_rank
 from fxzero.verification.comparison import Comparison, Pair, Steps, compare, compared, steps
 from fxzero.verification.nodes import NodeDifference, NonFinite, first_non_finite
+from fxzero.verification.pipelines import verify_pipeline
 from fxzero.verification.playing import Situation
 from fxzero.verification.replicas import StaleRank, stale_ranks
 from fxzero.verification.report import Verification
@@ -42,10 +43,14 @@ def verify(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verific
 
     On many ranks all of them must call it, each with its batch; ``ok`` is the same on all of them.
 
+    A pipeline is compared with eager accumulation, see ``pipelines.py``.
+
     Raises:
-        UsageError: the model trains as a pipeline.
+        UsageError: the model trains as a pipeline and draws random numbers.
     """
     compilation = vars(model)["_fxzero"]
+    if compilation.pipeline is not None:
+        return verify_pipeline(model, args, kwargs)
     with steps(model, args, kwargs) as runner:
         pair = runner.pair()
         situation = Situation(pair.step, pair.leaves, pair.start, {})

@@ -28,8 +28,9 @@ class Guilt:
 
     Attributes:
         kind: "pass"; "capture": the traced graph computes something else than the model; "inner":
-            the graphs are right, but what runs them is not; or "unknown": the graph itself does
-            not come to the same twice, so that nothing can be compared bit for bit.
+            the graphs are right, but what runs them is not; "pipeline": the passes of all stages
+            are innocent, what cuts the model and runs its stages is not; or "unknown": the graph
+            itself does not come to the same twice, so that nothing can be compared bit for bit.
         name: of the pass, or of the inner compiler; "" otherwise.
         number, count: of the pass among all passes, from 1; 0 if it is none.
         by_design: the pass says that it changes numbers.
@@ -37,6 +38,7 @@ class Guilt:
         node: where it begins, if it is a pass.
         rank: on which rank that is; None on one device.
         accumulates: whether it is the step that adds to gradients that exist.
+        stage: of a pipeline; None where there is none.
     """
 
     kind: str
@@ -48,6 +50,15 @@ class Guilt:
     node: NodeDifference | None = None
     rank: int | None = None
     accumulates: bool = False
+    stage: int | None = None
+
+
+def guilty_pass(situation: Situation) -> Guilt | None:
+    """The pass that makes a step's graph compute something else than the captured one, if any.
+
+    On many ranks all of them must call it; they come to the same answer.
+    """
+    return _Search(situation).guilty_pass()
 
 
 def find_guilty(
@@ -63,7 +74,7 @@ def find_guilty(
 
     On many ranks all of them must call it; they come to the same answer.
     """
-    found = _Search(situation).guilty_pass()
+    found = guilty_pass(situation)
     if found is None:
         found = _outside_of_passes(situation, compiled, eager, inner, tolerance)
     return None if found is None else replace(found, accumulates=accumulates)

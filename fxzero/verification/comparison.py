@@ -18,7 +18,7 @@ from fxzero.plans import Plan
 from fxzero.randomness import RandomState
 from fxzero.structure import flatten
 from fxzero.training_step import TrainingStep
-from fxzero.verification.playing import Outcome
+from fxzero.verification.playing import Outcome, average
 from fxzero.verification.values import largest_difference, same
 
 if TYPE_CHECKING:
@@ -125,8 +125,11 @@ def compare(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compar
 
 def compared(model: Any, pair: Pair) -> Comparison:
     """How the two steps of a pair differ."""
-    found, expected = pair.compiled, pair.eager
-    tolerance = tolerance_of(model)
+    return comparison_of(pair.compiled, pair.eager, tolerance_of(model), _planned(model, pair))
+
+
+def comparison_of(found: Run, expected: Run, tolerance: float, planned: int) -> Comparison:
+    """How a compiled run differs from an eager one, for which so many bytes were planned."""
     outputs = {
         index: largest_difference(tensor, expected.outcome.outputs.get(index))
         for index, tensor in found.outcome.outputs.items()
@@ -153,7 +156,7 @@ def compared(model: Any, pair: Pair) -> Comparison:
         random_stream_equal=stream,
         non_finite=broken,
         measured_bytes=found.measured.peak_bytes,
-        planned_bytes=_planned(model, pair),
+        planned_bytes=planned,
         eager_bytes=expected.measured.peak_bytes,
     )
 
@@ -200,12 +203,16 @@ def _planned(model: Any, pair: Pair) -> int:
 
     With it come gradients that an optimizer would have taken, and that a comparison keeps.
     """
-    plan: Plan = pair.step.plan_with_outputs_held
-    state = plan.ranks[0].breakdown.get("optimizer", 0)
-    peak = max(phase.peak_bytes for phase in plan.phases if phase.name != "optimizer step") - state
+    peak = peak_of_step(pair.step.plan_with_outputs_held)
     if vars(model)["_fxzero"].options.updates:
         peak += sum(gradient.nbytes for gradient in pair.compiled.outcome.gradients.values())
     return peak
+
+
+def peak_of_step(plan: Plan) -> int:
+    """Planned peak of forward and backward, less the optimizer's state."""
+    state = plan.ranks[0].breakdown.get("optimizer", 0)
+    return max(p.peak_bytes for p in plan.phases if p.name != "optimizer step") - state
 
 
 class Steps:
@@ -255,7 +262,7 @@ class Steps:
         for name, parameter in self.model.named_parameters():
             gradient = (existing or {}).get(name)
             parameter.grad = None if gradient is None else gradient.clone()
-        before = _Buffers(self.model)
+        before = Buffers(self.model)
         leaves = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in self.leaves]
         self.start.restore()
         try:
@@ -282,7 +289,7 @@ class Steps:
             return run
         parameters = dict(self.model.named_parameters())
         spread = {
-            name: ranks.shards.reduce(gradient, parameters[name])
+            name: average(ranks, gradient, parameters[name])
             for name, gradient in run.spread.items()
         }
         local = {name: _torch.local_tensor(gradient) for name, gradient in spread.items()}
@@ -301,8 +308,8 @@ def steps(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator
     compilation = vars(model)["_fxzero"]
     if compilation.pipeline is not None:
         raise UsageError(
-            "a pipeline cannot be verified: no rank has the whole model to run eagerly\n"
-            "  verify the same model compiled without pipeline=..., on one of its micro-batches"
+            "compare() runs one step of a whole model, and this one is a pipeline\n"
+            "  call model.verify(*inputs), on all ranks"
         )
     state, latest, ranks = RandomState.now(), compilation.latest, compilation.ranks
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -330,7 +337,7 @@ def _microbatch(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
     return next(batch.cut(compilation.microbatches_for(model, batch)))
 
 
-class _Buffers:
+class Buffers:
     """A model's buffers, to be put back in their places with what they held."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -193,11 +193,19 @@ def _as_left(
 ) -> torch.Tensor:
     """This rank's part of a gradient, as a backward leaves it in ``.grad``."""
     ranks = situation.ranks
-    if ranks is None or role.kind != "parameter":
+    if ranks is None or role.kind != "parameter" or not situation.step.reduces:
         return gradient
     parameter = situation.step.tensor_for(role, situation.leaves)
-    spread = ranks.shards.gradient if reduced else ranks.shards.reduce
-    return _torch.local_tensor(spread(gradient, parameter))
+    if reduced:
+        return _torch.local_tensor(ranks.shards.gradient(gradient, parameter))
+    return _torch.local_tensor(average(ranks, gradient, parameter))
+
+
+def average(ranks: Ranks, gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A whole gradient averaged over the ranks as graphs do it, spread as the parameter is."""
+    dtype = ranks.shards.sharding.reduce_dtype
+    value = gradient if dtype is None else gradient.to(getattr(torch, dtype))
+    return ranks.shards.reduce(value, parameter).to(parameter.dtype)
 
 
 def _is_on_its_way(node: fx.Node) -> bool:

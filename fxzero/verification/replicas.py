@@ -43,6 +43,8 @@ def stale_ranks(model: nn.Module, ranks: Ranks) -> tuple[StaleRank, ...]:
     """
     mine = {}
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:  # another stage of the pipeline has it
+            continue
         place = ranks.shards.rank if is_cut(parameter) else -1
         mine[name] = (place, fingerprint(parameter))
     every = ranks.agreement.told_by_all(mine, "verification")

@@ -161,6 +161,8 @@ def _guilt(guilt: Guilt) -> Iterator[str]:
     text = _accused(guilt)
     if guilt.accumulates:
         text += ", where gradients exist that it adds to"
+    if guilt.stage is not None:
+        text += f", in stage {guilt.stage}"
     if guilt.rank is not None:
         text += f", on rank {guilt.rank}"
     yield _row("comes from", text)
@@ -180,6 +182,9 @@ def _accused(guilt: Guilt) -> str:
     if guilt.kind == "inner":
         how = "rounds otherwise" if guilt.allowed else "computes something else"
         return f"the inner compiler: code of {guilt.name} {how}; no pass changes anything"
+    if guilt.kind == "pipeline":
+        how = "adds up otherwise" if guilt.allowed else "computes something else"
+        return f"the pipeline: cut in stages, the model {how}; no pass changes anything"
     return "an unknown step: the same graph does not come to the same twice on this device"
 
 
