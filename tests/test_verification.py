@@ -16,7 +16,7 @@ import sabotage
 import torch
 import torch.nn.functional as F
 import zoo
-from helpers import assert_equal
+from helpers import assert_equal, tiers
 from torch import Tensor, nn
 
 import fxzero
@@ -185,6 +185,7 @@ def test_one_of_the_micro_batches_is_verified() -> None:
     assert shapes == {"int64[16, 16], int64[16, 16]"}
 
 
+@pytest.mark.slow
 def test_a_pipeline_cannot_be_compared_but_verified() -> None:
     model = compiled(Small(), pipeline=fxzero.Pipeline(2, microbatches=2))
     with pytest.raises(UsageError) as caught:
@@ -212,7 +213,9 @@ def test_a_pipeline_cannot_be_compared_but_verified() -> None:
 # Spoilt passes
 
 
-@pytest.mark.parametrize("name", [item.name for item in (*PREPARATION, *PASSES)])
+@pytest.mark.parametrize(
+    "name", tiers([item.name for item in (*PREPARATION, *PASSES)], quick=("rematerialize",))
+)
 def test_whatever_pass_scales_a_gradient_is_named(name: str) -> None:
     model = compiled(Small(), recompute="full")
     sabotage.plant(model, name, sabotage.scale_gradient("up.bias", 1 + 1e-6))
@@ -304,7 +307,9 @@ def test_a_dropout_that_is_drawn_anew_is_found() -> None:
     assert "  random stream  DIFFERS\n" in str(found)
 
 
-@pytest.mark.parametrize("name", ["shard", "update", "rematerialize", "postpone_updates"])
+@pytest.mark.parametrize(
+    "name", tiers(("shard", "update", "rematerialize", "postpone_updates"), quick=("update",))
+)
 def test_a_gradient_that_an_optimizer_would_take_is_compared(name: str) -> None:
     model = compiled(Small(), optimizer=AdamW, update="backward", recompute="full")
     optimizer = AdamW(model.parameters())
@@ -358,6 +363,59 @@ def test_a_hook_is_no_fault_of_a_pass() -> None:
     assert str(found).endswith(
         "  comes from     what runs the graphs, or a hook of the model: no pass changes anything"
     )
+
+
+class Scaled(nn.Module):
+    """Multiplies by a number that no graph knows the changes of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.factor = nn.Linear(4, 4), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * self.layer(x).square().sum()
+
+
+def test_a_number_that_changed_is_the_captures_fault() -> None:
+    model, x = compiled(Scaled()), torch.randn(2, 4)
+    assert model.verify(x).exact
+    model.factor = 1.25
+    found = model.verify(x)
+    assert not found.ok
+    assert found.guilt == Guilt("capture")
+    assert found.loss_difference == pytest.approx(
+        0.25 / 1.25 * float(model._fxzero.eager(model)(x))
+    )
+
+
+@torch.library.custom_op("test_verification::unsteady", mutates_args=())
+def unsteady(x: Tensor) -> Tensor:
+    CALLS.append(1)
+    return x + 1e-3 * len(CALLS)
+
+
+@unsteady.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+CALLS: list[int] = []
+unsteady.register_autograd(lambda ctx, gradient: gradient)
+
+
+class Unsteady(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unsteady(self.layer(x)).square().sum()
+
+
+def test_what_never_comes_to_the_same_is_not_bisected() -> None:
+    found = compiled(Unsteady()).verify(torch.randn(2, 4))
+    assert not found.exact
+    assert found.guilt == Guilt("unknown")
 
 
 @pytest.mark.parametrize(
@@ -426,7 +484,7 @@ def test_all_that_differs_is_printed() -> None:
         "  buffers        DIFFER: mean",
         "  peak           measured 1.17 KiB, planned 1000 B, eager 4.00 KiB: "
         "20.0% MORE THAN PLANNED",
-        "  ranks          DIFFERS on rank 1, 3",
+        "  ranks          wrong on rank 1, 3",
     ]
 
 
@@ -478,6 +536,25 @@ def test_an_infinity_behind_a_nan_is_traced_too() -> None:
     assert infinity.source == line_of("logs = torch.log(x)", Log)
 
 
+class Root(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        root = (0.0 * self.layer(x)).sum(1).sqrt()
+        return root.sum()
+
+
+def test_a_gradient_that_is_not_finite_is_traced_to_the_line_that_it_is_of() -> None:
+    found = compiled(Root()).verify(torch.rand(3, 4))  # the root of 0 has no derivative
+    assert found.loss_difference == 0
+    assert "output 0" not in found.non_finite
+    assert found.non_finite_origins[0].kind == "NaN"
+    lines = {origin.source for origin in found.non_finite_origins}
+    assert lines == {line_of("root = (0.0 * self.layer(x)).sum(1).sqrt()", Root)}
+
+
 def test_a_nan_that_a_parameter_has_is_named() -> None:
     model = compiled(Small())
     with torch.no_grad():
@@ -489,7 +566,7 @@ def test_a_nan_that_a_parameter_has_is_named() -> None:
     )
 
 
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("known", tiers((False, True), quick=(True,)))
 def test_a_tie_that_was_broken_is_named(known: bool) -> None:
     model = compiled(Small())
     if known:

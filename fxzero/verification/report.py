@@ -76,7 +76,7 @@ def _lines(found: Verification) -> Iterator[str]:
         yield from _gradients("accumulated", found.accumulated)
     yield _row("peak", _peak(found))
     if found.failed_ranks:
-        yield _row("ranks", f"DIFFERS on rank {', '.join(map(str, found.failed_ranks))}")
+        yield _row("ranks", f"wrong on rank {', '.join(map(str, found.failed_ranks))}")
     for tie in found.ties:
         yield _row("tied weights", str(tie))
     for stale in found.stale:
