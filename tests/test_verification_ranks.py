@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -108,3 +109,20 @@ def test_a_stale_rank_of_a_pipeline_is_named_on_all(pools: Any) -> None:
     for answer in _run(pools, "pipeline", world=4, **given):
         assert not answer["ok"]
         assert [rank for rank, *_ in answer["stale"]] == [3], answer["text"]
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_gradients_are_averaged_in_the_dtype_asked_for(pools: Any, zero: int) -> None:
+    dtypes = {"param": torch.bfloat16, "reduce": torch.float32}
+    for answer in _run(pools, "in_precision", zero=zero, **dtypes):
+        assert answer["ok"], answer["text"]
+    dtypes = {"reduce": torch.bfloat16}
+    for answer in _run(pools, "in_precision", zero=zero, **dtypes):
+        assert answer["exact"], answer["text"]
+
+
+def test_codes_change_numbers_by_design(pools: Any) -> None:
+    for answer in _run(pools, "in_precision", zero=2, send_gradients="int8"):
+        assert answer["guilt"][:2] == ("pass", "quantize"), answer["text"]
+        assert answer["by_design"]
+        assert "quantize, number 2 of 12, which changes numbers by design" in answer["text"]

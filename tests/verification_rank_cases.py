@@ -6,6 +6,7 @@ import sabotage
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import zoo
 from pipeline_cases import build
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -138,3 +139,14 @@ def pipeline(name, zero, sizes, schedule="1f1b", spoil=None, of=None, stale=None
     guilt = found.guilt
     stage = None if guilt is None else guilt.stage
     return {**_answer(model, found), "stage": stage, "count": found.gradient_count}
+
+
+def in_precision(zero, model="tied of 2 layers", **precision):
+    """A step in other dtypes, or with what ranks send as codes."""
+    torch.manual_seed(0)
+    module, args, kwargs, _ = zoo.build(model)
+    options = {"precision": fxzero.Precision(**precision), "inner": "eager", "optimizer": "sgd"}
+    compiled = fxzero.compile(module, zero=zero, **options)
+    found = compiled.verify(*args, **kwargs)
+    by_design = found.guilt is not None and found.guilt.by_design
+    return {**_answer(compiled, found), "by_design": by_design}
