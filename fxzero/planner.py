@@ -158,6 +158,12 @@ class Planner:
         """What another planner's decisions come to under this one's assumptions."""
         return self._complete(self._variant(decided.plan).restate(decided))
 
+    def peak_of_graphs(self, decided: Decided) -> int:
+        """Peak of forward and backward without the optimizer's state, in bytes."""
+        planner = self._variant(decided.plan)
+        timeline = simulate(decided.emitted.split, planner.surroundings)
+        return timeline.peak_bytes - planner.optimizer.state_bytes
+
     def rehearse(self, decided: Decided, forward: BoxedFunction, backward: BoxedFunction) -> Peaks:
         """The peaks of functions that run the graphs of ``decided``."""
         return self._variant(decided.plan).rehearse(decided, forward, backward)

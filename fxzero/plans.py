@@ -408,6 +408,12 @@ class Plan:
         return self.curve
 
     @property
+    def peak_of_graphs(self) -> int:
+        """Peak of forward and backward without the optimizer's state, in bytes."""
+        state = self.ranks[0].breakdown.get("optimizer", 0)
+        return max(p.peak_bytes for p in self.phases if p.name != "optimizer step") - state
+
+    @property
     def hash(self) -> str:
         """Hash of the whole document: equal on every rank that runs the same plan."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]

@@ -141,12 +141,19 @@ class TrainingStep:
         return self._captured.differentiable if self._wanted is None else self._wanted
 
     @property
-    def plan_with_outputs_held(self) -> Plan:
-        """The plan for a caller who keeps the outputs during the backward."""
+    def peak_with_outputs_held(self) -> int:
+        """Planned peak of forward and backward for a caller who keeps the outputs, in bytes.
+
+        The optimizer's state is not in it.
+        """
         if self._planner.outputs_held:
-            return self.plan
+            return self._decided.plan.peak_of_graphs
         planner = self._planner.observing(outputs_held=True)
-        return self._as_it_runs(planner.restate(self._decided), planner).plan
+        decided, run = self._decided, self._executable
+        if self.options.inner == "eager" or self._in_halves:
+            return planner.peak_of_graphs(decided)
+        state = decided.plan.ranks[0].breakdown.get("optimizer", 0)
+        return planner.rehearse(decided, run.forward, run.backward).largest - state
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -323,16 +330,12 @@ class TrainingStep:
             in_halves=self._in_halves,
         )
 
-    def _as_it_runs(self, decided: Decided, planner: Planner | None = None) -> Decided:
-        """The same with a plan that says what generated code needs.
-
-        Args:
-            planner: the one with whose assumptions it was planned; None: the step's.
-        """
+    def _as_it_runs(self, decided: Decided) -> Decided:
+        """The same with a plan that says what generated code needs."""
         if self.options.inner == "eager" or self._in_halves:
             return decided
         run = self._executable
-        peaks = (planner or self._planner).rehearse(decided, run.forward, run.backward)
+        peaks = self._planner.rehearse(decided, run.forward, run.backward)
         return replace(decided, plan=as_it_runs(decided.plan, peaks))
 
     def _source(self, role: InputRole) -> Source:

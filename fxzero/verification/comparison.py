@@ -14,7 +14,6 @@ from fxzero import _torch
 from fxzero.errors import UsageError
 from fxzero.measurement import Measurement, measure
 from fxzero.microbatches import Batch, Call
-from fxzero.plans import Plan
 from fxzero.randomness import RandomState
 from fxzero.structure import flatten
 from fxzero.training_step import TrainingStep
@@ -203,16 +202,10 @@ def _planned(model: Any, pair: Pair) -> int:
 
     With it come gradients that an optimizer would have taken, and that a comparison keeps.
     """
-    peak = peak_of_step(pair.step.plan_with_outputs_held)
+    peak = pair.step.peak_with_outputs_held
     if vars(model)["_fxzero"].options.updates:
         peak += sum(gradient.nbytes for gradient in pair.compiled.outcome.gradients.values())
     return peak
-
-
-def peak_of_step(plan: Plan) -> int:
-    """Planned peak of forward and backward, less the optimizer's state."""
-    state = plan.ranks[0].breakdown.get("optimizer", 0)
-    return max(p.peak_bytes for p in plan.phases if p.name != "optimizer step") - state
 
 
 class Steps:

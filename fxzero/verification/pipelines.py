@@ -31,7 +31,6 @@ from fxzero.verification.comparison import (
     Buffers,
     Run,
     comparison_of,
-    peak_of_step,
     tolerance_of,
 )
 from fxzero.verification.playing import Outcome, Situation, average
@@ -57,7 +56,7 @@ def verify_pipeline(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         eager = _eager(model, pipeline, args, kwargs)
         planned = compiled.measured.peak_bytes
         if pipeline.plan is not None:
-            planned = peak_of_step(pipeline.plan)
+            planned = pipeline.plan.peak_of_graphs
         found = comparison_of(compiled, eager, tolerance_of(model), planned)
         ties = tuple(changed_ties(compilation.ties, ties_of(model)))
         stale = () if compilation.ranks is None else stale_ranks(model, compilation.ranks)
