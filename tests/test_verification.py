@@ -332,9 +332,22 @@ def test_a_gradient_that_an_optimizer_would_take_is_compared(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "spoil", "line"),
     [
-        ("shard", sabotage.scale_gradient("transformer.wte.weight"), "self.wte(input_ids)"),
-        ("rematerialize", sabotage.change_constant, "return 0.5 * input * (1.0 + torch.tanh("),
         ("replay_randomness", sabotage.draw_anew, "hidden_states = self.dropout(hidden_states)"),
+        *(
+            pytest.param(*given, marks=pytest.mark.exhaustive)
+            for given in (
+                (
+                    "shard",
+                    sabotage.scale_gradient("transformer.wte.weight"),
+                    "self.wte(input_ids)",
+                ),
+                (
+                    "rematerialize",
+                    sabotage.change_constant,
+                    "return 0.5 * input * (1.0 + torch.tanh(",
+                ),
+            )
+        ),
     ],
 )
 def test_spoilt_passes_are_found_in_a_hugging_face_model(

@@ -69,9 +69,11 @@ def test_what_is_not_finite_on_one_rank_fails_all(pools: Any, zero: int) -> None
     ("name", "zero", "sizes", "schedule"),
     [
         ("mlp", 0, {"pp": 2}, "1f1b"),
-        ("mlp", 0, {"pp": 2}, "zb1p"),
+        pytest.param("mlp", 0, {"pp": 2}, "zb1p", marks=pytest.mark.exhaustive),
         ("mlp", 3, {"pp": 2, "dp": 2}, "1f1b"),
-        ("mlp", 1, {"pp": 2, "dp": 2}, "interleaved1f1b"),
+        pytest.param(
+            *("mlp", 1, {"pp": 2, "dp": 2}, "interleaved1f1b"), marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_a_pipeline_equals_eager_accumulation(
@@ -111,7 +113,7 @@ def test_a_stale_rank_of_a_pipeline_is_named_on_all(pools: Any) -> None:
         assert [rank for rank, *_ in answer["stale"]] == [3], answer["text"]
 
 
-@pytest.mark.parametrize("zero", [0, 2])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.exhaustive), 2])
 def test_gradients_are_averaged_in_the_dtype_asked_for(pools: Any, zero: int) -> None:
     dtypes = {"param": torch.bfloat16, "reduce": torch.float32}
     for answer in _run(pools, "in_precision", zero=zero, **dtypes):
