@@ -4,6 +4,7 @@
     python train_gpt.py --memory-budget 200MiB
     python train_gpt.py                             # no budget: nothing is recomputed
     torchrun --nproc_per_node 2 train_gpt.py --zero 3 --checkpoints runs/gpt
+    torchrun --nproc_per_node 4 train_gpt.py --stages 2 --zero 2         # 2 pipelines of 2 stages
 
 Everything here is plain PyTorch and transformers except what begins with ``fxzero``.  Run again
 with the same ``--checkpoints``, on as many processes as you like, it goes on where it was.
@@ -35,9 +36,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--inner", choices=["inductor", "eager"], help="default: what is present")
     parser.add_argument("--zero", default="auto", help="0, 1, 2, 3 or auto: what ranks share")
+    parser.add_argument("--stages", type=int, default=1, help="of a pipeline; 1: there is none")
     parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="save here, and go on")
     parser.add_argument("--every", type=int, default=10, help="steps between two checkpoints")
     parser.add_argument("--plan-out", type=Path, metavar="FILE", help="write the plan to this file")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the plan's page, HTML")
     return parser.parse_args()
 
 
@@ -60,36 +63,40 @@ def load_text() -> Tensor:
     return torch.frombuffer(bytearray().join(f.read_bytes() for f in files), dtype=torch.uint8)
 
 
-def batches(text: Tensor, batch: int, seq: int, rank: int, first: int) -> Iterator[Tensor]:
-    """Batches of this rank from step ``first`` on."""
+def batches(text: Tensor, batch: int, seq: int, copy: int, first: int) -> Iterator[Tensor]:
+    """Batches of one copy of the model from step ``first`` on."""
     for step in range(first, 2**30):
-        generator = torch.Generator().manual_seed(2**31 * rank + step)
+        generator = torch.Generator().manual_seed(2**31 * copy + step)
         starts = torch.randint(len(text) - seq, (batch, 1), generator=generator)
         yield text[starts + torch.arange(seq)].long()
 
 
 def train(args: argparse.Namespace) -> None:
-    rank = int(os.environ.get("RANK", "0"))
+    rank, ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    copies = ranks // args.stages  # of the model, each with data of its own
     torch.manual_seed(rank)
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     model = build_model(args.layers, args.width, args.seq).to(device).train()
 
     model = fxzero.compile(
-        model, memory_budget=args.memory_budget, zero=args.zero, inner=args.inner
+        model,
+        memory_budget=args.memory_budget,
+        zero=args.zero,
+        pipeline=args.stages if args.stages > 1 else None,
+        inner=args.inner,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 
     done = 0
     if args.checkpoints and fxzero.checkpoint.latest(args.checkpoints):
         done = fxzero.checkpoint.load(args.checkpoints, model, optimizer).step
-    data = batches(load_text(), args.batch, args.seq, rank, first=done)
+    data = batches(load_text(), args.batch, args.seq, rank % copies, first=done)
 
     for step in range(done + 1, args.steps + 1):
         start = time.perf_counter()
         tokens = next(data).to(device)
         optimizer.zero_grad()
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
+        loss = model.step(input_ids=tokens, labels=tokens)  # forward and backward
         fxzero.clip_grad_norm_(model, 1.0)
         optimizer.step()
         seconds = time.perf_counter() - start
@@ -102,6 +109,8 @@ def train(args: argparse.Namespace) -> None:
         print(model.plan)
         if args.plan_out:
             model.plan.save(args.plan_out)
+        if args.report:
+            model.plan.to_html(args.report)
 
 
 def main() -> None:

@@ -87,7 +87,9 @@ class Batch:
             yield part
 
     def times(self, count: int) -> Batch:
-        """The batch of as many examples ``count`` times over, for plans."""
+        """The batch of as many examples ``count`` times over, for plans; once: as it lies."""
+        if count == 1:
+            return self
         return self.joined(lambda leaf: leaf.repeat(count, *(1 for _ in leaf.shape[1:])), count)
 
     def joined(self, join: Callable[[torch.Tensor], torch.Tensor], count: int) -> Batch:

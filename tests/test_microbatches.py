@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fxzero
 from fxzero.errors import BudgetError, UsageError
+from fxzero.microbatches import Batch
 
 X, Y = torch.randn(12, 6, 24), torch.randn(12, 6, 4)
 
@@ -166,3 +167,9 @@ def test_auto_does_not_plan_beside_a_given_plan() -> None:
     model, _ = compiled(microbatches="auto", plan=fxzero.plan(Net(), {"x": X, **GIVEN}))
     with pytest.raises(UsageError, match="makes plans, but one was given"):
         model.step(X, **GIVEN)
+
+
+def test_a_batch_once_over_keeps_its_strides_which_graphs_depend_on() -> None:
+    batch = Batch.of((torch.zeros(8, 3)[::2],), {})
+    assert batch.times(1).leaves[0].stride() == (6, 1)
+    assert batch.times(2).leaves[0].shape == (8, 3)
