@@ -47,7 +47,7 @@ _BROKEN = {
     "write": ("(folder.parent / 'x').write_text('')", "open "),
     "delete": ("(folder.parent / 'secret.json').unlink()", "change "),
     "import": ("__import__('planted')", "planted.py"),
-    "hang": ("time.sleep(30)", "no end after 0.6 s"),
+    "hang": ("time.sleep(30)", "no end"),
     "slow": ("sum(range(3 * 10**7))", "s, at most 0.2"),
     "memory": ("bytearray(3 * 2**30)", "MemoryError"),
     "error": ("{}['key']", "KeyError: 'key'"),
@@ -76,7 +76,7 @@ def test_the_law_has_teeth() -> None:
             guard = Guard()
             for text in {[text for text, _ in _BROKEN.values()]!r}:
                 code = compile(text, fxzero.__file__, "exec")  # as if it were ours
-                print(repr("".join(run.run(loader, range(2), root, guard).failures)))
+                print(repr("".join(run.run(loader, range(1), root, guard).failures)))
     """
     done = python("-c", textwrap.dedent(code))
     said = done.stdout.splitlines()
