@@ -166,6 +166,8 @@ class _Reader:
             raise PlanError("a graph needs one output, at its end")
         if len(output.args) != 1 or not isinstance(output.args[0], (tuple, list)):
             raise PlanError("the output must have one argument, a list or tuple")
+        if not all(item is None or isinstance(item, fx.Node) for item in output.args[0]):
+            raise PlanError("the output's argument must hold nodes, or null for an absent gradient")
         module = fx.GraphModule(self.constants, self.graph)
         inputs = read_value(tuple[InputRole, ...], self.data.get("inputs"), "inputs")
         outputs = read_value(tuple[OutputRole, ...], self.data.get("outputs"), "outputs")

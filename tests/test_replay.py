@@ -281,6 +281,7 @@ HOSTILE: dict[str, Callable[[Any], None]] = {
         shape=[2**59, 2**59], stride=[0, 0]
     ),
     "an endless storage": lambda data: data["storages"][0].update(bytes=2**70),
+    "an output that is no node": lambda data: data["nodes"][-1]["args"][0].append(1),
     "no output": lambda data: data["nodes"].pop(),
     "another format": lambda data: data.update(format=2),
 }

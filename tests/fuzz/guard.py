@@ -11,6 +11,7 @@ import signal
 import sys
 import sysconfig
 import traceback
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ _LIBRARIES = tuple(
 )
 # What fx writes of a graph whose every name was checked; modules of the interpreter.
 _GENERATED = ("<eval_with_key>", "<frozen ")
-# Evaluates types in the signatures of registered operators, whichever a graph names.
-_SIGNATURES = operator_schemas.__file__
+# Evaluate types in the signatures of registered operators, and in our own dataclasses.
+_OF_TYPES = (operator_schemas.__file__, typing.__file__)
 
 
 class Hang(BaseException):
@@ -125,7 +126,7 @@ class Guard:
 
     def _code(self, code: Any, name: Any = None) -> str | None:
         name = os.fsdecode(name) if name is not None else getattr(code, "co_filename", "?")
-        if sys._getframe(2).f_code.co_filename == _SIGNATURES:
+        if sys._getframe(2).f_code.co_filename in _OF_TYPES:
             return None
         if name.startswith(_GENERATED) or _within(os.path.realpath(name), _LIBRARIES):
             return None
