@@ -227,7 +227,9 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.optim.Optimizer):
         tensors = [p for group in value.param_groups for p in group["params"]]
         gradients = [p.grad for p in tensors if p.grad is not None]
-        return [*tensors, *gradients, *flatten(dict(value.state))[0]]
+        # Not flattened with its keys, which are parameters: their paths would print them.
+        states = [tensor for state in value.state.values() for tensor in flatten(state)[0]]
+        return [*tensors, *gradients, *states]
     if isinstance(value, types.ModuleType | types.FunctionType | type):
         return []
     return flatten(value)[0]

@@ -47,6 +47,9 @@ from fxzero.monitor.sinks import Sink, as_sink
 from fxzero.monitor.window import Told, Window, told
 from fxzero.units import format_bytes
 
+# Steps between records: ranks tell each other the loss of each.
+_MOST = 10_000
+
 
 class Step:
     """One step of the loop, inside ``with monitor.step(...)``.
@@ -90,7 +93,7 @@ class Monitor:
     Args:
         model: compiled by ``fxzero.compile``, or any module, of which there is less to say.
         every: a record is made, and alarms are looked for, behind the first step and then every so
-            many.
+            many, at most 10,000.
         optimizer: what updates the weights; it tells when gradients are complete.
         sinks: where records go: ``JsonLines``, ``TensorBoard``, ``Prometheus``, functions.
         actions: for kinds of alarms what to do: "warn" (all kinds, unless they stand here),
@@ -122,7 +125,7 @@ class Monitor:
         hardware: object = None,
         thresholds: Thresholds | None = None,
     ) -> None:
-        _check_count("every", every, 1)
+        _check_count("every", every, 1, _MOST)
         if shadow_every is not None:
             _check_count("shadow_every", shadow_every, 0)
             if shadow_every and (why := shadow.obstacle(model)):
@@ -266,7 +269,7 @@ class Monitor:
             loading=self._clock.loading,
             flops=self._operations.of_step(self.model, self._window.samples // steps),
             peak_bytes=peak,
-            excess=peak / expected if peak and expected else 0.0,
+            excess=peak / expected if peak and expected and self._peak.is_new else 0.0,
             changed=self._checks.changed(),
         )
         every = mine[None]
@@ -455,6 +458,8 @@ def _scalar(value: torch.Tensor | float, what: str) -> torch.Tensor:
     return torch.tensor(float(value), dtype=torch.float64)
 
 
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"{name}={value!r} must be a number of steps, at least {least}")
+def _check_count(name: str, value: object, least: int, most: int | None = None) -> None:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    if not is_count or (most is not None and value > most):  # type: ignore[operator]
+        limit = f"at least {least}" + (f" and at most {most}" if most is not None else "")
+        raise UsageError(f"{name}={value!r} must be a number of steps, {limit}")

@@ -57,7 +57,8 @@ class Record:
             and a sequence dimension.
         mfu: model FLOPs utilisation, from 0 to 1: operations of forward and backward without
             recompute, as a share of the hardware's dense peak in the dtype of the weights.
-        measured_peak_bytes: most tensor memory of the last step, of the fullest rank.
+        measured_peak_bytes: most tensor memory of the last step, of the fullest rank; on a CPU of
+            the latest step in which it was measured, that of one record in ten.
         planned_peak_bytes: this rank's, by the plan.
         planned_step_seconds: forward and backward.
         planned_recompute_seconds: of recompute.
