@@ -4,7 +4,8 @@
 
 GPT-2's shapes with fewer layers, forward, backward and AdamW on one thread.  Two copies train side
 by side, a step of one and then a step of the other, and each step of the monitored one is compared
-with the bare one beside it.  Steps are of three kinds:
+with the bare one beside it: on the wall, and in time of the processor, which others disturb less.
+Steps are of four kinds:
 
     plain       most of them: the loss is kept, inputs are counted
     recorded    every 50th: the norm is computed, a record written to a file
@@ -24,6 +25,8 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,30 +68,46 @@ def batch(number: int) -> Tensor:
     return torch.randint(_VOCAB, (1, _SEQ), generator=generator)
 
 
-def compared(bare: Loop, watched: Loop, pairs: int, **settings: Any) -> dict[str, list[float]]:
-    """Seconds of bare and of monitored steps, by kind."""
-    found: dict[str, list[float]] = {"bare": [], "plain": [], "recorded": [], "measured": []}
-    recorded = 0
+@dataclass(frozen=True)
+class Pair:
+    """A monitored step and the bare one beside it.
+
+    Attributes:
+        kind: "plain", "recorded" or "measured".
+        wall, processor: seconds of the bare and of the monitored one, by two clocks.
+    """
+
+    kind: str
+    wall: tuple[float, float]
+    processor: tuple[float, float]
+
+
+def compared(bare: Loop, watched: Loop, pairs: int, **settings: Any) -> list[Pair]:
+    """Steps of both, one after the other; who is first changes."""
+    found, recorded = [], 0
     with tempfile.TemporaryDirectory() as directory:
         sinks = [JsonLines(Path(directory) / "run.jsonl")]
         monitor = Monitor(watched.model, optimizer=watched.optimizer, sinks=sinks, **settings)
         watched.watched(monitor, batch(0))  # the first step makes a record
         for number in range(1, pairs + 1):
-            ids, turns = batch(number), ["bare", "watched"]
-            for turn in turns if number % 2 else reversed(turns):
-                start = time.perf_counter()
-                if turn == "bare":
-                    bare(ids)
-                    kind = "bare"
-                else:
-                    watched.watched(monitor, ids)
-                    kind = "plain"
-                    if monitor.steps % monitor.every == 0:
-                        kind = "recorded" if recorded % 10 else "measured"
-                        recorded += 1
-                found[kind].append(time.perf_counter() - start)
+            ids = batch(number)
+            steps = {0: lambda ids=ids: bare(ids), 1: lambda ids=ids: watched.watched(monitor, ids)}
+            times = {which: timed(steps[which]) for which in ((0, 1) if number % 2 else (1, 0))}
+            kind = "plain"
+            if monitor.steps % monitor.every == 0:
+                kind = "recorded" if recorded % 10 else "measured"
+                recorded += 1
+            (bare_wall, bare_processor), (wall, processor) = times[0], times[1]
+            found.append(Pair(kind, (bare_wall, wall), (bare_processor, processor)))
         monitor.close()
     return found
+
+
+def timed(step: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds on the wall, and of this process's threads."""
+    wall, processor = time.perf_counter(), time.process_time()
+    step()
+    return time.perf_counter() - wall, time.process_time() - processor
 
 
 def own_seconds(watched: Loop, count: int = 2000) -> float:
@@ -131,35 +150,42 @@ def main() -> None:
             file.write(text)
 
 
-def report(
-    default: dict[str, list[float]],
-    often: dict[str, list[float]],
-    shadowed: dict[str, list[float]],
-    own: float,
-) -> str:
-    bare = statistics.median(default["bare"])
-    plain = statistics.median(default["plain"]) / bare
-    recorded, measured = (
-        statistics.median(often[kind]) / statistics.median(often["bare"])
-        for kind in ("recorded", "measured")
-    )
-    shadow = statistics.median(shadowed["recorded"]) / statistics.median(shadowed["bare"])
-    rare = (
-        (recorded - 1) / _EVERY + (measured - recorded) / _MEASURED + (shadow - recorded) / _SHADOW
-    )
-    machine, versions = harness.machine("cpu"), harness.versions()
-    rows = [
-        f"{datetime.date.today()}  {machine}  {versions}",
-        f"bare step                       {bare * 1e3:9.2f} ms, median of {len(default['bare'])}",
-        f"plain / bare                    {plain:9.4f}",
-        f"plain, without training in it   {own * 1e6:9.1f} us, {own / bare:.6f} of a step",
-        f"recorded / bare                 {recorded:9.4f}, median of {len(often['recorded'])}",
-        f"measured / bare                 {measured:9.4f}, median of {len(often['measured'])}",
-        f"shadowed / bare                 {shadow:9.4f}, median of {len(shadowed['recorded'])}",
-        f"default settings / bare         {plain + rare:9.4f}  by these ratios",
-        f"                                {1 + own / bare + rare:9.4f}  with a plain step's own time",
+def report(default: list[Pair], often: list[Pair], shadowed: list[Pair], own: float) -> str:
+    """The figures by both clocks, as lines of text."""
+    kinds = {
+        "plain": [pair for pair in default if pair.kind == "plain"],
+        "recorded": [pair for pair in often if pair.kind == "recorded"],
+        "measured": [pair for pair in often if pair.kind == "measured"],
+        "shadowed": [pair for pair in shadowed if pair.kind == "recorded"],
+    }
+    bare = statistics.median(pair.wall[0] for pair in default)
+    lines = [
+        f"{datetime.date.today()}  {harness.machine('cpu')}  {harness.versions()}",
+        f"a bare step takes {bare * 1e3:.1f} ms; a plain step's monitor alone {own * 1e6:.1f} us, "
+        f"{own / bare:.6f} of it",
+        "step / bare step beside it, median    wall  processor    pairs",
     ]
-    return "\n".join(rows) + "\n\n"
+    ratios = {}
+    for kind, pairs in kinds.items():
+        ratios[kind] = [
+            statistics.median(pair.wall[1] / pair.wall[0] for pair in pairs),
+            statistics.median(pair.processor[1] / pair.processor[0] for pair in pairs),
+        ]
+        wall, processor = ratios[kind]
+        lines.append(f"{kind:34s} {wall:8.4f}   {processor:8.4f} {len(pairs):8d}")
+    for text, plain in (
+        ("default settings", ratios["plain"]),
+        ("with the monitor's own plain time", [1 + own / bare] * 2),
+    ):
+        found = [
+            plain[clock]
+            + (ratios["recorded"][clock] - 1) / _EVERY
+            + (ratios["measured"][clock] - ratios["recorded"][clock]) / _MEASURED
+            + (ratios["shadowed"][clock] - ratios["recorded"][clock]) / _SHADOW
+            for clock in (0, 1)
+        ]
+        lines.append(f"{text:34s} {found[0]:8.4f}   {found[1]:8.4f}")
+    return "\n".join(lines) + "\n\n"
 
 
 if __name__ == "__main__":

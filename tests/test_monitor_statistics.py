@@ -236,5 +236,7 @@ def test_references_need_batches_of_one_structure() -> None:
     with pytest.raises(UsageError, match=r"\[1\] is in 1 of 2 batches\n  give batches of one"):
         InputReference.of([(torch.ones(2, 2), torch.ones(2)), (torch.ones(2, 2),)])
     watch = InputWatch(InputReference.of(batches(5)))
-    with pytest.raises(UsageError, match=r"the inputs have \[0\], column 0, .*\n  make the refer"):
+    with pytest.raises(
+        UsageError, match=r"has 4 features, the inputs have 2, and .* differs\n  make the"
+    ):
         watch.add((torch.ones(4, 2),), {})

@@ -158,11 +158,12 @@ class InputWatch:
             UsageError: it has not the reference's features.
         """
         found = _features(args, kwargs)
-        if [name for name, _ in found] != list(self.counts):
-            here = ", ".join(name for name, _ in found[:5])
+        names = [name for name, _ in found]
+        if names != list(self.counts):
+            odd = min({*names} ^ {*self.counts}, default="their order")
             raise UsageError(
-                f"the reference has the features {', '.join(list(self.counts)[:5])}, the inputs "
-                f"have {here}\n  make the reference from what monitor.step is given"
+                f"the reference has {len(self.counts)} features, the inputs have {len(names)}, and "
+                f"{odd} differs\n  make the reference from what monitor.step is given"
             )
         self.samples += count_samples(args, kwargs)
         for feature, (name, values) in zip(self.reference.features, found, strict=True):
@@ -220,19 +221,26 @@ def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _features(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
     """Each feature's name and some of its values, one dimension."""
-    leaves, structure = flatten((tuple(args), dict(kwargs)))
     found: list[tuple[str, torch.Tensor]] = []
-    for path, leaf in zip(structure.paths, leaves, strict=True):
-        values, path = leaf.detach(), path[len("[0]") :]  # arguments and keywords are a pair
-        if not values.numel() or values.is_complex():
-            continue
-        if values.is_floating_point() and values.ndim == 2 and values.shape[1] <= _MAX_COLUMNS:
-            columns = values[:: -(-len(values) * values.shape[1] // _MAX_VALUES)].unbind(1)
-            found += [(f"{path}, column {i}", column) for i, column in enumerate(columns)]
-        else:
-            flat = values.reshape(-1)
-            found.append((path, flat[:: -(-flat.numel() // _MAX_VALUES)]))
+    # One by one: a tensor that is given twice is two inputs.
+    for key, argument in (*enumerate(args), *kwargs.items()):
+        leaves, structure = flatten(argument)
+        named = zip(structure.paths, leaves, strict=True)
+        found += [
+            feature for path, leaf in named for feature in _of_input(f"[{key!r}]{path}", leaf)
+        ]
     return found
+
+
+def _of_input(name: str, leaf: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    values = leaf.detach()
+    if not values.numel() or values.is_complex():
+        return []
+    if values.is_floating_point() and values.ndim == 2 and values.shape[1] <= _MAX_COLUMNS:
+        columns = values[:: -(-values.numel() // _MAX_VALUES)].unbind(1)
+        return [(f"{name}, column {i}", column) for i, column in enumerate(columns)]
+    flat = values.reshape(-1)
+    return [(name, flat[:: -(-flat.numel() // _MAX_VALUES)])]
 
 
 def _feature(name: str, values: torch.Tensor) -> Feature:
