@@ -36,6 +36,13 @@ def batch(step, rows=16):
     return torch.randn(rows, 8, generator=torch.Generator().manual_seed(1000 * rank + step))
 
 
+def plain():
+    """(model that is not compiled, its optimizer)."""
+    torch.manual_seed(0)
+    model = Net()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
 def build(tied=False, **options):
     """(compiled model, its optimizer)."""
     torch.manual_seed(0)
@@ -60,7 +67,12 @@ def train(model, optimizer, steps, monitor=None, before=None, scale=None):
 
 
 def one_step(model, optimizer, inputs):
-    loss = model.step(*inputs)
+    if hasattr(model, "step"):
+        loss = model.step(*inputs)
+    else:
+        loss = model(*inputs)
+        loss.backward()
+        loss = loss.detach()
     optimizer.step()
     optimizer.zero_grad()
     return loss

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from monitor_cases import Net, alarms_of, batch, build, one_step, sabotaged, train
+from monitor_cases import Net, alarms_of, batch, build, one_step, plain, sabotaged, train
 from torch import nn
 
 import fxzero
@@ -36,7 +36,7 @@ def watched(steps: int, model: Any = None, optimizer: Any = None, **options: Any
     """The records of some steps; alarms warn nobody unless they are asked to."""
     records: list[Record] = []
     if model is None:
-        model, optimizer = build()
+        model, optimizer = plain()
     given = {name: options.pop(name) for name in ("before", "scale") if name in options}
     monitor = Monitor(model, optimizer=optimizer, sinks=[records.append], **options)
     train(model, optimizer, steps, monitor, **given)
@@ -59,10 +59,11 @@ def test_a_record_is_made_behind_the_first_step_and_every_n() -> None:
 
 
 def test_losses_and_norms_are_those_of_the_steps() -> None:
-    model, optimizer = build()
+    model, optimizer = plain()
     losses, norms = [], []
     for number in range(1, 9):
-        loss = model.step(batch(number))
+        loss = model(batch(number))
+        loss.backward()
         gradients = [p.grad for p in model.parameters()]
         norms.append(nn.utils.get_total_norm(gradients).item())
         losses.append(loss.item())
@@ -75,7 +76,7 @@ def test_losses_and_norms_are_those_of_the_steps() -> None:
 
 
 def test_the_measured_peak_is_the_planned_one() -> None:
-    records = watched(8, every=4)
+    records = watched(8, *build(), every=4)
     assert records[0].measured_peak_bytes is None  # the first step is traced
     for record in records[1:]:
         assert record.measured_peak_bytes is not None
@@ -123,7 +124,7 @@ def test_tokens_are_counted_of_integer_inputs() -> None:
 
 def test_what_is_not_known_is_said() -> None:
     records: list[Record] = []
-    model, optimizer = build()
+    model, optimizer = plain()
     monitor = Monitor(model, every=2, sinks=[records.append])  # without the optimizer
     train(model, optimizer, 2, monitor)
     assert records[0].gradient_norm is None
@@ -133,16 +134,31 @@ def test_what_is_not_known_is_said() -> None:
 
 def test_a_norm_that_the_loop_has_is_taken() -> None:
     records: list[Record] = []
-    model, optimizer = build()
+    model, optimizer = plain()
     monitor = Monitor(model, every=2, optimizer=optimizer, sinks=[records.append])
     for number in range(1, 3):
         with monitor.step(batch(number)) as step:
-            step.loss(model.step(batch(number)))
+            step.loss(loss := model(batch(number)))
+            loss.backward()
             norm = fxzero.clip_grad_norm_(model, 1e-3)
             step.gradient_norm(norm)
             optimizer.step()
             optimizer.zero_grad()
     assert records[-1].gradient_norm == norm.item() > 1e-3
+
+
+def test_a_training_that_goes_on_counts_from_its_checkpoint() -> None:
+    records: list[Record] = []
+    model, optimizer = build()
+    monitor = Monitor(model, every=10, optimizer=optimizer, sinks=[records.append])
+    monitor.steps = 105
+    train(model, optimizer, 15, monitor)
+    assert [(r.step, r.steps) for r in records] == [(106, 1), (110, 4), (120, 10)]
+    assert records[0].measured_peak_bytes is None  # it is traced there
+    assert monitor.steps == 120
+    monitor.steps = 3
+    train(model, optimizer, 7, monitor)
+    assert (records[-1].step, records[-1].steps) == (10, 7)
 
 
 # What it leaves
@@ -274,7 +290,7 @@ def states(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def test_a_rollback_restores_bitwise_what_was_before(tmp_path: Path) -> None:
-    model, optimizer = build()
+    model, optimizer = plain()
     monitor = Monitor(
         model,
         every=4,
@@ -301,7 +317,7 @@ def test_a_rollback_restores_bitwise_what_was_before(tmp_path: Path) -> None:
     assert all(p.grad is None for p in model.parameters())
     assert fxzero.checkpoint.latest(tmp_path) == tmp_path / "step-5"
     # and from there on it is what a loaded checkpoint would do
-    again, other = build()
+    again, other = plain()
     fxzero.checkpoint.load(tmp_path / "step-5", again, other)
     ours = [one_step(model, optimizer, (batch(n), nan_at(0, 1))) for n in (6, 7)]
     fxzero.checkpoint.load(tmp_path / "step-5", again, other)
@@ -310,7 +326,7 @@ def test_a_rollback_restores_bitwise_what_was_before(tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    model, optimizer = build()
+    model, optimizer = plain()
     for step in (1, 2):
         fxzero.checkpoint.save(tmp_path, model, optimizer, step=step)
     (file,) = (tmp_path / "step-2").glob("*.safetensors")
@@ -329,7 +345,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 def test_a_rollback_to_nothing_is_an_error_and_in_the_record(tmp_path: Path) -> None:
     records: list[Record] = []
-    model, optimizer = build()
+    model, optimizer = plain()
     monitor = Monitor(
         model,
         every=5,
@@ -345,7 +361,7 @@ def test_a_rollback_to_nothing_is_an_error_and_in_the_record(tmp_path: Path) -> 
 
 
 def test_what_goes_wrong_again_and_again_ends(tmp_path: Path) -> None:
-    model, optimizer = build()
+    model, optimizer = plain()
     fxzero.checkpoint.save(tmp_path, model, optimizer, step=0)
     monitor = Monitor(
         model,
@@ -359,7 +375,7 @@ def test_what_goes_wrong_again_and_again_ends(tmp_path: Path) -> None:
 
 
 def test_an_alarms_checkpoint_is_none_to_go_on_from(tmp_path: Path) -> None:
-    model, optimizer = build()
+    model, optimizer = plain()
     options = {"checkpoints": tmp_path, "actions": {"not_finite": ("stop", "checkpoint")}}
     monitor = Monitor(model, every=5, optimizer=optimizer, **options)
     with pytest.raises(AlarmError):
@@ -377,7 +393,7 @@ def test_json_lines_are_json_and_are_added(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "run.jsonl"
     for _ in range(2):
         records = []
-        model, optimizer = build()
+        model, optimizer = plain()
         sinks = [JsonLines(path), records.append]
         monitor = Monitor(model, every=2, optimizer=optimizer, sinks=sinks, actions=quiet())
         train(model, optimizer, 4, monitor, scale=lambda n: nan_at(n, 4))
@@ -394,7 +410,7 @@ def test_json_lines_are_json_and_are_added(tmp_path: Path) -> None:
 
 
 def test_prometheus_text_is_what_its_format_says() -> None:
-    model, optimizer = build()
+    model, optimizer = plain()
     sink = Prometheus(0)
     monitor = Monitor(model, every=2, optimizer=optimizer, sinks=[sink], actions=quiet())
     train(model, optimizer, 4, monitor, scale=lambda n: nan_at(n, 4))
@@ -439,15 +455,15 @@ def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
     accumulators = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is optional"
     )
-    model, optimizer = build()
+    model, optimizer = plain()
     records: list[Record] = []
     sinks = [TensorBoard(tmp_path), records.append]
     monitor = Monitor(model, every=2, optimizer=optimizer, sinks=sinks, actions=quiet())
     train(model, optimizer, 4, monitor, scale=lambda n: nan_at(n, 4))
     read = accumulators.EventAccumulator(str(tmp_path))
     read.Reload()
-    norms = [(e.step, e.value) for e in read.Scalars("fxzero/planned_peak_bytes")]
-    assert norms == [(r.step, r.planned_peak_bytes) for r in records]
+    times = [(e.step, e.value) for e in read.Scalars("fxzero/step_seconds")]
+    assert times == [(r.step, pytest.approx(r.step_seconds, rel=1e-6)) for r in records]
     (event,) = read.Tensors("alarms/not_finite/text_summary")
     assert event.step == 4
     text = event.tensor_proto.string_val[0].decode()
@@ -472,7 +488,7 @@ def test_a_sink_that_fails_is_dropped_and_training_goes_on() -> None:
         calls.append(record.step)
         raise OSError(28, "No space left on device")
 
-    model, optimizer = build()
+    model, optimizer = plain()
     monitor = Monitor(model, every=2, optimizer=optimizer, sinks=[full, others.append])
     text = r"the sink .*full failed and is given no more records: OSError: .*No space left"
     with pytest.warns(AlarmWarning, match=text):
@@ -532,13 +548,15 @@ def test_sinks_that_cannot_be_opened(tmp_path: Path) -> None:
 
 
 def test_a_forgotten_loss_is_an_error() -> None:
-    model, optimizer = build()
+    model, optimizer = plain()
     monitor = Monitor(model, optimizer=optimizer)
     with (
         pytest.raises(UsageError, match=r"no loss was told in step 1\n  call step\.loss\(loss\)"),
         monitor.step(batch(1)),
     ):
         one_step(model, optimizer, (batch(1),))
+    train(model, optimizer, 50, monitor)  # and may be mended
+    assert monitor.steps == 51
 
 
 def test_losses_are_single_numbers() -> None:
@@ -559,7 +577,7 @@ def test_losses_are_single_numbers() -> None:
 
 
 def test_an_error_in_the_loop_is_the_loops() -> None:
-    model, optimizer = build()
+    model, optimizer = plain()
     monitor = Monitor(model, optimizer=optimizer)
     with pytest.raises(ZeroDivisionError), monitor.step(batch(1)):
         1 / 0  # noqa: B018

@@ -147,7 +147,7 @@ class Monitor:
         self._hardware = planned.hardware_of(model, hardware)
         self._own_seconds = 0.0
         self._notes = self._limits()
-        self._inside = self._misses_norm = False
+        self._begun = self._inside = self._misses_norm = False
         self._sinks = self._opened([as_sink(sink) for sink in sinks])
 
     @property
@@ -159,6 +159,7 @@ class Monitor:
     def steps(self, count: int) -> None:
         _check_count("steps", count, 0)
         self._steps, self._steps_agreed = count, False
+        self._window.clear()
 
     @contextlib.contextmanager
     def step(self, *args: Any, **kwargs: Any) -> Iterator[Step]:
@@ -181,7 +182,7 @@ class Monitor:
         self._agree_on_steps()
         step = Step(self.steps + 1)
         shadowed = self._checks.wants(step.number)
-        due = step.number == 1 or step.number % self.every == 0 or shadowed
+        due = shadowed or not self._begun or step.number % self.every == 0
         self._clock.begin(due)
         self._inside = True
         try:
@@ -219,7 +220,7 @@ class Monitor:
 
         # The first step is traced inside, which is no part of it.
         with contextlib.ExitStack() as stack:
-            if step.number > 1:
+            if self._begun:
                 stack.enter_context(self._peak.measured())
             if self.optimizer is not None:
                 handle = self.optimizer.register_step_pre_hook(look)
@@ -236,12 +237,12 @@ class Monitor:
     def _report(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes a record of the steps since the last one, and acts on it."""
         said = self._tell(step.number)
-        if step.number == 1:
+        if not self._begun:
+            self._begun = True
             self._notes += self._checks.settle()
         alarms = [*self._series_alarms(said), *self._checks.look(step.number, said, args, kwargs)]
         if said.excess > self._thresholds.peak:
             alarms.append(self._peak_alarm(step.number, said))
-        self._window.clear()
         record = self._record(said)
         try:
             alarms = self._actions.carry_out(alarms, step.number, self._leads)
@@ -272,6 +273,7 @@ class Monitor:
             excess=peak / expected if peak and expected and self._peak.is_new else 0.0,
             changed=self._checks.changed(),
         )
+        self._window.clear()
         every = mine[None]
         if self._agreement is not None:
             every = self._agreement.numbers(mine, f"the monitor's record of step {number}")

@@ -66,7 +66,7 @@ class Record:
             them that operators wait for.
         planned_bubble: the share of time in which ranks of the pipeline wait, from 0 to 1.
         input_drift: the largest population stability index of the inputs against the reference.
-        monitor_seconds: the monitor's own, of this record, sinks of the record before included.
+        monitor_seconds: what making and writing the record before this one took.
         alarms: what was seen.
         notes: what cannot be watched, and why; in the first record.
     """
