@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import urllib.error
 import urllib.request
 import warnings
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sabotage
 import torch
 from monitor_cases import Net, alarms_of, batch, build, one_step, plain, sabotaged, train
 from torch import nn
@@ -210,6 +212,18 @@ def test_a_planted_wrong_gradient_is_caught_within_n_steps() -> None:
     assert alarm.observed == pytest.approx(0.01, rel=0.05)
     assert alarm.message.startswith(f"the gradient of {name} differs from eager's by 0.01")
     assert alarm.message.endswith("tolerance 0.0001; model.verify(*inputs) says more")
+
+
+def test_a_sabotaged_pass_is_named() -> None:
+    model, optimizer = build()
+    sabotage.plant(model, "deduplicate", sabotage.scale_gradient("up.bias", 1.5))
+    records = watched(4, model, optimizer, every=4, shadow_every=4, actions=quiet())
+    (alarm,) = alarms_of(records)
+    assert (alarm.kind, alarm.step) == ("wrong_gradient", 4)
+    assert re.match(
+        r"the gradient of up\.bias differs from eager's by 0\.5 because of pass deduplicate, tol",
+        alarm.message,
+    )
 
 
 def test_a_wrong_gradient_of_a_tied_weight_is_caught() -> None:

@@ -164,8 +164,9 @@ class Checks:
             )
         found = shadow.compare(self.model, call, self.agreement, when)
         if found.difference > found.tolerance:
+            guilt = f" because of {found.guilt}" if found.guilt else ""
             text = (
-                f"{found.where} differs from eager's by {found.difference:.3g}, tolerance "
+                f"{found.where} differs from eager's by {found.difference:.3g}{guilt}, tolerance "
                 f"{found.tolerance:g}; model.verify(*inputs) says more"
             )
             yield self._alarm("wrong_gradient", step, found.difference, found.tolerance, text)

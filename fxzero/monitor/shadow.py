@@ -21,6 +21,7 @@ from fxzero.plans import Plan
 from fxzero.sharding import is_spread
 from fxzero.units import format_bytes
 from fxzero.verification import compare as compare_steps
+from fxzero.verification import verify
 
 EVERY = 1000
 
@@ -33,11 +34,13 @@ class Shadow:
         difference: the larger of those of the loss, and of gradients relative to their largest
             entries; infinite where a gradient is missing, or the random stream differs.
         where: what differs most, with the rank.
+        guilt: what makes the two differ, such as "pass shard"; "" if that is not known.
     """
 
     difference: float
     tolerance: float
     where: str
+    guilt: str = ""
 
 
 def obstacle(model: nn.Module) -> str:
@@ -97,7 +100,12 @@ def compare(model: Any, call: Call, agreement: Agreement | None, when: str) -> S
     if agreement is not None:
         where += f" on rank {agreement.ranks[worst]}"
     difference = max(float("inf") if value != value else value for value in (loss, gradient))
-    return Shadow(difference, found.tolerance, where)
+    if difference <= found.tolerance:
+        return Shadow(difference, found.tolerance, where)
+    with _unremembered(model):
+        guilt = verify(model, *call).guilt
+    named = "" if guilt is None else f"{guilt.kind} {guilt.name}".rstrip()
+    return Shadow(difference, found.tolerance, where, named)
 
 
 @contextlib.contextmanager
