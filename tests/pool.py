@@ -34,14 +34,15 @@ _IMPORTED = (
 
 
 class Pool:
-    """``world`` processes with a default process group."""
+    """``world`` processes with a default process group, or one without."""
 
-    def __init__(self, world):
+    def __init__(self, world, *, connected=True):
+        assert connected or world == 1
         self.directory = tempfile.TemporaryDirectory()
         self.connections, self.processes = [], []
         for rank in range(world):
             ours, theirs = multiprocessing.Pipe()
-            given = rank, world, self.directory.name
+            given = rank, world, self.directory.name if connected else None
             self.processes.append(_forker(rank % _SEEDS).fork(theirs, given))
             theirs.close()
             self.connections.append(ours)
@@ -171,8 +172,9 @@ def _serve(connection, rank, world, directory):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(directory, "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    if directory is not None:
+        store = dist.FileStore(os.path.join(directory, "store"), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     while True:
         try:
             task, given = connection.recv()
