@@ -68,9 +68,10 @@ lint: $(READY)  ## ruff check, ruff format --check, mypy
 	$(PY) -m mypy
 
 # A benchmark may import a helper that lies beside it, hence no PYTHONSAFEPATH here.
-bench: $(READY)  ## run benchmarks/bench_*.py, but for the one that needs a CUDA device
+bench: $(READY)  ## run benchmarks/bench_*.py, but for the one that needs a CUDA device; write docs/performance.md
 	@for f in $(filter-out %/bench_kernels.py,$(wildcard benchmarks/bench_*.py)); do \
 	  echo "== $$f"; env -u PYTHONSAFEPATH $(PY) "$$f" || exit 1; done
+	$(PY) benchmarks/performance_page.py
 
 bench-gpu: $(READY)  ## run the benchmarks of kernels and of memory on a CUDA device
 	env -u PYTHONSAFEPATH $(PY) benchmarks/bench_kernels.py
