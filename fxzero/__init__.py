@@ -34,10 +34,10 @@ _HOME = {
     "AlarmWarning": "fxzero.errors",
 }
 
-_MODULES = ("checkpoint", "monitor", "optim")
+_MODULES = ("checkpoint", "integrations", "monitor", "optim")
 
 if TYPE_CHECKING:
-    from fxzero import checkpoint, monitor, optim
+    from fxzero import checkpoint, integrations, monitor, optim
     from fxzero.clipping import clip_grad_norm_
     from fxzero.cluster.search import search
     from fxzero.compiler import compile
@@ -77,6 +77,7 @@ __all__ = [
     "clip_grad_norm_",
     "compile",
     "explain",
+    "integrations",
     "measure",
     "monitor",
     "name",

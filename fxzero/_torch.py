@@ -454,9 +454,12 @@ def is_compiled_callable(value: Any) -> bool:
     """Whether calling ``value`` runs code compiled by ``torch.compile``."""
     if isinstance(value, torch.nn.Module) and value._compiled_call_impl is not None:
         return True
-    return hasattr(value, "_torchdynamo_orig_callable") or isinstance(
-        value, torch._dynamo.eval_frame.OptimizedModule
-    )
+    return hasattr(value, "_torchdynamo_orig_callable") or is_optimized_module(value)
+
+
+def is_optimized_module(value: Any) -> bool:
+    """Whether ``value`` is what ``torch.compile`` returned for a module."""
+    return isinstance(value, torch._dynamo.eval_frame.OptimizedModule)
 
 
 def has_compiler(device: str) -> bool:

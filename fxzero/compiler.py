@@ -117,6 +117,11 @@ def compile(
         raise unknown_option(next(iter(unknown)), _OPTIONS, where="fxzero.compile")
     if not isinstance(model, nn.Module):
         raise UsageError(f"fxzero.compile needs an nn.Module, not {type(model).__name__}")
+    if _torch.is_optimized_module(model):
+        raise UsageError(
+            "the model is what torch.compile returned, which would run in place of a plan\n"
+            "  give fxzero.compile the model itself; submodules may be compiled"
+        )
     asked = check_pipeline(pipeline)
     example = None if example_inputs is None else call_arguments(example_inputs)
     if asked == AUTO and example is None:
@@ -215,12 +220,9 @@ class CompiledModule(nn.Module):
             raise UsageError(
                 "a pipeline runs forward and backward together\n  call model.step(*inputs)"
             )
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return self._fxzero.run_eagerly(self, args, kwargs)
-        leaves, structure = flatten((args, kwargs))
-        if not any(t.requires_grad for t in (*self.parameters(), *leaves)):
-            return self._fxzero.run_eagerly(self, args, kwargs)
-        return self._fxzero.run(self, args, kwargs, leaves, structure)
+        return _run_planned(self, args, kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Forward and backward of one batch, in micro-batches; returns the detached loss.
@@ -337,8 +339,25 @@ def eager_view(model: nn.Module) -> nn.Module:
     return view
 
 
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="a model of fxzero.compile runs its own graphs: leave fullgraph=True out"
+)
+def _run_planned(model: CompiledModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model returns, by planned graphs; a ``torch.compile`` around it breaks here."""
+    state = model._fxzero
+    leaves, structure = flatten((args, kwargs))
+    if not any(t.requires_grad for t in (*model.parameters(), *leaves)):
+        return state.run_eagerly(model, args, kwargs)
+    return state.run(model, args, kwargs, leaves, structure)
+
+
 def _compiled_class(original: type[nn.Module]) -> type[CompiledModule]:
+    @functools.wraps(original.forward)  # libraries read its signature
+    def forward(self: CompiledModule, *args: Any, **kwargs: Any) -> Any:
+        return CompiledModule.forward(self, *args, **kwargs)
+
     namespace = {
+        "forward": forward,
         "_fxzero_original": original,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,

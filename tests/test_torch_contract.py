@@ -420,6 +420,9 @@ def test_what_torch_compile_returned_is_known() -> None:
     assert _torch.is_compiled_callable(in_place)
     assert not _torch.is_compiled_callable(module)
     assert not _torch.is_compiled_callable(function)
+    assert _torch.is_optimized_module(torch.compile(module, backend="eager"))
+    assert not _torch.is_optimized_module(in_place)
+    assert not _torch.is_optimized_module(torch.compile(function, backend="eager"))
 
 
 def test_has_compiler_looks_for_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
