@@ -28,7 +28,7 @@ from torch import nn
 
 from fxzero import checkpoint, hardware
 from fxzero.budget_file import BudgetFile
-from fxzero.calibration import Calibration, calibration_path, cost_model, device_description
+from fxzero.calibration import Calibration, calibration_path, cost_model
 from fxzero.calibration import _load as read_calibration
 from fxzero.capture import capture
 from fxzero.checking import read_file
@@ -36,6 +36,7 @@ from fxzero.cli import _planning
 from fxzero.cli import plan as plan_command
 from fxzero.configurations import build_configuration
 from fxzero.errors import UsageError
+from fxzero.links import Links
 from fxzero.options import Options
 from fxzero.passes.pipeline import PASSES
 from fxzero.passes.reproducer import write_reproducer
@@ -43,6 +44,7 @@ from fxzero.passes.runner import replay
 from fxzero.planner import Planner
 from fxzero.plans import Plan
 from fxzero.report import diff, diff_page
+from fxzero.timing import device_description
 
 Files = dict[str, bytes]
 
@@ -177,8 +179,12 @@ def _load_hardware(folder: Path, _: bool) -> None:
 
 def _calibrations() -> list[Files]:
     times = {"aten.mm float32[8, 8] float32[8, 8]": 1e-5, "aten.relu float32[8]": 2e-6}
-    made = Calibration(1, device_description("cpu"), times, 1.5)
-    return [{calibration_path("cpu").name: json.dumps(asdict(made)).encode()}]
+    name = calibration_path("cpu").name
+    made = [
+        Calibration(2, device_description("cpu"), 1, times, 1.5, None),
+        Calibration(2, device_description("cpu"), 2, times, 1.5, Links(2, 2, 1e9, 1e-4, 0.5)),
+    ]
+    return [{name: json.dumps(asdict(each)).encode()} for each in made]
 
 
 def _load_calibration(folder: Path, _: bool) -> None:
