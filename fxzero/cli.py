@@ -7,10 +7,11 @@ imports torch before a command runs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -159,6 +160,20 @@ def _model_options(command: _Command) -> _Command:
     return command
 
 
+@contextlib.contextmanager
+def _results_alone() -> Iterator[None]:
+    """Inside, what libraries print by themselves (HiGHS has such a line) goes to stderr."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+@_results_alone()
 @no_collections()
 def _make_plan(
     model: str,

@@ -446,3 +446,15 @@ def test_doctor_knows_the_supported_versions(version: str, expected: str) -> Non
     from fxzero.report.environment import _support
 
     assert _support(version) == f"{expected} (2.11 to 2.13)"
+
+
+def test_what_libraries_print_while_a_plan_is_made_is_no_result() -> None:
+    script = (
+        "import os\nfrom fxzero.cli import _results_alone\n"
+        "with _results_alone():\n    os.write(1, b'noise\\n')\n"
+        "print('result')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert (done.stdout, done.stderr) == ("result\n", "noise\n")
