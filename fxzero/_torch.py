@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -319,6 +320,40 @@ def default_store() -> Any:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()
+
+
+def default_timeout() -> timedelta:
+    """How long collectives of the default process group wait."""
+    from torch.distributed.distributed_c10d import _get_default_group
+
+    group = _get_default_group()
+    timeout: timedelta = group._get_backend(group._device_types[0]).options._timeout
+    return timeout
+
+
+def gather_options(timeout: timedelta) -> Any:
+    """What ``group.allgather`` takes to wait for so long."""
+    from torch._C._distributed_c10d import AllgatherOptions
+
+    options = AllgatherOptions()
+    options.timeout = timeout
+    return options
+
+
+def reduce_options(timeout: timedelta, how: Any) -> Any:
+    """What ``group.allreduce`` takes to wait for so long, and to reduce by a ``ReduceOp``."""
+    from torch._C._distributed_c10d import AllreduceOptions
+
+    options = AllreduceOptions()
+    options.timeout, options.reduceOp = timeout, how
+    return options
+
+
+def set_timeout(group: Any, timeout: timedelta) -> None:
+    """Lets collectives of a process group wait for so long."""
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    _set_pg_timeout(timeout, group)
 
 
 def groups_of_this_process() -> int:

@@ -7,10 +7,7 @@ at once, compared, and planned by the first.  Where they differ, every rank rais
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,29 +15,26 @@ import torch
 import torch.distributed as dist
 
 from fxzero import _torch
-from fxzero.errors import DivergenceError, FxzeroError, PeerError, first_line
-from fxzero.groups import PATIENCE, close_group, make_group
+from fxzero.errors import DivergenceError, FxzeroError, first_line
+from fxzero.failures import Peers, Transfer, TransferError
+from fxzero.groups import PATIENCE, make_group
 from fxzero.mesh import Mesh
 
-log = logging.getLogger(__name__)
-
-# Seconds in which ranks are to notice a failure that one of them has noticed.
-_ANSWER = 2.0
-# What the errors of failed collectives say.
-_OF_COLLECTIVES = ("gloo", "Gloo", "NCCL", "onnection", "imed out", "Broken pipe", "pair closure")
 _ALIKE = "give every rank the same model, and inputs of the same shapes: pad them"
 
 
-class Agreement:
-    """The ranks of a mesh, as they talk to each other outside of graphs: over gloo, on the CPU."""
+class Agreement(Peers):
+    """The ranks of a mesh, as they talk to each other outside of graphs: over gloo, on the CPU.
+
+    They wait for each other's steps as long as the default process group does, and for a plan as
+    long as that takes.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         ranks = mesh.devices.mesh.flatten().tolist()
-        self.group = make_group(ranks, backend="gloo", timeout=PATIENCE)
-        self.rank = dist.get_rank()
-        self.store = _torch.default_store()
+        self.timeout = _torch.default_timeout()
+        super().__init__(make_group(ranks, backend="gloo", timeout=max(PATIENCE, self.timeout)))
         self.first = ranks[0]
-        self.ranks = ranks
 
     @property
     def leads(self) -> bool:
@@ -77,70 +71,13 @@ class Agreement:
         try:
             dist.all_gather_object(answers, value, group=self.group)
         except RuntimeError as error:
-            raise self.explained(error, when) from error
+            raise self._explained("what all ranks say", 0, error, when) from error
         return answers
 
-    def explained(self, error: RuntimeError, when: str) -> RuntimeError:
-        """A PeerError for an error of a collective, other errors as they are.
-
-        It says what a rank said that has left.  If none has, every rank that notices leaves a mark
-        in the store; who leaves none in time is named.
-        """
-        text = first_line(error)
-        if isinstance(error, PeerError) or not any(word in text for word in _OF_COLLECTIVES):
-            return error
-        what = f"a collective of rank {self.rank} failed: {text}"
-        lines = [f"{when}: {what}"]
-        log.error(lines[0])  # a launcher may end this process before the others have answered
-        try:
-            said = self._said()
-            silent = [] if said else self._silent(when)
-        except RuntimeError as problem:
-            lines.append(f"  the others cannot be asked: {first_line(problem)}")
-        else:
-            if said:
-                lines = [f"{when}: {said[0]}", *(f"  {other}" for other in said[1:]), f"  {what}"]
-            else:
-                names = ", ".join(map(str, silent)) or "none"
-                text = f"no word within {_ANSWER:.0f} s from rank {names}"
-                lines.append(f"  {text}: gone, stuck, or waiting for one")
-        lines.append("  restart all ranks, from the last checkpoint (torchrun --max-restarts)")
-        return PeerError("\n".join(lines))
-
-    def leave(self, error: BaseException, where: str, groups: Sequence[Any]) -> None:
-        """Tells all ranks why this one does not go on, and ends groups in which they wait for it.
-
-        They notice in ``explained``, and leave, too: others may wait for them.
-
-        Args:
-            where: what this rank was doing, such as "step 2".
-        """
-        if not isinstance(error, PeerError):
-            text = f"rank {self.rank} failed in {where}: {type(error).__name__}: "
-            with contextlib.suppress(RuntimeError):  # whoever had the store may be gone
-                self.store.set(self._place(self.rank), text + first_line(error))
-        for group in (*groups, self.group):
-            close_group(group)
-
-    def _place(self, rank: int) -> str:
-        """Where a rank says why it has left."""
-        return f"fxzero left {self.group.group_name} {rank}"
-
-    def _said(self) -> list[str]:
-        """What ranks say that have left."""
-        places = [self._place(rank) for rank in self.ranks]
-        return [self.store.get(place).decode() for place in places if self.store.check([place])]
-
-    def _silent(self, when: str) -> list[int]:
-        """Ranks that do not notice, too, that something failed."""
-        keys = {rank: f"fxzero failed {when} {rank}" for rank in self.ranks}
-        self.store.set(keys[self.rank], "1")
-        end = time.monotonic() + _ANSWER
-        while True:
-            silent = [rank for rank, key in keys.items() if not self.store.check([key])]
-            if not silent or time.monotonic() > end:
-                return silent
-            time.sleep(0.05)
+    def _explained(self, what: str, size: int, error: RuntimeError, when: str) -> RuntimeError:
+        return self.explained(
+            TransferError(Transfer(what, size, "all ranks", self.ranks), error), when
+        )
 
     def on_result(
         self,
@@ -184,7 +121,10 @@ class Agreement:
                 text = f"rank {self.first} failed to plan: {type(error).__name__}: {error}"
                 answer = [DivergenceError(text)]
                 answer[0].__cause__ = error
-        dist.broadcast_object_list(answer, src=self.first, group=self.group)
+        try:
+            dist.broadcast_object_list(answer, src=self.first, group=self.group)
+        except RuntimeError as error:
+            raise self._explained("the first rank's plan", 0, error, "planning") from error
         if isinstance(answer[0], FxzeroError):
             raise answer[0]
         return answer[0]
@@ -213,10 +153,12 @@ class Agreement:
             PeerError: a rank does not answer.
         """
         every = [torch.empty_like(mine) for _ in self.ranks]
+        options = _torch.gather_options(self.timeout)
         try:
-            dist.all_gather(every, mine, group=self.group)
+            self.group.allgather([every], [mine], options).wait()
         except RuntimeError as error:
-            raise self.explained(error, when) from error
+            size = mine.nbytes * len(self.ranks)
+            raise self._explained("agreement of all ranks", size, error, when) from error
         return torch.stack(every)
 
     def reduced(self, mine: torch.Tensor, how: Any, when: str) -> torch.Tensor:
@@ -226,16 +168,15 @@ class Agreement:
             PeerError: a rank does not answer.
         """
         result = mine.clone()
+        options = _torch.reduce_options(self.timeout, how)
         try:
-            dist.all_reduce(result, how, group=self.group)
+            self.group.allreduce([result], options).wait()
         except RuntimeError as error:
-            raise self.explained(error, when) from error
+            raise self._explained("agreement of all ranks", mine.nbytes, error, when) from error
         return result
 
-    def _collect(self, text: str) -> list[str]:
-        answers: list[Any] = [None] * len(self.ranks)
-        dist.all_gather_object(answers, text, group=self.group)
-        return answers
+    def _collect(self, text: str) -> list[Any]:
+        return self.told_by_all(text, "planning")
 
     def _refuse(self, what: str, answers: list[str], advice: str = _ALIKE) -> None:
         lines = [f"{what}; no collective was started"]

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from fxzero import _torch
 from fxzero.errors import RuntimeStateError, UsageError
+from fxzero.failures import Transfer, TransferError
 from fxzero.optim.base import Optimizer
 from fxzero.pipelining.training import PipelinedModel
 from fxzero.ranks import Ranks
@@ -101,7 +102,7 @@ def gradient_norm(model: nn.Module, norm_type: float = 2.0) -> torch.Tensor:
         total: torch.Tensor = nn.utils.get_total_norm(gradients, norm_type)
         return total.full_tensor() if isinstance(total, DTensor) else total
     with contextlib.nullcontext() if pipeline is None else pipeline.told():
-        norms = _norms(parameters, ranks.shards if ranks is not None else None, norm_type)
+        norms = _explained_norms(parameters, ranks, norm_type, explains=pipeline is None)
         if pipeline is not None:
             norms = pipeline.of_all_stages(model, norms)
     total = torch.linalg.vector_norm(norms, norm_type)
@@ -124,6 +125,28 @@ def _checked(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -
             "  leave optimizer= out to scale the model's gradients in place"
         )
     return optimizer
+
+
+def _explained_norms(
+    parameters: list[nn.Parameter], ranks: Ranks | None, norm_type: float, *, explains: bool
+) -> torch.Tensor:
+    """``_norms``; the error of a failed collective names the step and who did not answer.
+
+    Args:
+        explains: whether that is done here; a pipeline explains errors itself.
+    """
+    if ranks is None:
+        return _norms(parameters, None, norm_type)
+    try:
+        return _norms(parameters, ranks.shards, norm_type)
+    except RuntimeError as error:
+        axis, size = ranks.shards.sharding.shard, sum(_local_gradient(p).nbytes for p in parameters)
+        over = "dp" if axis is None else axis.name
+        what = f"exchange of {len(parameters)} gradients for their norm"
+        failed = TransferError(Transfer(what, size, over, ranks.mesh.members(over)), error)
+        if not explains:
+            raise failed from error
+        raise ranks.agreement.explained(failed, f"step {ranks.steps}, clipping") from error
 
 
 def _norms(parameters: list[nn.Parameter], shards: Shards | None, norm_type: float) -> torch.Tensor:

@@ -13,6 +13,7 @@ the memory timeline assumes.
 from __future__ import annotations
 
 import math
+import types
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,8 @@ from torch import fx
 from fxzero.collectives import in_transfer
 
 BoxedFunction = Callable[[list[Any]], list[Any]]
+
+_SOURCE = "__fxzero_source__"
 
 
 def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -52,8 +55,14 @@ def compile_to_python(module: fx.GraphModule) -> BoxedFunction:
     filename = f"<fxzero graph {id(module):x}>"
     exec(compile(source, filename, "exec"), writer.namespace)
     function: BoxedFunction = writer.namespace["run"]
-    function.__source__ = source  # type: ignore[attr-defined]
+    function.__source__ = writer.namespace[_SOURCE] = source  # type: ignore[attr-defined]
     return function
+
+
+def source_of(frame: types.FrameType) -> str | None:
+    """The source of a function of ``compile_to_python`` that a frame runs; None of any other."""
+    source: str | None = frame.f_globals.get(_SOURCE)
+    return source
 
 
 class _Writer:

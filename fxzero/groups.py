@@ -20,15 +20,19 @@ import torch.distributed as dist
 
 from fxzero import _torch
 
-# How long a rank waits for the others: to come here, to reach the same step, or to plan.
+# How long a rank waits for the others: to come here, to plan, or to write a checkpoint.
 PATIENCE = timedelta(minutes=30)
 # Of a message that nobody sends.
 _NEVER_SENT = 2**20
 
 
 def make_group(ranks: Sequence[int], **options: Any) -> Any:
-    """A process group of some ranks, all of which call this, with options of ``new_group``."""
+    """A process group of some ranks, all of which call this, with options of ``new_group``.
+
+    In it ranks wait for each other as long as in the default group, unless options say otherwise.
+    """
     _level(tuple(ranks))
+    options = {"timeout": _torch.default_timeout(), **options}
     return dist.new_group(list(ranks), use_local_synchronization=True, **options)
 
 

@@ -72,7 +72,7 @@ class _Flight:
         arguments = self.saved.take(keep=False)
         arguments += [None] * len(self.executable.accumulated)  # only the second half adds to them
         arguments += tangents_of(self.executable, received, self.shapes)
-        with explained_errors(self.parameters):
+        with explained_errors(self.executable, self.parameters):
             results, self.waiting = self.halves.begin(arguments)
         return results
 
@@ -87,7 +87,7 @@ class _Flight:
         waiting, self.waiting = self.waiting, None
         # The backward takes them behind the saved values.
         late = dict(enumerate(existing, self.saved.count))
-        with explained_errors(self.parameters):
+        with explained_errors(self.executable, self.parameters):
             return self.halves.finish(waiting, late)
 
 
@@ -135,5 +135,6 @@ class _Second(torch.autograd.Function):
         kept = [i for i in others if takers[i] is not None and _torch.adds_to_leaf(takers[i])]
         results = flight.second(sums.tensors)
         found = [None if at is None else results.get(at) for at in executable.gradients]
-        returned = parameters.returned(found, sums.in_place, kept)
+        with explained_errors(executable, parameters):
+            returned = parameters.returned(found, sums.in_place, kept)
         return None, *(returned[i] for i in others)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fxzero import _torch
 from fxzero.errors import UsageError, unknown_option
 from fxzero.precision import Precision
 
@@ -124,6 +125,7 @@ class Mesh:
             self.devices.mesh.reshape(ranks, -1),
             mesh_dim_names=("pp", "dp"),
         )
+        _wait_as_the_default_group(made)
         return resolve_mesh(made, self.devices.device_type, lambda _: ranks)
 
     @cached_property
@@ -132,6 +134,11 @@ class Mesh:
         if self.devices is None:
             return {}
         return {name: self.devices.get_group(name).group_name for name in self.sizes}
+
+    def members(self, name: str) -> list[int]:
+        """The global ranks along a dimension, this process's among them."""
+        ranks: list[int] = dist.get_process_group_ranks(self.devices.get_group(name))
+        return ranks
 
 
 def resolve_mesh(mesh: Any, device: str, stages: Callable[[int | None], int] | None = None) -> Mesh:
@@ -268,7 +275,15 @@ def _all_processes(device: str, stages: Callable[[int | None], int] | None) -> A
     if stages is None:
         return init_device_mesh(device, (world,), mesh_dim_names=("dp",))
     sizes = _in_pipelines(stages(world), world)
-    return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    made = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    _wait_as_the_default_group(made)
+    return made
+
+
+def _wait_as_the_default_group(mesh: DeviceMesh) -> None:
+    """Gives groups that torch has made, with a timeout of its own, that of the user."""
+    for name in mesh.mesh_dim_names or ():
+        _torch.set_timeout(mesh.get_group(name), _torch.default_timeout())
 
 
 def _connect(backend: str) -> None:

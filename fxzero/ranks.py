@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial
 from fxzero import _torch
 from fxzero.agreement import Agreement
 from fxzero.errors import UsageError
+from fxzero.failures import Transfer, TransferError
 from fxzero.mesh import Mesh, Sharding
 from fxzero.sharding import Shards, is_spread, shard_parameters
 from fxzero.storages import storage_identity
@@ -67,8 +68,20 @@ class Ranks:
         key = id(parameter), dtype
         if key not in self.gathered:
             kind = self.shards.sharding.send_weights
-            self.gathered[key] = self.shards.gather(parameter, dtype, kind)
+            try:
+                self.gathered[key] = self.shards.gather(parameter, dtype, kind)
+            except RuntimeError as error:
+                what = f"gather of a parameter {list(parameter.shape)} for all micro-batches"
+                failed = self.moved(what, parameter, error)
+                raise self.agreement.explained(failed, f"step {self.steps}") from error
         return self.gathered[key]
+
+    def moved(self, what: str, parameter: torch.Tensor, error: RuntimeError) -> TransferError:
+        """The error of a collective, outside of graphs, that moves a parameter or its gradient."""
+        names = [axis.name for axis in self.shards.sharding.axes]
+        peers = sorted({rank for name in names for rank in self.mesh.members(name)})
+        size = parameter.numel() * parameter.element_size()
+        return TransferError(Transfer(what, size, " and ".join(names), peers), error)
 
     def step(
         self, *, reduces: bool, syncs: bool | None = None, explains: bool = True
@@ -143,7 +156,11 @@ class StepParameters:
         found = list(gradients)
         for i, (gradient, parameter) in enumerate(zip(gradients, self.tensors, strict=True)):
             if parameter is not None and i in kept:
-                found[i] = self._returned(gradient, parameter, i in in_place)
+                try:
+                    found[i] = self._returned(gradient, parameter, i in in_place)
+                except RuntimeError as error:
+                    what = f"average of what was added up for a gradient {list(parameter.shape)}"
+                    raise self.ranks.moved(what, parameter, error) from error
             elif parameter is not None and gradient is not None:
                 found[i] = self._handed_out(gradient, parameter)
         return found

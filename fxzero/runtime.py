@@ -37,6 +37,9 @@ class Owner(Protocol):
     ) -> list[torch.Tensor | None]:
         """Gradients of the inputs when an output without a planned tangent received one."""
 
+    def named(self, error: RuntimeError) -> RuntimeError:
+        """An error in a graph, as that of the collective that it comes from, if it does."""
+
     @property
     def updates(self) -> Updates:
         """Who takes the gradients that a backward does not return."""
@@ -286,7 +289,10 @@ class _Step(torch.autograd.Function):
         sums = sums_of(reached_takers, executable.accumulated, parameters.existing)
         saved += sums.tensors
         kept = [i for i, node in enumerate(takers) if _torch.adds_to_leaf(node)]
-        with explained_errors(parameters), _updating(executable, reached_takers, parameters):
+        with (
+            explained_errors(executable, parameters),
+            _updating(executable, reached_takers, parameters),
+        ):
             found = _run_backward(executable, saved, received, ctx.shapes)
             return None, None, *parameters.returned(found, sums.in_place, kept)
 
@@ -330,12 +336,15 @@ def _updating(
 
 
 @contextlib.contextmanager
-def explained_errors(parameters: Parameters) -> Iterator[None]:
+def explained_errors(executable: Executable, parameters: Parameters) -> Iterator[None]:
     """Errors in graphs that run inside are raised as the parameters explain them."""
     try:
         yield
     except RuntimeError as error:
-        raise parameters.explained(error) from error
+        found = parameters.explained(executable.owner.named(error))
+        if found is error:
+            raise
+        raise found from error
 
 
 def run_forward(
@@ -343,7 +352,7 @@ def run_forward(
 ) -> tuple[list[torch.Tensor], Saved]:
     """The forward, outside of autograd: model outputs, and what waits for the backward."""
     taken = parameters.taken(inputs)
-    with explained_errors(parameters):
+    with explained_errors(executable, parameters):
         results = executable.forward(list(taken))
     outputs = results[: executable.output_count]
     saved = results[executable.output_count :]

@@ -24,6 +24,7 @@ from torch import nn
 
 from fxzero.capture import Capture, capture
 from fxzero.errors import BudgetError, RuntimeStateError
+from fxzero.failures import named
 from fxzero.graph import InputRole, TrainGraph, describe_all
 from fxzero.halves import run_in_halves
 from fxzero.inner import compile_split
@@ -399,6 +400,10 @@ class TrainingStep:
         if budget is None or not plan.fits:
             return budget is not None
         return bool(plan.decisions.recompute) and budget - plan.peak_bytes > _SLACK * budget
+
+    def named(self, error: RuntimeError) -> RuntimeError:
+        """An error in a graph, as that of the collective that it comes from, if it does."""
+        return error if self.ranks is None else named(error, self.emitted.split, self.ranks.mesh)
 
     def rerun(
         self, inputs: Sequence[torch.Tensor], state: RandomState, gradients: dict[int, torch.Tensor]

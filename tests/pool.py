@@ -34,29 +34,35 @@ _IMPORTED = (
 
 
 class Pool:
-    """``world`` processes with a default process group, or one without."""
+    """``world`` processes with a default process group, in which they wait for some seconds.
 
-    def __init__(self, world, *, connected=True):
+    One process may be without a group.
+    """
+
+    def __init__(self, world, patience=1800.0, *, connected=True):
         assert connected or world == 1
         self.directory = tempfile.TemporaryDirectory()
         self.connections, self.processes = [], []
         for rank in range(world):
             ours, theirs = multiprocessing.Pipe()
-            given = rank, world, self.directory.name if connected else None
+            given = rank, world, self.directory.name if connected else None, patience
             self.processes.append(_forker(rank % _SEEDS).fork(theirs, given))
             theirs.close()
             self.connections.append(ours)
 
-    def run(self, task, timeout=120, dying=(), **given):
+    def run(self, task, timeout=120, dying=(), stuck=(), **given):
         """The ranks' answers; raises AssertionError with the first rank's traceback.
 
-        Ranks that are to die in the task answer None.
+        Ranks that are to die in the task answer None, as do those that will be stuck.
         """
         for connection in self.connections:
             connection.send((task, given))
         deadline = time.monotonic() + timeout
         answers = []
         for rank, connection in enumerate(self.connections):
+            if rank in stuck:
+                answers.append((True, None))
+                continue
             if not connection.poll(max(deadline - time.monotonic(), 0)):
                 self.close()
                 raise AssertionError(f"{task}({given}): rank {rank} took more than {timeout} s")
@@ -167,14 +173,19 @@ def _exit_code(number, seconds):
         time.sleep(0.01)
 
 
-def _serve(connection, rank, world, directory):
+def _serve(connection, rank, world, directory, patience):
+    from datetime import timedelta
+
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     if directory is not None:
         store = dist.FileStore(os.path.join(directory, "store"), world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        timeout = timedelta(seconds=patience)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world, timeout=timeout
+        )
     while True:
         try:
             task, given = connection.recv()

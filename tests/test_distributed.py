@@ -296,14 +296,15 @@ def test_a_dead_rank_is_named_by_all_others(tmp_path):
     with Pool(3) as pool:
         assert pool.run("rank_cases:killed_in_the_backward", **given) == [None] * 3
     for rank in (0, 1):
-        first, silent, advice = (tmp_path / str(rank)).read_text().splitlines()
+        first, silent, advice, torch_says = (tmp_path / str(rank)).read_text().splitlines()
         assert first.startswith(f"[FXZ602] step 2: a collective of rank {rank} failed: ")
         names = ("2",) if rank == 0 else ("2", "0, 2")  # the first may wait for the second
         assert silent in {
-            f"  no word within 2 s from rank {name}: gone, stuck, or waiting for one"
+            f"  no word within 1 s from rank {name}: gone, stuck, or waiting for one"
             for name in names
         }
         assert "restart all ranks, from the last checkpoint" in advice
+        assert torch_says.startswith("  torch says: [")
 
 
 def test_a_model_on_the_meta_device_becomes_shards(pools):

@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -299,6 +300,29 @@ def test_the_default_store_is_that_of_the_group() -> None:
         assert store.num_keys() == before + 1
     finally:
         dist.destroy_process_group()
+
+
+def test_groups_wait_as_long_as_they_are_told() -> None:
+    """The default timeout is the user's; torch gives that of other groups a value of its own."""
+    asked = timedelta(seconds=7)
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=asked)
+    try:
+        assert _torch.default_timeout() == asked
+        group = dist.new_group([0], use_local_synchronization=True)
+        _torch.set_timeout(group, timedelta(seconds=8))
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=8)
+        mine, every = torch.ones(2), [torch.zeros(2)]
+        group.allgather([every], [mine], _torch.gather_options(asked)).wait()
+        assert torch.equal(every[0], mine)
+        group.allreduce([mine], _torch.reduce_options(asked, dist.ReduceOp.MAX)).wait()
+    finally:
+        dist.destroy_process_group()
+    for options in (
+        _torch.gather_options(asked),
+        _torch.reduce_options(asked, dist.ReduceOp.MAX),
+    ):
+        assert options.timeout == asked
 
 
 def test_symmetric_memory_is_only_where_a_cuda_device_is() -> None:

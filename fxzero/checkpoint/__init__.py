@@ -10,13 +10,16 @@ else is JSON.  Nothing that is loaded can run code.
 from fxzero.checkpoint.directories import Manifest, latest, rollback, verify
 from fxzero.checkpoint.exchange import export_safetensors, load_safetensors
 from fxzero.checkpoint.saving import Loaded, Saving, load, save, save_async
+from fxzero.checkpoint.signals import Leaving, leaving
 
 __all__ = [
+    "Leaving",
     "Loaded",
     "Manifest",
     "Saving",
     "export_safetensors",
     "latest",
+    "leaving",
     "load",
     "load_safetensors",
     "rollback",

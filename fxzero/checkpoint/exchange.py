@@ -51,7 +51,7 @@ def export_safetensors(
         UsageError: the model's stages are on several ranks.
     """
     _check_whole(model)
-    directory, team = Path(directory), Team.of_all()
+    directory, team = Path(directory), Team.of_all(f"writing {directory}")
     try:
         team.lead(lambda: directory.mkdir(parents=True, exist_ok=True))
         tensors = {names[0]: tensor for names, tensor in named_tensors(model)}
@@ -93,7 +93,7 @@ def load_safetensors(model: nn.Module, directory: str | Path) -> None:
         CheckpointError: a file cannot be read, a weight is missing or has another shape; on every
             rank.
     """
-    team = Team.of_all()
+    team = Team.of_all(f"reading {directory}")
     try:
         team.do(lambda: _load(model, Path(directory)))
     finally:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
@@ -128,6 +129,7 @@ def save(
 
     Raises:
         CheckpointError: on every rank, if it failed on one.
+        PeerError: a rank is gone.
     """
     job = _prepare(root, model, optimizer, step=step, extra=extra, keep=keep)
     return job.write()
@@ -185,7 +187,7 @@ class _Job:
 
     def _write_tensors(self, temporary: Path) -> None:
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        with _quiet():
+        with _quiet(), _failures_of_ranks():
             state_dict_saver.save(
                 dict(self.contents.tensors),
                 storage_writer=writer,
@@ -229,7 +231,7 @@ def _prepare(
     written_state(extra or {}, {})  # what is wrong with it is said before anything is written
     tensors = model_tensors(model)
     optimized = Contents({}, {}) if optimizer is None else optimizer_contents(model, optimizer)
-    team = Team.of_all()
+    team = Team.of_all(f"saving step {step}")
     # Buffers (running statistics) are each rank's own; those of the first that has them are saved.
     buffers = [f"model.{name}" for name, _ in model.named_buffers()]
     holders = team.collect(lambda: [name for name in buffers if name in tensors])
@@ -270,7 +272,7 @@ def load(
         CheckpointError: on every rank: there is no checkpoint, a file of it is damaged (which is
             named), or it is of another model.
     """
-    team = Team.of_all()
+    team = Team.of_all(f"loading {path}")
     try:
         return _load(path, model, optimizer, team)
     finally:
@@ -374,7 +376,7 @@ def _check_names(saved: set[str], known: set[str]) -> None:
 
 
 def _read(tensors: Tensors, source: Path, team: Team) -> None:
-    with _quiet():
+    with _quiet(), _failures_of_ranks():
         state_dict_loader.load(
             dict(tensors),
             storage_reader=HuggingFaceStorageReader(str(source)),
@@ -389,3 +391,14 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+@contextlib.contextmanager
+def _failures_of_ranks() -> Iterator[None]:
+    """Torch tells every rank what went wrong on some, in an error that is no ``Exception``."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (problem, _) = min(error.failures.items(), key=lambda item: item[0])
+        text = f"rank {rank} failed: {type(problem).__name__}: {problem}"
+        raise CheckpointError(text) from problem

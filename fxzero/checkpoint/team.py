@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from fxzero.errors import CheckpointError, FxzeroError
+from fxzero.failures import Peers, Transfer, TransferError
+from fxzero.groups import PATIENCE
 
 T = TypeVar("T")
 
@@ -18,20 +22,27 @@ class Team:
     """All processes of the default group.
 
     Attributes:
-        group: over gloo, for what they tell each other besides tensors; None if there is only one.
+        peers: they, for what they tell each other besides tensors; None if there is only one.
+        doing: what they do together, for errors.
     """
 
     rank: int
     size: int
-    group: Any
+    peers: Peers | None
+    doing: str
 
     @classmethod
-    def of_all(cls) -> Team:
+    def of_all(cls, doing: str) -> Team:
         """Every process; they have to call it together."""
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-            return cls(0, 1, None)
-        group = dist.new_group(backend="gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), group)
+            return cls(0, 1, None, doing)
+        peers = Peers(dist.new_group(backend="gloo", timeout=PATIENCE))
+        return cls(dist.get_rank(), dist.get_world_size(), peers, doing)
+
+    @property
+    def group(self) -> Any:
+        """Over gloo; None if there is only one process."""
+        return None if self.peers is None else self.peers.group
 
     @property
     def leads(self) -> bool:
@@ -44,6 +55,7 @@ class Team:
         Raises:
             FxzeroError: it failed on this rank.
             CheckpointError: it failed on another, which is named.
+            PeerError: another does not answer.
         """
         return self._run(action, share=False)[0]
 
@@ -75,11 +87,36 @@ class Team:
         return result, [answer for _, answer in answers]
 
     def _gather(self, answer: Any) -> list[Any]:
-        if self.group is None:
+        if self.peers is None:
             return [answer]
         answers: list[Any] = [None] * self.size
-        dist.all_gather_object(answers, answer, group=self.group)
+        with self._explained(self.peers):
+            dist.all_gather_object(answers, answer, group=self.group)
         return answers
+
+    def any(self, fact: bool) -> bool:
+        """Whether it is so on any rank; the same answer on all.
+
+        Raises:
+            PeerError: a rank does not answer.
+        """
+        if self.peers is None:
+            return fact
+        found = torch.tensor([fact], dtype=torch.uint8)
+        with self._explained(self.peers):
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return bool(found)
+
+    @contextlib.contextmanager
+    def _explained(self, peers: Peers) -> Iterator[None]:
+        """An error of a collective inside is one of all ranks, also of those that wait for this."""
+        try:
+            yield
+        except RuntimeError as error:
+            transfer = Transfer("barrier of all ranks", 0, "all ranks", peers.ranks)
+            found = peers.explained(TransferError(transfer, error), self.doing)
+            peers.leave(found, self.doing)
+            raise found from error
 
     def close(self) -> None:
         """Gives the group back."""

@@ -95,7 +95,7 @@ class Actions:
         """Loads the newest whole checkpoint from before the alarms; later ones are deleted."""
         assert self.root is not None
         good = min(alarm.last_good for alarm in alarms)
-        root, team = self.root, Team.of_all()
+        root, team = self.root, Team.of_all("rolling back")
         try:
             path: Path = team.lead(lambda: _newest(root, good))
         finally:

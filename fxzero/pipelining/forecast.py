@@ -369,6 +369,9 @@ class _Nobody:
     def observe(self, outputs_held: bool, received: tuple[int, ...]) -> None:
         pass
 
+    def named(self, error: RuntimeError) -> RuntimeError:
+        return error
+
     def rerun(
         self, inputs: Sequence[torch.Tensor], state: RandomState, gradients: dict[int, torch.Tensor]
     ) -> list[torch.Tensor | None]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fxzero.failures import Transfer, TransferError
 from fxzero.groups import make_group
 from fxzero.mesh import Mesh
 
@@ -73,7 +74,11 @@ class Line:
     def add_up(self, tensor: torch.Tensor, places: tuple[int, ...] | None = None) -> None:
         """Sums a tensor over all ranks, or over some that have called ``connect``, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.group if places is None else self.some[places])
+            try:
+                dist.all_reduce(tensor, group=self.group if places is None else self.some[places])
+            except RuntimeError as error:
+                what = "sum over " + ("the stages" if places is None else "copies of a weight")
+                raise self._failed(what, tensor, error, places) from error
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The rows of all ranks' tensors, which have one shape."""
@@ -82,11 +87,27 @@ class Line:
         every = [
             torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in self.members
         ]
-        dist.all_gather(every, tensor.contiguous(), group=self.group)
+        try:
+            dist.all_gather(every, tensor.contiguous(), group=self.group)
+        except RuntimeError as error:
+            raise self._failed("gather of the stages' batches", tensor, error) from error
         return torch.cat(every)
 
     def tell(self, tensor: torch.Tensor, place: int) -> torch.Tensor:
         """The tensor of one rank, on all."""
         if self.size > 1:
-            dist.broadcast(tensor, self.members[place], group=self.group)
+            try:
+                dist.broadcast(tensor, self.members[place], group=self.group)
+            except RuntimeError as error:
+                raise self._failed("broadcast of the loss", tensor, error) from error
         return tensor
+
+    def _failed(
+        self,
+        what: str,
+        tensor: torch.Tensor,
+        error: RuntimeError,
+        places: tuple[int, ...] | None = None,
+    ) -> TransferError:
+        members = self.members if places is None else [self.members[place] for place in places]
+        return TransferError(Transfer(what, tensor.nbytes, "pp", members), error)

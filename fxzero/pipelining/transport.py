@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fxzero.failures import Transfer, TransferError
 from fxzero.pipelining.line import Line
 from fxzero.pipelining.schedules import Action, Kind, Schedule
 from fxzero.pipelining.stages import Passed, Routes
@@ -104,7 +105,7 @@ class Mailbox:
             self.here[message] = tensor
             return
         tensor = tensor.contiguous()
-        self.unread.add(message, (self._start_sending(target, tensor), tensor))
+        self.unread.add(message, (message, self._start_sending(message, tensor), tensor))
 
     def receive(self, message: Message) -> torch.Tensor:
         """Waits for a message."""
@@ -112,22 +113,22 @@ class Mailbox:
         while message not in self.here:
             self._await_next(source)
         if source != self.rank:
-            for work, _ in self.unread.heard(message):
-                self._wait(work)
+            for sent in self.unread.heard(message):
+                self._wait(*sent)
             self._expect(source, _AHEAD)
         return self.here.pop(message)
 
     def finish(self) -> None:
         """Waits until all that was sent has left."""
         for items in self.unread.items.values():
-            for _, (work, _) in items:
-                self._wait(work)
+            for _, sent in items:
+                self._wait(*sent)
             items.clear()
 
     def _await_next(self, source: int) -> None:
         self._expect(source, 1)
         message, work, tensor = self.coming[source].popleft()
-        self._wait(work)
+        self._wait(message, work, tensor)
         self.here[message] = tensor
 
     def _expect(self, source: int, count: int) -> None:
@@ -137,19 +138,19 @@ class Mailbox:
             message = expected.popleft()
             value = self.passed[message.value]
             tensor = self._buffer(value)
-            coming.append((message, self._start_receiving(source, tensor), tensor))
+            coming.append((message, self._start_receiving(message, tensor), tensor))
 
     def _buffer(self, value: Passed) -> torch.Tensor:
         """Where a message will be."""
         return torch.empty(value.shape, dtype=value.dtype)
 
-    def _start_sending(self, target: int, tensor: torch.Tensor) -> Any:
+    def _start_sending(self, message: Message, tensor: torch.Tensor) -> Any:
         """What ``_wait`` takes."""
 
-    def _start_receiving(self, source: int, tensor: torch.Tensor) -> Any:
+    def _start_receiving(self, message: Message, tensor: torch.Tensor) -> Any:
         """What ``_wait`` takes."""
 
-    def _wait(self, work: Any) -> None:
+    def _wait(self, message: Message, work: Any, tensor: torch.Tensor) -> None:
         """Returns when a message is there, or has left."""
 
 
@@ -165,13 +166,34 @@ class Transport(Mailbox):
     def _buffer(self, value: Passed) -> torch.Tensor:
         return torch.empty(value.shape, dtype=value.dtype, device=self.device)
 
-    def _start_sending(self, target: int, tensor: torch.Tensor) -> Any:
-        line = self.line
-        return dist.isend(tensor, line.members[target], group=line.between(self.rank, target))
+    def _start_sending(self, message: Message, tensor: torch.Tensor) -> Any:
+        line, target = self.line, self.placement[message.target]
+        try:
+            return dist.isend(tensor, line.members[target], group=line.between(self.rank, target))
+        except RuntimeError as error:
+            raise self._failed(message, tensor, error) from error
 
-    def _start_receiving(self, source: int, tensor: torch.Tensor) -> Any:
-        line = self.line
-        return dist.irecv(tensor, line.members[source], group=line.between(source, self.rank))
+    def _start_receiving(self, message: Message, tensor: torch.Tensor) -> Any:
+        line, source = self.line, self.placement[message.source]
+        try:
+            return dist.irecv(tensor, line.members[source], group=line.between(source, self.rank))
+        except RuntimeError as error:
+            raise self._failed(message, tensor, error) from error
 
-    def _wait(self, work: Any) -> None:
-        work.wait()
+    def _wait(self, message: Message, work: Any, tensor: torch.Tensor) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._failed(message, tensor, error) from error
+
+    def _failed(self, message: Message, tensor: torch.Tensor, error: RuntimeError) -> TransferError:
+        source, target = self.placement[message.source], self.placement[message.target]
+        name = f"the gradient of {message.value}" if message.is_gradient else message.value
+        transfer = Transfer(
+            f"{'send' if source == self.rank else 'receive'} of {name} from stage {message.source} "
+            f"to stage {message.target} for micro-batch {message.microbatch}",
+            tensor.nbytes,
+            "pp",
+            [self.line.members[source], self.line.members[target]],
+        )
+        return TransferError(transfer, error)
