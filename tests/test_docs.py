@@ -175,3 +175,12 @@ def test_every_code_stands_once_and_in_one_file():
     folders = [snippets.ROOT / name for name in ("fxzero", "passes", "kernels")]
     sources = [path.read_text("utf-8") for folder in folders for path in folder.rglob("*.py")]
     assert sorted(code for text in sources for code in written.findall(text)) == sorted(_codes())
+
+
+def test_the_index_has_every_page():
+    index = snippets.ROOT / "docs" / "README.md"
+    linked = re.findall(r"\]\(([^)#\s]+)", index.read_text(encoding="utf-8"))
+    found = {(index.parent / target).resolve() for target in linked}
+    errors = snippets.ROOT / "docs" / "errors"
+    missing = [page for page in PAGES if page.resolve() not in found and page.parent != errors]
+    assert [_name(page) for page in missing] == [_name(index)]
