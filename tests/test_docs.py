@@ -18,9 +18,12 @@ def _name(page):
     return str(page.relative_to(snippets.ROOT))
 
 
-def _run(page, **options):
+def _run(page, timeout=110, **options):
+    if any("processes" in block.marks for block in snippets.read(page)):
+        snippets.run(page, **options)  # a process of a pool may not start another pool
+        return
     with Pool(1, connected=False) as pool:
-        pool.run("snippets:run", page=page, timeout=options.pop("timeout", 110), **options)
+        pool.run("snippets:run", page=page, timeout=timeout, **options)
 
 
 @pytest.mark.slow

@@ -75,9 +75,10 @@ def gathers() -> str:
     keeping, again = (fxzero.plan(Net(), inputs, devices=8, zero=zero) for zero in (2, 3))
     middle = (keeping.peak_bytes + again.peak_bytes) // 2
     mixed = fxzero.plan(Net(), inputs, devices=8, zero="auto", memory_budget=middle)
-    return _draw(["zero=2: kept", 'zero="auto": some of each', "zero=3: gathered again"], [
-        keeping, mixed, again
-    ])
+    return _draw(
+        ["zero=2: kept", 'zero="auto": some of each', "zero=3: gathered again"],
+        [keeping, mixed, again],
+    )
 
 
 def _draw(titles: Sequence[str], plans: Sequence[fxzero.Plan]) -> str:
@@ -139,7 +140,9 @@ def _outline(
     top = [point for x, end, y in zip(xs, ends, upper, strict=True) for point in ((x, y), (end, y))]
     low = [point for x, end, y in zip(xs, ends, lower, strict=True) for point in ((x, y), (end, y))]
     corners = [(x, _TOP + _HEIGHT * (1 - y / highest)) for x, y in [*top, *reversed(low)]]
-    kept = [c for i, c in enumerate(corners) if not 0 < i < len(corners) - 1 or not _flat(corners, i)]
+    kept = [
+        c for i, c in enumerate(corners) if not 0 < i < len(corners) - 1 or not _flat(corners, i)
+    ]
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in kept)
 
 
