@@ -183,9 +183,7 @@ def _serve(connection, rank, world, directory, patience):
     if directory is not None:
         store = dist.FileStore(os.path.join(directory, "store"), world)
         timeout = timedelta(seconds=patience)
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world, timeout=timeout
-        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     while True:
         try:
             task, given = connection.recv()
