@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 import textwrap
 from pathlib import Path
 
@@ -187,3 +188,11 @@ def test_the_index_has_every_page():
     errors = snippets.ROOT / "docs" / "errors"
     missing = [page for page in PAGES if page.resolve() not in found and page.parent != errors]
     assert [_name(page) for page in missing] == [_name(index)]
+
+
+@pytest.mark.exhaustive  # 8 s of plans; only the tested version of torch gives the same bytes
+def test_the_pictures_are_drawn_from_plans():
+    script = runpy.run_path(str(snippets.ROOT / "docs" / "images" / "residency.py"))
+    for name, draw in (("budgets", script["budgets"]), ("gathers", script["gathers"])):
+        picture = snippets.ROOT / "docs" / "images" / f"residency-{name}.svg"
+        assert draw() == picture.read_text(encoding="utf-8")
