@@ -33,7 +33,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 FXZERO := $(PY) \
   -c "import sys; from fxzero.cli import main; sys.argv[0] = 'fxzero'; sys.exit(main())"
 
-.PHONY: help demo demo-distributed test test-kernels test-quick test-all fuzz lint bench bench-gpu clean
+.PHONY: help demo demo-distributed test test-kernels test-quick test-all faults fuzz lint bench bench-gpu clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) \
@@ -58,6 +58,9 @@ test-quick: $(READY)  ## the same without the slow ones
 
 test-all: $(READY) test-kernels  ## run every test, one at a time; those marked cuda are skipped without a device
 	$(PYTEST) $(PYTEST_ARGS)
+
+faults: $(READY)  ## kill, stall, deceive and starve trainings: the whole fault matrix, in 8 minutes
+	$(PYTEST) -n $(WORKERS) --dist load tests/faults $(PYTEST_ARGS)
 
 fuzz: $(READY)  ## give 100,000 damaged files to the loaders of plans, checkpoints and the like
 	PYTHONPATH=tests/fuzz:tests:$$PYTHONPATH OMP_NUM_THREADS=1 $(PY) tests/fuzz/run.py $(FUZZ_ARGS)

@@ -32,8 +32,8 @@ class Agreement(Peers):
 
     def __init__(self, mesh: Mesh) -> None:
         ranks = mesh.devices.mesh.flatten().tolist()
-        self.timeout = _torch.default_timeout()
-        super().__init__(make_group(ranks, backend="gloo", timeout=max(PATIENCE, self.timeout)))
+        patience = max(PATIENCE, _torch.default_timeout())
+        super().__init__(make_group(ranks, backend="gloo", timeout=patience))
         self.first = ranks[0]
 
     @property
@@ -153,7 +153,7 @@ class Agreement(Peers):
             PeerError: a rank does not answer.
         """
         every = [torch.empty_like(mine) for _ in self.ranks]
-        options = _torch.gather_options(self.timeout)
+        options = _torch.gather_options(_torch.default_timeout())
         try:
             self.group.allgather([every], [mine], options).wait()
         except RuntimeError as error:
@@ -168,7 +168,7 @@ class Agreement(Peers):
             PeerError: a rank does not answer.
         """
         result = mine.clone()
-        options = _torch.reduce_options(self.timeout, how)
+        options = _torch.reduce_options(_torch.default_timeout(), how)
         try:
             self.group.allreduce([result], options).wait()
         except RuntimeError as error:

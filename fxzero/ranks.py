@@ -105,15 +105,23 @@ def connect(model: nn.Module, mesh: Mesh, sharding: Sharding) -> Ranks | None:
 
     Raises:
         UsageError: the model is already spread another way.
+        DivergenceError: ranks ask for different things.
     """
     if mesh.size == 1:
         return None
+    agreement = Agreement(mesh)
+    agreement.on_result(
+        lambda: sharding,
+        str,
+        "ranks were given different options",
+        "compile the model with the same zero and precision on every rank",
+    )
     shards = Shards(mesh, sharding)
     if any(is_spread(p) for p in model.parameters()) and sharding.shard is None:
         raise UsageError("zero=0, but parameters are already sharded: compile the model anew")
     if sharding.shard is not None:
         shard_parameters(model, shards)
-    return Ranks(mesh, shards, Agreement(mesh))
+    return Ranks(mesh, shards, agreement)
 
 
 class StepParameters:

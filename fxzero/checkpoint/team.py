@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from fxzero import _torch
 from fxzero.errors import CheckpointError, FxzeroError
 from fxzero.failures import Peers, Transfer, TransferError
 from fxzero.groups import PATIENCE
@@ -104,7 +105,8 @@ class Team:
             return fact
         found = torch.tensor([fact], dtype=torch.uint8)
         with self._explained(self.peers):
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+            options = _torch.reduce_options(_torch.default_timeout(), dist.ReduceOp.MAX)
+            self.group.allreduce([found], options).wait()
         return bool(found)
 
     @contextlib.contextmanager
