@@ -34,18 +34,21 @@ _IMPORTED = (
 
 
 class Pool:
-    """``world`` processes with a default process group, in which they wait for some seconds.
+    """``world`` processes with a default process group, or one without.
 
-    One process may be without a group.
+    They meet over a file, or over a server of this process: it needs no file that could be too
+    large, or another user's.
     """
 
-    def __init__(self, world, patience=1800.0, *, connected=True):
+    def __init__(self, world, served=False, *, connected=True):
         assert connected or world == 1
+        self.server = _server() if served else None
+        port = self.server.port if served else None
         self.directory = tempfile.TemporaryDirectory()
         self.connections, self.processes = [], []
         for rank in range(world):
             ours, theirs = multiprocessing.Pipe()
-            given = rank, world, self.directory.name if connected else None, patience
+            given = rank, world, self.directory.name if connected else None, port
             self.processes.append(_forker(rank % _SEEDS).fork(theirs, given))
             theirs.close()
             self.connections.append(ours)
@@ -91,6 +94,12 @@ class Pool:
 
     def __exit__(self, *_):
         self.close()
+
+
+def _server():
+    import torch.distributed as dist
+
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 class _Rank:
@@ -173,17 +182,17 @@ def _exit_code(number, seconds):
         time.sleep(0.01)
 
 
-def _serve(connection, rank, world, directory, patience):
-    from datetime import timedelta
-
+def _serve(connection, rank, world, directory, port):
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    if directory is not None:
+    if port is not None:
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    elif directory is not None:
         store = dist.FileStore(os.path.join(directory, "store"), world)
-        timeout = timedelta(seconds=patience)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+    if directory is not None:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     while True:
         try:
             task, given = connection.recv()
