@@ -75,6 +75,14 @@ def test_what_accelerate_would_do_to_the_model_is_refused():
     )
 
 
+def test_processes_that_accelerate_does_not_know_of_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert refusal() == (
+        "[FXZ101] 2 processes were started, and the accelerator has 1\n  without CUDA devices it "
+        "connects them with Accelerator(cpu=True), or TrainingArguments(use_cpu=True)"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("zero", "accumulate"), [(3, 1), (2, 2)])
 def test_two_processes_train_as_one(pools, zero, accumulate):

@@ -5,13 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 
-lightning = pytest.importorskip("lightning")
+pytest.importorskip("lightning")
+import lightning
 from integration_cases import ROWS, STEPS, by_lightning, lightning_module, texts
 from integration_cases import weights as weights_of
 from torch import nn
 
 import fxzero
 from fxzero.integrations import LightningStrategy
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    """Else Lightning's strategies for several processes take two, and sums round otherwise."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def assert_equal(found, expected):
@@ -201,9 +208,7 @@ def test_two_processes_train_as_one(pools, tmp_path, zero):
     task = "integration_cases:lightning_on_ranks"
     answers = pools[2].run(task, directory=str(tmp_path), zero=zero, checkpoints=False)
     module = lightning_module(0.0)
-    losses, weights, trainer = train(
-        tmp_path, module=module, checkpoints=False, gradient_clip_val=0.5
-    )
+    losses, weights, _ = train(tmp_path, module=module, checkpoints=False, gradient_clip_val=0.5)
     for step, loss in enumerate(losses):
         assert abs(sum(answer[0][step] for answer in answers) / 2 - loss) < 1e-6
     for _, found, validated in answers:

@@ -19,8 +19,10 @@ it into DistributedDataParallel nor wraps it in autocast; ``accumulate`` uses th
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
@@ -63,6 +65,13 @@ def compile_for(
 
 def check_accelerator(accelerator: Accelerator) -> None:
     """Raises UsageError for settings by which a model would be wrapped or computed otherwise."""
+    started = dist.get_world_size() if dist.is_initialized() else int(os.getenv("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise UsageError(
+            f"{started} processes were started, and the accelerator has {accelerator.num_processes}"
+            "\n  without CUDA devices it connects them with Accelerator(cpu=True), or "
+            "TrainingArguments(use_cpu=True)"
+        )
     if accelerator.mixed_precision != "no":
         raise UsageError(
             f"mixed_precision={accelerator.mixed_precision!r} wraps the model in Accelerate's "
