@@ -33,6 +33,8 @@ ALLOWED = {
     # Imports
     ("fxzero/__init__.py", "import_module"): "modules of fxzero itself, by names in its table",
     ("fxzero/__init__.py", "import importlib"): "the same",
+    ("fxzero/integrations/__init__.py", "import_module"): "the same",
+    ("fxzero/integrations/__init__.py", "import importlib"): "the same",
     ("fxzero/_torch.py", "import importlib"): "asks whether a module of torch, or Triton, is there",
     ("fxzero/report/environment.py", "import importlib"): "versions of libraries, for the doctor",
     ("fxzero/sources.py", "import_module"): "package.module:factory is the user's code, by design",

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 
-from fxzero.compiler import compile
+import fxzero
 from fxzero.errors import UsageError
 
 _OWN_LOOPS = {
@@ -56,7 +56,7 @@ def compile_for(
     check_accelerator(accelerator)
     if accelerator.device_placement:
         model.to(accelerator.device)
-    compiled = compile(model, example_inputs, **options)
+    compiled = fxzero.compile(model, example_inputs, **options)
     compiled._is_accelerate_prepared = True
     if accelerator.num_processes > 1:
         accelerator.register_save_state_pre_hook(_refuse_to_save)

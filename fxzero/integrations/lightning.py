@@ -27,9 +27,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+import fxzero
 from fxzero import checkpoint
 from fxzero.clipping import clip_grad_norm_
-from fxzero.compiler import CompiledModule, compile
+from fxzero.compiler import CompiledModule
 from fxzero.errors import CheckpointError, UsageError
 
 _NEEDS_STEP = ("pipeline", "microbatches", "update", "loss_fn")
@@ -102,7 +103,7 @@ class LightningStrategy(DDPStrategy):  # type: ignore[misc]
         self.model_to_device()
         self._check_module()
         if not isinstance(self.compiled, CompiledModule):
-            compile(self.compiled, **self.options)
+            fxzero.compile(self.compiled, **self.options)
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
