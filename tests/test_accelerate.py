@@ -56,11 +56,11 @@ def test_training_goes_on_where_it_was(tmp_path):
     assert_equal(found, weights)
 
 
-def refusal(model=None, **settings):
+def refusal(**settings):
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, **settings)
     with pytest.raises(fxzero.UsageError) as caught:
-        fxzero.integrations.compile_for(accelerator, model or language_model())
+        fxzero.integrations.compile_for(accelerator, language_model())
     return str(caught.value)
 
 
@@ -76,8 +76,12 @@ def test_what_accelerate_would_do_to_the_model_is_refused():
 
 
 def test_processes_that_accelerate_does_not_know_of_are_refused(monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert refusal() == (
+    with pytest.raises(fxzero.UsageError) as caught:
+        fxzero.integrations.compile_for(accelerator, language_model())
+    assert str(caught.value) == (
         "[FXZ101] 2 processes were started, and the accelerator has 1\n  without CUDA devices it "
         "connects them with Accelerator(cpu=True), or TrainingArguments(use_cpu=True)"
     )
