@@ -19,7 +19,7 @@ def _name(page):
     return str(page.relative_to(snippets.ROOT))
 
 
-def _run(page, timeout=110, **options):
+def _run(page, timeout=220, **options):
     if any("processes" in block.marks for block in snippets.read(page)):
         snippets.run(page, **options)  # a process of a pool may not start another pool
         return
@@ -28,6 +28,7 @@ def _run(page, timeout=110, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_a_page_runs_as_it_stands(page):
     if snippets.count(page)[0]:
