@@ -532,7 +532,7 @@ def test_a_sink_that_fails_is_dropped_and_training_goes_on() -> None:
         ({"sinks": ["run.jsonl"]}, "a sink must take records, and 'run.jsonl' does not"),
         ({"sinks": [JsonLines]}, "a sink must take records, and <class"),
         ({"hardware": "h100"}, "no hardware 'h100'; did you mean"),
-        ({"inputs": "missing.json"}, "missing.json is no reference of inputs: "),
+        ({"inputs": "missing.json"}, "cannot read missing.json: No such file or directory"),
     ],
 )
 def test_settings_that_cannot_be_right(options: dict[str, Any], text: str) -> None:

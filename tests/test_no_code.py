@@ -44,6 +44,11 @@ ALLOWED = {
     ("fxzero/_torch.py", "exec"): "the same",
     ("fxzero/execution.py", "compile"): "a graph as a function; its names are identifiers",
     ("fxzero/execution.py", "exec"): "the same",
+    # Servers
+    (
+        "fxzero/monitor/prometheus.py",
+        "import http",
+    ): "serves figures on loopback",
     # Pickles
     ("fxzero/report/memory_viz.py", "import pickle"): "writes one, which is what memory_viz reads",
     ("fxzero/agreement.py", "all_gather_object"): "ranks of one job, which run the same code",

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from scipy.special import gammaincinv
 
-from fxzero.errors import PlanError, UsageError
+from fxzero.documents import naming, read_json
+from fxzero.errors import UsageError
 from fxzero.plans import read_value
 from fxzero.structure import flatten
 
@@ -123,16 +124,9 @@ class InputReference:
             UsageError: the file is missing, too large, or no reference.
         """
         path = Path(path)
-        try:
-            size = path.stat().st_size
-            if size > _MAX_FILE_BYTES:
-                raise UsageError(f"{path} has {size} bytes, more than a reference can have")
-            found = read_value(cls, json.loads(path.read_text()), "reference")
-        except (OSError, ValueError, RecursionError) as error:
-            if isinstance(error, UsageError):
-                raise
-            text = str(error).removeprefix(f"[{PlanError.code}] ")
-            raise UsageError(f"{path} is no reference of inputs: {text}") from None
+        data = read_json(path, _MAX_FILE_BYTES, UsageError)
+        with naming(path, UsageError):
+            found = read_value(cls, data, "reference")
         assert isinstance(found, InputReference)
         _check(found, path)
         return found
