@@ -170,11 +170,13 @@ class Training:
         self.setup = setup = SETUPS[name]
         torch.manual_seed(0)
         sizes = dict(setup.sizes)
-        mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        mesh = None  # fxzero connects the processes of a launcher, also of one that starts again
+        if sizes:
+            mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         options = {"inner": "eager", "recompute": "none", **setup.options}
-        options["mesh"] = mesh if sizes else None
+        options["mesh"] = mesh
         self.same_data = "pipeline" in options
-        self.share = mesh.get_local_rank("dp") if "dp" in sizes else dist.get_rank()
+        self.mesh = mesh
         model = Model(setup.dropout, setup.width)
         first = self.batch(1) if self.same_data else None
         self.model = fxzero.compile(model, first, **options)
@@ -189,8 +191,11 @@ class Training:
 
     def batch(self, step, part=0):
         """Rows of this rank; those of the ranks of one pipeline are the same."""
-        share = 0 if self.same_data and not dict(self.setup.sizes) else self.share
-        parts = [share]
+        sizes = dict(self.setup.sizes)
+        if "dp" in sizes:
+            parts = [self.mesh.get_local_rank("dp")]
+        else:
+            parts = [0 if self.same_data else dist.get_rank()]
         if self.setup.dropout == 0.0:  # a global batch of two parts, for any number of ranks
             parts = list(range(2))[dist.get_rank() :: dist.get_world_size()]
         rows = [_rows(100 * step + 10 * part + each) for each in parts]
