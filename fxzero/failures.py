@@ -53,6 +53,8 @@ _ANSWER = 1.0
 _ANSWER_TO_SILENCE = 0.5
 # What the errors of failed collectives say.
 _OF_COLLECTIVES = ("gloo", "Gloo", "NCCL", "onnection", "imed out", "Broken pipe", "pair closure")
+# And those of waits that took too long; the second is of transfers that were under way besides.
+_OF_SILENCE = ("imed out", "imeout caused pair closure")
 _NAMES: dict[object, str] = {
     ALL_REDUCE: "all-reduce",
     COALESCED[ALL_REDUCE]: "all-reduce",
@@ -129,7 +131,8 @@ class Peers:
         lines = [f"{when}: {what}"]
         # A launcher may end this process before the others have answered.
         log.error("%s: %s", lines[0], text)
-        patience = _ANSWER_TO_SILENCE if "imed out" in text else _ANSWER
+        is_late = any(word in text for word in _OF_SILENCE)
+        patience = _ANSWER_TO_SILENCE if is_late else _ANSWER
         try:
             said = self._said()
             silent = [] if said else self._silent(when, patience)

@@ -74,9 +74,7 @@ _BARRIER_OF_SIGNALS = (
 )
 _SUM_OF_STAGES = _UP + r"sum over the stages "
 _IN_BACKWARD_OR_AVERAGE = f"({_IN_BACKWARD}|{_AVERAGE})"
-_ANY = (
-    r"^\[FXZ602\] step 4: a collective of rank \d failed: .* over (dp|dp_shard|pp|all ranks) with"
-)
+_ANY = r"^\[FXZ602\] step 4: a collective of rank \d failed: .* over (dp\w*|pp|all ranks) with"
 _GONE_OF_4 = r"no word within 1 s from rank ([\d, ]*, )?3: gone, stuck, or waiting for one"
 _RAISED = (
     r"^\[FXZ602\] step 4: rank 1 failed in step 4, in the forward of stage 1 for micro-batch 0: "

@@ -194,7 +194,7 @@ def test_what_other_files_have_is_there():
     """And the matrix has the cases that were promised."""
     cases = [case.id for case in CASES]
     cases += [name.split()[0] for _, texts in LIVING.values() for name in texts]
-    cases += ["F5", "F6", "F8"]  # test_torchrun_faults.py, and above
+    cases += ["F5", "F6", "F8"]  # test_launcher.py, and above
     for file, tests in ELSEWHERE.items():
         text = (_TESTS / file).read_text()
         for case, test in tests:

@@ -196,8 +196,9 @@ class Training:
             parts = [self.mesh.get_local_rank("dp")]
         else:
             parts = [0 if self.same_data else dist.get_rank()]
-        if self.setup.dropout == 0.0:  # a global batch of two parts, for any number of ranks
-            parts = list(range(2))[dist.get_rank() :: dist.get_world_size()]
+        if self.setup.dropout == 0.0:  # one batch, for any number of ranks
+            whole = _rows(100 * step, 12)
+            return tuple(column.chunk(dist.get_world_size())[dist.get_rank()] for column in whole)
         rows = [_rows(100 * step + 10 * part + each) for each in parts]
         return tuple(torch.cat(column) for column in zip(*rows, strict=True))
 
@@ -245,9 +246,12 @@ class Training:
         return fxzero.checkpoint.load(path, self.model, self.optimizer).step
 
 
-def _rows(seed):
+def _rows(seed, count=8):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(8, 6, generator=generator), torch.randint(4, (8,), generator=generator)
+    return (
+        torch.randn(count, 6, generator=generator),
+        torch.randint(4, (count,), generator=generator),
+    )
 
 
 def _whole(tensor):
