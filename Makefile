@@ -59,7 +59,7 @@ test-quick: $(READY)  ## the same without the slow ones
 test-all: $(READY) test-kernels  ## run every test, one at a time; those marked cuda are skipped without a device
 	$(PYTEST) $(PYTEST_ARGS)
 
-faults: $(READY)  ## kill, stall, deceive and starve trainings: the whole fault matrix, in 8 minutes
+faults: $(READY)  ## kill, stall, deceive and starve trainings: the whole fault matrix, in about 3 minutes
 	$(PYTEST) -n $(WORKERS) --dist load tests/faults $(PYTEST_ARGS)
 
 fuzz: $(READY)  ## give 100,000 damaged files to the loaders of plans, checkpoints and the like
