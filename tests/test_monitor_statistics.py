@@ -215,7 +215,7 @@ def test_a_reference_goes_to_json_and_back(tmp_path: Path) -> None:
         (lambda d: d["features"][0]["edges"].__setitem__(0, "a"), "must be float, not str"),
         (
             lambda d: d["features"][0]["edges"].__setitem__(0, math.nan),
-            "must have finite, ascending edges",
+            "inputs.json has a number that is nan",
         ),
     ],
 )
