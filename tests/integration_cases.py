@@ -2,6 +2,7 @@
 
 import copy
 import os
+import tempfile
 
 import torch
 from torch.utils.data import DistributedSampler
@@ -124,11 +125,12 @@ def accelerate_on_ranks(zero, accumulate=1, checkpoints=None):
     as_launched()
     options = {"accumulate": accumulate, "checkpoints": checkpoints, "zero": zero}
     *found, accelerator = by_accelerate(language_model(0.0), **options)
-    try:
-        accelerator.save_state("nowhere")
-        refused = ""
-    except fxzero.UsageError as error:
-        refused = str(error)
+    refused = ""
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            accelerator.save_state(directory)
+        except fxzero.UsageError as error:
+            refused = str(error)
     return *found, refused
 
 

@@ -88,7 +88,9 @@ def test_processes_that_accelerate_does_not_know_of_are_refused(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("zero", "accumulate"), [(3, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("zero", "accumulate"), [pytest.param(3, 1, marks=pytest.mark.exhaustive), (2, 2)]
+)
 def test_two_processes_train_as_one(pools, zero, accumulate):
     task = "integration_cases:accelerate_on_ranks"
     answers = pools[2].run(task, zero=zero, accumulate=accumulate)

@@ -40,6 +40,7 @@ def test_the_classifier_recognises_digits_within_its_budget(tmp_path: Path) -> N
     assert "10.0 MiB" in report.read_text()
 
 
+@pytest.mark.exhaustive  # five processes that import everything
 def test_the_diffusion_model_learns_as_two_pipelines_of_two_stages(tmp_path: Path) -> None:
     steps = ("--steps", "40")
     alone = run("diffuse_digits.py", *steps, folder=tmp_path)

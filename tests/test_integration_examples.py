@@ -51,7 +51,7 @@ def test_the_loop_of_accelerate(tmp_path):
     assert "mesh    dp 2, zero 3" in printed
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_the_lightning_module(tmp_path, devices):
     script = EXAMPLES / "lightning_module.py"
     printed = run(tmp_path, script, *SMALL, "--devices", devices, "--memory-budget", "1MiB")

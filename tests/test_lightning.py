@@ -203,7 +203,7 @@ def test_a_hyperparameter_that_json_does_not_hold_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [3, 0])
+@pytest.mark.parametrize("zero", [3, pytest.param(0, marks=pytest.mark.exhaustive)])
 def test_two_processes_train_as_one(pools, tmp_path, zero):
     task = "integration_cases:lightning_on_ranks"
     answers = pools[2].run(task, directory=str(tmp_path), zero=zero, checkpoints=False)

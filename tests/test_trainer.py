@@ -225,7 +225,14 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("zero", "accumulate"), [(3, 1), (0, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("zero", "accumulate"),
+    [
+        (3, 1),
+        pytest.param(0, 1, marks=pytest.mark.exhaustive),
+        pytest.param(2, 2, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_two_processes_train_as_one(pools, alone, tmp_path, zero, accumulate):
     directory = str(tmp_path)
     task = "integration_cases:trainer_on_ranks"
