@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launched import launched
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -15,14 +14,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 def run(*arguments: str, ranks: int = 1, folder: Path) -> str:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), str(EXAMPLES / arguments[0])]
-    done = subprocess.run(
-        [*command, *arguments[1:], "--inner", "eager", "--out", str(folder / "out")],
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
+    command = [*(launcher if ranks > 1 else []), EXAMPLES / arguments[0], *arguments[1:]]
+    done = launched(*command, "--inner", "eager", "--out", folder / "out", timeout=170)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -2,11 +2,10 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launched import launched
 
 pytest.importorskip("accelerate")
 pytest.importorskip("lightning")
@@ -18,14 +17,8 @@ SMALL = ["--inner", "eager"]
 
 
 def run(directory, *arguments):
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        timeout=140,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FXZERO_SPEC": "0", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    environment = {"OMP_NUM_THREADS": "1", "FXZERO_SPEC": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = launched(*arguments, timeout=140, cwd=directory, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

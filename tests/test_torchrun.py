@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launched import launched
 
 pytest.importorskip("transformers")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -17,15 +18,10 @@ _LOSS = re.compile(r"^step +(\d+)  loss ([\d.]+)", re.MULTILINE)
 
 
 def torchrun(*arguments, ranks=2, script=EXAMPLE, restarts=0, timeout=150):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={ranks}", f"--max-restarts={restarts}", str(script)]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FXZERO_SPEC": "0"},
-    )
+    command = ["-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={ranks}", f"--max-restarts={restarts}", script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FXZERO_SPEC": "0"}
+    return launched(*command, *arguments, timeout=timeout, env=environment)
 
 
 def losses(text):
