@@ -29,7 +29,8 @@ endif
 # which other libraries look for.
 export PYTHONSAFEPATH := 1
 
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
+# A worker that dies ends the run, which would wait for its tests for ever.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --max-worker-restart=0
 FXZERO := $(PY) \
   -c "import sys; from fxzero.cli import main; sys.argv[0] = 'fxzero'; sys.exit(main())"
 
