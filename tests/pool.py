@@ -163,6 +163,7 @@ def _fork_ranks(connection):
         if number == 0:
             connection.close()
             environment, place = given
+            os.chdir(os.path.dirname(os.path.abspath(__file__)))  # that of its birth may be gone
             os.environ.clear()
             os.environ.update(environment | _ENVIRONMENT)
             _serve(Connection(handle), *place)
