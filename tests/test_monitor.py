@@ -191,6 +191,14 @@ def test_a_shadow_check_leaves_gradients_and_plans_as_they_were() -> None:
         assert torch.equal(RandomState.now().cpu, state.cpu)
 
 
+def test_a_shadow_check_of_micro_batches_runs_the_graphs_that_train() -> None:
+    model, optimizer = build(microbatches=2)
+    train(model, optimizer, 4)
+    known = list(model._fxzero.steps)
+    train(model, optimizer, 4, Monitor(model, every=2, optimizer=optimizer, shadow_every=2))
+    assert list(model._fxzero.steps) == known
+
+
 # What it sees
 
 

@@ -155,8 +155,8 @@ class Checks:
     def _shadow(
         self, step: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], when: str
     ) -> Iterator[Alarm]:
-        call = shadow.microbatch(self.model, args, kwargs)
-        if call is None:
+        call = args, dict(kwargs)
+        if not shadow.has_trained(self.model, call):
             raise UsageError(
                 "the shadow check needs the inputs that the model was called with, and it was not "
                 "called with those of monitor.step\n"

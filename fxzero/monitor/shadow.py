@@ -7,8 +7,6 @@ It costs about two steps, and the memory of an eager one.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +14,13 @@ import torch
 from torch import nn
 
 from fxzero.agreement import Agreement
-from fxzero.microbatches import Batch, Call
+from fxzero.microbatches import Call
 from fxzero.plans import Plan
 from fxzero.sharding import is_spread
 from fxzero.units import format_bytes
 from fxzero.verification import compare as compare_steps
 from fxzero.verification import verify
+from fxzero.verification.comparison import first_microbatch
 
 EVERY = 1000
 
@@ -68,14 +67,10 @@ def lack_of_memory(model: nn.Module) -> str:
     return f"an eager micro-batch takes {format_bytes(needed)} of {format_bytes(limit)}"
 
 
-def microbatch(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
-    """The first micro-batch of a step's inputs, if a graph has trained such a one."""
+def has_trained(model: Any, call: Call) -> bool:
+    """Whether a graph has trained the first micro-batch of a step's inputs."""
     state = vars(model)["_fxzero"]
-    given: Call = args, dict(kwargs)
-    if state.options.microbatches != 1:
-        batch = Batch.of(*given)
-        given = next(batch.cut(state.microbatches_for(model, batch)))
-    return given if state.has_trained(model, *given) else None
+    return bool(state.has_trained(model, *first_microbatch(model, *call)))
 
 
 def is_due(model: nn.Module) -> bool:
@@ -85,9 +80,8 @@ def is_due(model: nn.Module) -> bool:
 
 
 def compare(model: Any, call: Call, agreement: Agreement | None, when: str) -> Shadow:
-    """Runs a micro-batch by the graphs and without them; the same answer on all ranks."""
-    with _unremembered(model):
-        found = compare_steps(model, *call)
+    """Runs the first micro-batch by the graphs and without them; the same answer on all ranks."""
+    found = compare_steps(model, *call)
     gradient = found.gradient_difference if found.random_stream_equal else float("inf")
     names = ["", *(name for name, _ in model.named_parameters())]
     place = float(names.index(found.worst_gradient))
@@ -102,21 +96,6 @@ def compare(model: Any, call: Call, agreement: Agreement | None, when: str) -> S
     difference = max(float("inf") if value != value else value for value in (loss, gradient))
     if difference <= found.tolerance:
         return Shadow(difference, found.tolerance, where)
-    with _unremembered(model):
-        guilt = verify(model, *call).guilt
+    guilt = verify(model, *call).guilt
     named = "" if guilt is None else f"{guilt.kind} {guilt.name}".rstrip()
     return Shadow(difference, found.tolerance, where, named)
-
-
-@contextlib.contextmanager
-def _unremembered(model: Any) -> Iterator[None]:
-    """Inside, calls and backwards change no plan, and which one is in force stays as it is."""
-    state = vars(model)["_fxzero"]
-    latest = state.latest
-    with contextlib.ExitStack() as stack:
-        for step in state.steps.values():
-            stack.enter_context(step.unobserved())
-        try:
-            yield
-        finally:
-            state.latest = latest

@@ -311,7 +311,7 @@ def steps(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator
         ranks.syncing = True
     try:
         with torch.enable_grad():
-            yield Steps(model, _microbatch(model, args, kwargs))
+            yield Steps(model, first_microbatch(model, args, kwargs))
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
@@ -321,7 +321,7 @@ def steps(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator
         state.restore()
 
 
-def _microbatch(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def first_microbatch(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """The call itself, or its first micro-batch."""
     compilation = vars(model)["_fxzero"]
     if compilation.options.microbatches == 1:
