@@ -36,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fxzero
 from fxzero import _torch
+from fxzero.allocations import peak_of_allocations
 from fxzero.cost import CPU, bucket_bytes
 from fxzero.storages import storage_identity
 
@@ -120,7 +121,7 @@ def _peak(step: Callable[[], float], held: list[torch.Tensor]) -> int:
     for _ in range(_PEAKS):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
             step()
-        peaks.append(_torch.peak_of_allocations(record))
+        peaks.append(peak_of_allocations(record))
     return sum(sizes.values()) + min(peaks)
 
 

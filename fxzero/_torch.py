@@ -7,13 +7,9 @@ file.  ``tests/test_torch_contract.py`` states what each function must do on a s
 
 from __future__ import annotations
 
-import ast
-import bisect
-import builtins
 import contextlib
 import functools
 import importlib.util
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -272,26 +268,11 @@ def fused_sgd(
     buffers: Sequence[torch.Tensor],
     *,
     first_step: bool,
-    lr: float | torch.Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
+    **settings: Any,
 ) -> None:
-    """One step of SGD with momentum for tensors of one dtype, in place."""
-    torch._fused_sgd_(
-        list(weights),
-        list(gradients),
-        list(buffers),
-        weight_decay=weight_decay,
-        momentum=momentum,
-        lr=lr,
-        dampening=dampening,
-        nesterov=nesterov,
-        maximize=maximize,
-        is_first_step=first_step,
-    )
+    """One step of SGD with momentum for tensors of one dtype, in place, by all of its settings."""
+    given = list(weights), list(gradients), list(buffers)
+    torch._fused_sgd_(*given, is_first_step=first_step, **settings)
 
 
 def scale_all(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
@@ -436,53 +417,21 @@ class TransparentDispatchMode(TorchDispatchMode):
         return True
 
 
-def peak_of_allocations(profiler: Any, *, inside_operators: bool = True) -> int:
-    """Peak of the CPU bytes allocated since a memory profile started.
+def profiled_memory(profiler: Any) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """What a memory profile has recorded, in the order of time.
 
-    Args:
-        inside_operators: whether memory counts that an operator frees before it returns.
+    Returns:
+        allocations: when (ns) how many bytes were allocated, or freed if negative.
+        operators: when one of torch's operators began and ended, called by another or not.
     """
     events = profiler.profiler.kineto_results.events()
-    memory = sorted(
-        ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"),
-        key=lambda item: item[0],
-    )
-    scratch = set() if inside_operators else _scratch(memory, _outermost_operators(events))
-    current = peak = 0
-    for index, (_, change) in enumerate(memory):
-        if index not in scratch:
-            current += change
-            peak = max(peak, current)
-    return peak
-
-
-def _outermost_operators(events: Any) -> list[tuple[int, int]]:
-    """When operators began and ended that no other one called ("aten::mm", "mkldnn::...")."""
-    spans: list[tuple[int, int]] = []
-    for start, end in sorted(
+    allocations = ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    operators = (
         (e.start_ns(), e.end_ns())
         for e in events
         if "::" in e.name() and not e.name().startswith("autograd::")
-    ):
-        if not spans or start >= spans[-1][1]:
-            spans.append((start, end))
-    return spans
-
-
-def _scratch(memory: list[tuple[int, int]], spans: list[tuple[int, int]]) -> set[int]:
-    """Positions of allocations that the same operator frees, and of those frees."""
-    starts = [start for start, _ in spans]
-    made: dict[tuple[int, int], list[int]] = {}
-    found: set[int] = set()
-    for index, (time, change) in enumerate(memory):
-        span = bisect.bisect_right(starts, time) - 1
-        if span < 0 or time > spans[span][1]:
-            continue
-        if change > 0:
-            made.setdefault((span, change), []).append(index)
-        elif made.get((span, -change)):
-            found |= {made[span, -change].pop(), index}
-    return found
+    )
+    return sorted(allocations, key=lambda item: item[0]), sorted(operators)
 
 
 def is_compiled_callable(value: Any) -> bool:
@@ -506,14 +455,6 @@ def has_compiler(device: str) -> bool:
     candidates = config.cpp.cxx
     names = candidates if isinstance(candidates, (tuple, list)) else (candidates,)
     return any(name and shutil.which(name) for name in (*names, os.environ.get("CXX", "")))
-
-
-def autocast_state() -> tuple[Any, ...]:
-    """What autocast is set to, for CPU and CUDA."""
-    return tuple(
-        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        for device in ("cpu", "cuda")
-    )
 
 
 def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
@@ -590,66 +531,17 @@ def compile_with_inductor(
     return run
 
 
-def without_kernels(function: Callable[[list[Any]], list[Any]]) -> Callable[[list[Any]], list[Any]]:
-    """What a function that Inductor generated does to memory, for fake tensors.
-
-    It allocates, calls operators of torch and frees as the generated code does; generated kernels,
-    which write into what is allocated, do nothing.  Other functions come back as they are.
-    """
+def generated_code(function: Any) -> tuple[str, dict[str, Any]] | None:
+    """The source that Inductor generated for a function, and its constants; None if it did not."""
     compiled = getattr(function, "__generated__", None)
-    if compiled is None:
-        return function
+    return None if compiled is None else (compiled.source_code, compiled.constants or {})
+
+
+def extern_kernels() -> Any:
+    """What generated code calls the operators of torch by that write into given tensors."""
     from torch._inductor.select_algorithm import extern_kernels
 
-    source = ast.parse(compiled.source_code)
-    (call,) = (n for n in ast.walk(source) if isinstance(n, ast.FunctionDef) and n.name == "call")
-    parameters = call.args.args
-    call.args.args = [name for name in parameters if name.arg != "self"]
-    names = _Names(
-        torch=torch,
-        aten=torch.ops.aten,
-        inductor_ops=torch.ops.inductor,
-        device=torch.device,
-        inf=math.inf,
-        nan=math.nan,
-        extern_kernels=extern_kernels,
-        empty_strided=torch.empty_strided,
-        reinterpret_tensor=_reinterpret,
-    )
-    for kind in ("cpu", "cuda"):
-        names[f"empty_strided_{kind}"] = functools.partial(_empty, kind)
-    names |= compiled.constants or {}
-    exec(compile(ast.Module([call], []), "<generated code>", "exec"), names)
-    run: Callable[[list[Any]], list[Any]] = names["call"]
-    return lambda arguments: list(run(arguments))
-
-
-class _Names(dict[str, Any]):
-    """Global names of generated code; those nobody gave are kernels."""
-
-    def __missing__(self, name: str) -> Any:
-        return getattr(builtins, name, _NO_KERNEL)
-
-
-class _NoKernel:
-    """Can be called and looked into, and does nothing."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> _NoKernel:
-        return self
-
-    def __getattr__(self, name: str) -> _NoKernel:
-        return self
-
-
-_NO_KERNEL = _NoKernel()
-
-
-def _empty(kind: str, size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty_strided(size, stride, dtype=dtype, device=kind)
-
-
-def _reinterpret(tensor: torch.Tensor, size: Any, stride: Any, offset: int = 0) -> torch.Tensor:
-    return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
+    return extern_kernels
 
 
 def is_partial_graph(module: fx.GraphModule) -> bool:

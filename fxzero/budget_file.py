@@ -29,9 +29,10 @@ from typing import Any
 
 from fxzero.documents import naming, parse_toml, read_text
 from fxzero.errors import PlanError, UsageError
-from fxzero.plans import Plan, Value, read_value
+from fxzero.plans import Plan, Value
 from fxzero.report.folding import pattern
 from fxzero.report.wording import printable, short_source
+from fxzero.typed_data import read_value
 from fxzero.units import format_bytes, parse_budget
 
 _MAX_FILE_BYTES = 2**16  # twelve lines of values have about 4 KiB

@@ -33,10 +33,10 @@ from fxzero.graph import TrainGraph
 from fxzero.hardware import Hardware
 from fxzero.links import Links, is_first, measure_links
 from fxzero.options import model_device
-from fxzero.plans import read_value
 from fxzero.randomness import RandomState
 from fxzero.sources import Source
 from fxzero.timing import device_description, times_alone, times_in_place
+from fxzero.typed_data import read_value
 
 log = logging.getLogger(__name__)
 

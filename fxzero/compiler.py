@@ -37,6 +37,7 @@ from fxzero.pipelining.request import AUTO, Pipeline, check_pipeline, ranks_alon
 from fxzero.pipelining.training import PipelinedModel
 from fxzero.planner import Planner
 from fxzero.plans import Plan
+from fxzero.precision import autocast_state
 from fxzero.ranks import Ranks, connect
 from fxzero.receiving import Updates, check_updater
 from fxzero.sharding import agree_on_values, ids_elsewhere, is_spread
@@ -587,5 +588,5 @@ def _key(model: nn.Module, leaves: Sequence[torch.Tensor], structure: Structure)
         tuple(module.training for module in model.modules()),
         tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in model.parameters()),
         _tied_places(model),
-        _torch.autocast_state(),
+        autocast_state(),
     )

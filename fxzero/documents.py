@@ -91,6 +91,11 @@ def parse_json(text: str, where: str, error: type[FxzeroError], *, finite: bool 
     return value
 
 
+def format_json(value: Any, indent: int | None = None) -> str:
+    """Data as JSON; numbers that JSON has not are the strings "nan", "inf" and "-inf"."""
+    return json.dumps(_speakable(value), indent=indent, allow_nan=False)
+
+
 def parse_toml(text: str, where: str, error: type[FxzeroError]) -> dict[str, Any]:
     """A TOML document; what says which limits it exceeds is left to whoever knows its keys.
 
@@ -147,6 +152,14 @@ def shortened(text: str) -> str:
 def reason(error: Exception) -> str:
     """What an error of the operating system says, without its number."""
     return getattr(error, "strerror", None) or str(error)
+
+
+def _speakable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _speakable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_speakable(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

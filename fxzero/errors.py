@@ -7,7 +7,7 @@ where, and what would work instead.  Bugs of ours are ``InternalError`` or plain
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -194,6 +194,12 @@ def first_line(error: BaseException) -> str:
 def described(error: BaseException) -> str:
     """An error of somebody else's in one line: 'KeyError: 'n_embd''."""
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Names in one line: "a, b, c and 4 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def unknown_option(name: str, known: Iterable[str], *, where: str) -> UsageError:

@@ -35,7 +35,7 @@ from fxzero.collectives import (
     is_gather,
     is_wait,
 )
-from fxzero.errors import FxzeroError, PeerError, first_line
+from fxzero.errors import FxzeroError, PeerError, first_line, listed
 from fxzero.execution import source_of
 from fxzero.groups import close_group
 from fxzero.storages import tensor_leaves
@@ -225,7 +225,7 @@ def _described(collective: fx.Node, split: Split, where: str, mesh: Mesh) -> Tra
     else:
         names, kind = _reduced(collective, split), "gradient"
         operator = _NAMES[collective.target]
-    what = f"{operator} of {listed(kind, names)}" if names else operator
+    what = f"{operator} of {_bucket(kind, names)}" if names else operator
     return Transfer(
         f"{what} in the {where}",
         sum(int(tensor.nbytes) for tensor in tensor_leaves(collective.meta["val"])),
@@ -235,11 +235,10 @@ def _described(collective: fx.Node, split: Split, where: str, mesh: Mesh) -> Tra
     )
 
 
-def listed(kind: str, names: Sequence[str]) -> str:
+def _bucket(kind: str, names: Sequence[str]) -> str:
     """ "the gradients of a, b, c and 4 more"."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     of = "of " if kind == "gradient" else ""
-    return f"the {kind}{'s' if len(names) > 1 else ''} {of}{', '.join(names[:_SHOWN])}{more}"
+    return f"the {kind}{'s' if len(names) > 1 else ''} {of}{listed(names, _SHOWN)}"
 
 
 def _gathered(gather: fx.Node, split: Split) -> list[str]:

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from fxzero import _torch
+from fxzero.allocations import peak_of_allocations
 from fxzero.storages import storage_identity
 from fxzero.structure import flatten
 from fxzero.transfers import TO_HOST
@@ -94,8 +95,8 @@ def _measure_cpu(fn: Callable[[], Any]) -> Measurement:
     if record is None:
         peak, host = counter.peak, counter.host_peak
         return Measurement(peak, seconds, output, baseline, "tensors", peak, host)
-    peak = baseline + _torch.peak_of_allocations(record)
-    tensors = baseline + _torch.peak_of_allocations(record, inside_operators=False)
+    peak = baseline + peak_of_allocations(record)
+    tensors = baseline + peak_of_allocations(record, inside_operators=False)
     return Measurement(peak, seconds, output, baseline, "allocator", tensors, counter.host_peak)
 
 

@@ -491,7 +491,7 @@ class GraphPlanner:
         """The graph that carries out a Plan, as the first ``count`` of ``passes`` leave it."""
         context = replace(self.context, decisions=plan.decisions)
         passes = self.passes[:count]
-        graph, _ = run_passes(self.captured.copy(), context, passes, check=False)
+        graph, _ = run_passes(self.captured, context, passes, check=False)
         return graph
 
     @cached_property

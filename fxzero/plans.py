@@ -10,18 +10,16 @@ All sizes are bytes, all times seconds.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fxzero.documents import naming, parse_json, read_text
 from fxzero.errors import PlanError
+from fxzero.typed_data import LARGEST, read_value
 
 if TYPE_CHECKING:
     from fxzero.report.card import Card
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 7
 # That of Llama 3 8B has 0.35 MB.  For a byte of JSON, Python may take 30 of memory.
 _MAX_FILE_BYTES = 2**25
-# Larger than any count of bytes or operations; such numbers would overflow later.
-_LARGEST = 10**30
 TURN_KINDS = ("F", "I", "W", "B")
 STATUSES = ("optimal", "feasible", "infeasible", "timeout")
 
@@ -523,7 +519,7 @@ def _check_track(track: Track, where: str) -> None:
     if not count or not track.bytes:
         raise PlanError(f"{where} has no instant or no role")
     # Written so that it does not hold for what is no number.
-    if not all(a <= b < _LARGEST for a, b in itertools.pairwise((0.0, *track.seconds))):
+    if not all(a <= b < LARGEST for a, b in itertools.pairwise((0.0, *track.seconds))):
         raise PlanError(f"{where}.seconds must ascend from 0")
     for role, sizes in track.bytes.items():
         if len(sizes) not in (1, count):
@@ -544,60 +540,5 @@ def _check_pipeline(pipeline: PipelinePlan) -> None:
         where = f"plan.pipeline.turns[{index}]"
         if not (0 <= turn.rank < pipeline.ranks and 0 <= turn.stage < stages):
             raise PlanError(f"{where} is of stage {turn.stage} on rank {turn.rank}: there is none")
-        if turn.kind not in TURN_KINDS or not 0 <= turn.start <= turn.end < _LARGEST:
+        if turn.kind not in TURN_KINDS or not 0 <= turn.start <= turn.end < LARGEST:
             raise PlanError(f"{where} is {turn.kind!r} from {turn.start} s to {turn.end} s")
-
-
-def read_value(kind: Any, value: Any, where: str) -> Any:
-    """``value`` from JSON as an instance of the annotation ``kind``; PlanError if it is not.
-
-    Whatever it is, it is an ``object``.
-    """
-    if kind is object:
-        return value
-    if dataclasses.is_dataclass(kind):
-        return _read_dataclass(kind, value, where)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        if value is None and type(None) in args:
-            return None
-        (kind,) = [option for option in args if option is not type(None)]
-        return read_value(kind, value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise PlanError(f"{where} must be a list, not {type(value).__name__}")
-        if args[-1] is Ellipsis:
-            return tuple(read_value(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-        if len(value) != len(args):
-            raise PlanError(f"{where} must have {len(args)} items, not {len(value)}")
-        return tuple(read_value(k, v, where) for k, v in zip(args, value, strict=True))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise PlanError(f"{where} must be an object, not {type(value).__name__}")
-        return {key: read_value(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and type(value) in (int, float) and abs(value) < _LARGEST:
-        return float(value)
-    if kind is int and type(value) is int and abs(value) >= _LARGEST:
-        raise PlanError(f"{where} is larger than anything that is counted")
-    if type(value) is not kind:
-        raise PlanError(f"{where} must be {kind.__name__}, not {type(value).__name__}")
-    return value
-
-
-def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise PlanError(f"{where} must be an object, not {type(value).__name__}")
-    hints = _fields(kind)
-    missing = sorted(set(hints) - set(value))
-    unknown = sorted(set(value) - set(hints))
-    if missing or unknown:
-        raise PlanError(f"{where}: missing {missing}, unknown {unknown}")
-    return kind(
-        **{name: read_value(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}
-    )
-
-
-@functools.cache
-def _fields(kind: Any) -> dict[str, Any]:
-    """Annotations of a dataclass, which Python writes as text and compiles each time."""
-    return typing.get_type_hints(kind)

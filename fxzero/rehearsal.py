@@ -23,6 +23,7 @@ from torch import fx
 from fxzero import _torch
 from fxzero.collectives import WAIT, starts_transfer, workspace_bytes
 from fxzero.execution import BoxedFunction
+from fxzero.generated import without_kernels
 from fxzero.passes.partition import Split
 from fxzero.plans import Peak, Plan, Value
 from fxzero.storages import is_scalar, storage_identity
@@ -69,7 +70,7 @@ def rehearse(
     Args:
         fixed_bytes: what lives throughout, the step's inputs included.
     """
-    forward, backward = _torch.without_kernels(forward), _torch.without_kernels(backward)
+    forward, backward = without_kernels(forward), without_kernels(backward)
     counter = Counter(around.granularity, around.device)
     with _torch.FakeTensorMode(allow_non_fake_inputs=True), counter:
         inputs = [example_of(node) for node in split.forward.graph.find_nodes(op="placeholder")]

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxzero.configuration_limits import DTYPES
 from fxzero.configurations import build_configuration
 from fxzero.errors import UsageError, described
 from fxzero.structure import flatten
@@ -34,12 +35,6 @@ from fxzero.structure import flatten
 log = logging.getLogger(__name__)
 
 _PRESETS = Path(__file__).parent / "presets"
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 
 
 @dataclass(frozen=True)
@@ -69,8 +64,8 @@ def load_model(
     for name, size in (("batch", batch), ("seq", seq)):
         if size is not None and size < 1:
             raise UsageError(f"{name}={size} must be positive")
-    if dtype is not None and dtype not in _DTYPES:
-        raise UsageError(f"dtype={dtype!r} is not one of {', '.join(_DTYPES)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     if spec in presets():
         return _from_config(spec, _PRESETS / f"{spec}.json", batch, seq, dtype)
     if spec.endswith(".json") or os.sep in spec:
@@ -105,7 +100,7 @@ def presets() -> list[str]:
 def _from_config(
     name: str, path: Path, batch: int | None, seq: int | None, dtype: str | None
 ) -> Source:
-    weights = None if dtype is None else _DTYPES[dtype]
+    weights = None if dtype is None else DTYPES[dtype]
     model, inputs = build_configuration(path, batch=batch, seq=seq, dtype=weights)
     return Source(name, model.train(), (), inputs)
 
@@ -115,7 +110,7 @@ def _from_config(
 
 def _from_factory(spec: str, batch: int | None, seq: int | None, dtype: str | None) -> Source:
     factory = _find_factory(spec)
-    options = {"batch": batch, "seq": seq, "dtype": dtype and _DTYPES[dtype]}
+    options = {"batch": batch, "seq": seq, "dtype": dtype and DTYPES[dtype]}
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if not _takes(factory, name):

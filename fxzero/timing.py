@@ -162,7 +162,7 @@ def _is_free(node: fx.Node) -> bool:
 
 
 def _largest_bytes(graph: fx.Graph) -> int:
-    """The most bytes at once in a run of the graph, views counted as values of their own."""
+    """The most bytes at once in a run of the graph; views have none."""
     dying, now, most = last_uses(graph), 0, 0
     for node in graph.nodes:
         now += _bytes([node]) if node.op != "call_function" or not _is_free(node) else 0

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxzero.errors import PlanError, UsageError
-from fxzero.plans import read_value
+from fxzero.typed_data import read_value
 
 MODEL_TYPE = "fxzero-unet"
 _GROUPS = 32

@@ -25,7 +25,7 @@ from fxzero.passes import pipeline
 from fxzero.passes.context import PassContext
 from fxzero.passes.pipeline import Pass
 from fxzero.passes.serialize import dump_graph, load_graph
-from fxzero.plans import read_value
+from fxzero.typed_data import read_value
 
 # The graph of Llama 3 8B has 13 MB, 1.7 kB for each of 7,862 nodes; others have more layers.
 _MAX_FILE_BYTES = 2**27

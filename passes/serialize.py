@@ -26,7 +26,7 @@ from torch import fx
 from fxzero import _torch, randomness
 from fxzero.errors import PlanError
 from fxzero.graph import InputRole, OutputRole, TrainGraph
-from fxzero.plans import read_value
+from fxzero.typed_data import read_value
 
 FORMAT = 1
 

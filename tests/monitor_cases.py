@@ -291,3 +291,12 @@ def pipeline():
             optimizer.zero_grad()
     found = [dataclasses.asdict(record) for record in records]
     return loss.item(), found, model.plan.pipeline.bubble
+
+
+def quiet(**actions):
+    """Actions that warn nobody but as given."""
+    return {**dict.fromkeys(fxzero.monitor.KINDS, ()), **actions}
+
+
+def nan_at(number, bad):
+    return torch.tensor(math.nan if number >= bad else 1.0)

@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 import fxzero
-from fxzero import _torch, collectives, training_step
 from fxzero import capture as capturing
+from fxzero import collectives, training_step
+from fxzero.allocations import peak_of_allocations
 from fxzero.collectives import is_wait, starts_transfer
 from fxzero.inner import compile_graph
 from fxzero.mesh import Mesh
@@ -423,7 +424,7 @@ def _workspace(target, argument, others):
         made = made if isinstance(made, list) else [made]
         for tensor in made:
             collectives.WAIT(tensor)
-    besides = _torch.peak_of_allocations(record) - sum(tensor.nbytes for tensor in made)
+    besides = peak_of_allocations(record) - sum(tensor.nbytes for tensor in made)
     read = argument if isinstance(argument, list) else [argument]
     return besides, collectives.workspace_bytes(target, read, made)
 

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("accelerate")
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from helpers import assert_equal
 from integration_cases import STEPS, batches, by_accelerate, language_model
 from integration_cases import weights as weights_of
 
@@ -23,12 +24,6 @@ def by_plain_loop(model):
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses, weights_of(model)
-
-
-def assert_equal(found, expected):
-    assert list(found) == list(expected)
-    different = [name for name in found if not torch.equal(found[name], expected[name])]
-    assert not different
 
 
 def test_losses_and_weights_are_those_of_plain_loops():

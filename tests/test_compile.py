@@ -20,6 +20,7 @@ import fxzero
 from fxzero import BudgetError, Plan
 from fxzero.errors import PlanError, RecompileLimitError, RuntimeStateError, UsageError
 from fxzero.policies import name_of
+from fxzero.precision import autocast_state
 
 X, Y = torch.randn(32, 16), torch.randn(32, 16)
 
@@ -230,6 +231,16 @@ def test_assigned_weights_are_the_ones_that_train() -> None:
     for module in (model, twin):
         module.load_state_dict(copy.deepcopy(state), assign=True)
     assert_trains_alike(model, twin, X, Y)
+
+
+def test_settings_of_autocast_are_told_apart() -> None:
+    plain = autocast_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = autocast_state()
+        with torch.autocast("cpu", torch.float16):
+            other = autocast_state()
+    assert len({plain, inside, other}) == 3
+    assert autocast_state() == plain
 
 
 def test_autocast_around_the_call_is_followed() -> None:

@@ -1,12 +1,16 @@
 """Lightning over a model of fxzero: losses, weights, checkpoints; refusals."""
 
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("lightning")
 import lightning
+from helpers import assert_equal
 from integration_cases import ROWS, STEPS, by_lightning, lightning_module, texts
 from integration_cases import weights as weights_of
 from torch import nn
@@ -15,16 +19,19 @@ import fxzero
 from fxzero.integrations import LightningStrategy
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_left_behind():
+    """Lightning leaves its process group, and the variables that describe it, to the process."""
+    with mock.patch.dict(os.environ):
+        yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
     """Else Lightning's strategies for several processes take two, and sums round otherwise."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-def assert_equal(found, expected):
-    assert list(found) == list(expected)
-    different = [name for name in found if not torch.equal(found[name], expected[name])]
-    assert not different
 
 
 def train(directory, strategy=None, module=None, **given):

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxzero
-from fxzero import _torch
+from fxzero import _torch, rehearsal
+from fxzero.generated import without_kernels
 from fxzero.rehearsal import Peaks, as_it_runs
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -169,14 +170,13 @@ def test_a_plan_that_generated_code_exceeds_says_so_and_still_adds_up() -> None:
 def test_generated_code_that_cannot_be_rehearsed_runs_only_without_a_budget(
     budget: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    without_kernels = _torch.without_kernels
 
     def refuse(function: Any) -> Any:
         if hasattr(function, "__generated__"):
             raise NotImplementedError("a kernel nobody knows")
         return without_kernels(function)
 
-    monkeypatch.setattr(_torch, "without_kernels", refuse)
+    monkeypatch.setattr(rehearsal, "without_kernels", refuse)
     x, original = torch.randn(256, 32), Gated()
     model = fxzero.compile(
         copy.deepcopy(original), (x,), memory_budget=budget, optimizer="none", inner="inductor"

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("accelerate")
 import transformers
+from helpers import assert_equal
 from integration_cases import (
     STEPS,
     arguments,
@@ -43,12 +44,6 @@ def by_plain_loop(model, rate=1e-2):
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses, weights_of(model)
-
-
-def assert_equal(found, expected):
-    assert list(found) == list(expected)
-    different = [name for name in found if not torch.equal(found[name], expected[name])]
-    assert not different
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

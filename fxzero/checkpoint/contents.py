@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fxzero.checkpoint.state import State
-from fxzero.errors import CheckpointError
+from fxzero.errors import CheckpointError, listed
 from fxzero.sharding import ids_elsewhere
 
 Tensors = dict[str, torch.Tensor]
@@ -109,8 +109,8 @@ def restore_optimizer(
         if len(known) < len(mine) or any(other is not known[0] for other in known):
             raise CheckpointError(
                 "the optimizer groups parameters in another way than the checkpoint\n"
-                f"  here: {_listed(mine)}\n  there: "
-                + "; ".join(_listed([*group.parameters]) for group in saved_state.groups)
+                f"  here: {listed(mine, 3)}\n  there: "
+                + "; ".join(listed(group.parameters, 3) for group in saved_state.groups)
             )
         if known:
             group.update(known[0].settings)
@@ -143,7 +143,3 @@ def _plain(value: Any, what: str) -> Any:
     if isinstance(value, _JSON):
         return value
     raise CheckpointError(f"{what} is {type(value).__name__} {value!r}, which cannot be saved")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

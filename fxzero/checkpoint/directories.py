@@ -22,7 +22,7 @@ from pathlib import Path
 
 from fxzero.documents import beside, naming, read_json
 from fxzero.errors import CheckpointError
-from fxzero.plans import read_value
+from fxzero.typed_data import read_value
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -24,8 +24,8 @@ from fxzero.checkpoint.team import Team
 from fxzero.checkpoint.tensor_files import opened
 from fxzero.documents import beside, naming, read_json
 from fxzero.errors import CheckpointError, UsageError
-from fxzero.plans import read_value
 from fxzero.sharding import ids_elsewhere, padded_rows
+from fxzero.typed_data import read_value
 
 _ONE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

@@ -56,7 +56,7 @@ from fxzero.checkpoint.shards import Shapes, saved_tensors
 from fxzero.checkpoint.state import State, read_state, written_state
 from fxzero.checkpoint.team import Team
 from fxzero.documents import naming
-from fxzero.errors import CheckpointError, UsageError
+from fxzero.errors import CheckpointError, UsageError, listed
 from fxzero.randomness import RandomState
 from fxzero.sharding import ids_elsewhere
 
@@ -368,9 +368,8 @@ def _check_names(saved: set[str], known: set[str]) -> None:
         (saved - known, "in the checkpoint only"),
     ):
         if names:
-            some = ", ".join(name.removeprefix("model.") for name in sorted(names)[:5])
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            lines.append(f"  {where}: {some}{more}")
+            bare = [name.removeprefix("model.") for name in sorted(names)]
+            lines.append(f"  {where}: {listed(bare, 5)}")
     if lines:
         raise CheckpointError("\n".join(["the checkpoint is of another model", *lines]))
 

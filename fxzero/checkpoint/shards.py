@@ -21,7 +21,7 @@ from fxzero.checkpoint.directories import Manifest, covered
 from fxzero.checkpoint.tensor_files import opened
 from fxzero.documents import naming, parse_json, shortened
 from fxzero.errors import CheckpointError
-from fxzero.plans import read_value
+from fxzero.typed_data import read_value
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 _SUFFIX = ".safetensors"

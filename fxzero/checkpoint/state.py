@@ -21,11 +21,11 @@ import torch
 
 from fxzero.documents import naming, parse_json, read_json
 from fxzero.errors import CheckpointError, PlanError, UsageError
-from fxzero.plans import read_value
+from fxzero.typed_data import read_value
 
 # Room for a permutation of ten million examples in ``extra``.
 MAX_BYTES = 2**27
-_DTYPES = {
+DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in vars(torch).values()
     if isinstance(dtype, torch.dtype)
@@ -120,10 +120,10 @@ def _setting(value: Any, where: str) -> Any:
         case {"tuple": list() as items, **rest} if not rest:
             return tuple(_setting(item, where) for item in items)
         case {"scalar": bool() | int() | float() as number, "dtype": str() as name, **rest} if (
-            name in _DTYPES and not rest
+            name in DTYPES and not rest
         ):
             try:
-                return torch.tensor(number, dtype=_DTYPES[name])
+                return torch.tensor(number, dtype=DTYPES[name])
             except (RuntimeError, TypeError, ValueError, OverflowError) as error:
                 raise PlanError(f"{where} is no {name}: {error}") from None
     raise PlanError(f"{where} is no setting of an optimizer: {value!r:.80}")

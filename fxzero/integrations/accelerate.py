@@ -29,13 +29,13 @@ from torch import nn
 
 import fxzero
 from fxzero.errors import UsageError
+from fxzero.integrations.refusals import PRECISION
 
 _OWN_LOOPS = {
     DistributedType.DEEPSPEED: "DeepSpeed",
     DistributedType.FSDP: "FSDP",
     DistributedType.MEGATRON_LM: "Megatron-LM",
 }
-_PRECISION = "precision=fxzero.Precision(param=torch.bfloat16)"
 
 
 def compile_for(
@@ -75,7 +75,7 @@ def check_accelerator(accelerator: Accelerator) -> None:
     if accelerator.mixed_precision != "no":
         raise UsageError(
             f"mixed_precision={accelerator.mixed_precision!r} wraps the model in Accelerate's "
-            f"autocast, and plans count other dtypes\n  leave it out, and give {_PRECISION}"
+            f"autocast, and plans count other dtypes\n  leave it out, and give {PRECISION}"
         )
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         backend = accelerator.state.dynamo_plugin.backend.value.lower()

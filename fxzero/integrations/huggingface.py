@@ -37,6 +37,7 @@ from fxzero.compiler import CompiledModule
 from fxzero.documents import naming, read_json
 from fxzero.errors import CheckpointError, UsageError
 from fxzero.integrations.accelerate import check_accelerator, compile_for
+from fxzero.integrations.refusals import PRECISION, check_options
 from fxzero.optim.base import Optimizer
 from fxzero.optim.whole import WholeOptimizer
 from fxzero.randomness import RandomState
@@ -45,13 +46,11 @@ _OPTIONS = (
     "memory_budget", "optimizer", "mesh", "zero", "recompute", "objective", "offload", "precision",
     "inner", "plan", "strict",
 )  # fmt: skip
-_NEEDS_STEP = ("pipeline", "microbatches", "update", "loss_fn")
-_PRECISION = "precision=fxzero.Precision(param=torch.bfloat16)"
 _REFUSED = {
-    "bf16": ("computes in autocast", _PRECISION),
-    "fp16": ("computes in autocast and scales the loss", _PRECISION),
-    "bf16_full_eval": ("turns the weights into bfloat16 to evaluate", _PRECISION),
-    "fp16_full_eval": ("turns the weights into float16 to evaluate", _PRECISION),
+    "bf16": ("computes in autocast", PRECISION),
+    "fp16": ("computes in autocast and scales the loss", PRECISION),
+    "bf16_full_eval": ("turns the weights into bfloat16 to evaluate", PRECISION),
+    "fp16_full_eval": ("turns the weights into float16 to evaluate", PRECISION),
     "torch_compile": ("wraps the model in torch.compile", 'inner="inductor" or inner="eager"'),
     "fsdp": ("shards the model itself", "zero=1, 2 or 3"),
     "deepspeed": ("shards the model itself", "zero=1, 2 or 3"),
@@ -76,12 +75,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     def __init__(self, model: nn.Module | None = None, args: Any = None, **given: Any) -> None:
         options = {name: given.pop(name) for name in _OPTIONS if name in given}
-        for name in _NEEDS_STEP:
-            if name in given:
-                raise UsageError(
-                    f"{name}= trains with model.step, and the Trainer calls the model itself\n"
-                    "  leave it out, or write the loop: docs/how-to/integrations.md"
-                )
+        check_options(given, "the Trainer")
         if given.get("model_init") is not None:
             raise UsageError("model_init= makes a model for each training\n  give model=")
         if isinstance(model, CompiledModule) and options:

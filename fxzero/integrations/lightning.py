@@ -29,11 +29,12 @@ from torch import nn
 
 import fxzero
 from fxzero import checkpoint
+from fxzero.checkpoint.state import DTYPES
 from fxzero.clipping import clip_grad_norm_
 from fxzero.compiler import CompiledModule
 from fxzero.errors import CheckpointError, UsageError
+from fxzero.integrations.refusals import check_options
 
-_NEEDS_STEP = ("pipeline", "microbatches", "update", "loss_fn")
 _ELSEWHERE = ("state_dict", "optimizer_states")
 
 
@@ -52,12 +53,7 @@ class LightningStrategy(DDPStrategy):  # type: ignore[misc]
     strategy_name = "fxzero"
 
     def __init__(self, submodule: str = "", **options: Any) -> None:
-        for name in _NEEDS_STEP:
-            if name in options:
-                raise UsageError(
-                    f"{name}= trains with model.step, and Lightning calls the model itself\n"
-                    "  leave it out, or write the loop: docs/how-to/integrations.md"
-                )
+        check_options(options, "Lightning")
         self.submodule = submodule
         self.options = options
         self._clipping = _Clipping(self)
@@ -237,10 +233,9 @@ def _encoded(value: Any, where: str) -> Any:
 def _decoded(value: Any) -> Any:
     match value:
         case {"tensor": numbers, "dtype": str() as kind, **rest} if not rest:
-            dtype = getattr(torch, kind, None)
             try:
-                if isinstance(dtype, torch.dtype):
-                    return torch.tensor(numbers, dtype=dtype)
+                if kind in DTYPES:
+                    return torch.tensor(numbers, dtype=DTYPES[kind])
             except (TypeError, ValueError, RuntimeError, OverflowError):
                 pass
             raise CheckpointError(f"the checkpoint has a tensor that is no {kind!r:.80}")

@@ -21,6 +21,7 @@ from fxzero.monitor.fingerprints import disagreement, fingerprints
 from fxzero.monitor.inputs import InputReference, InputWatch
 from fxzero.monitor.record import Alarm
 from fxzero.monitor.window import Told
+from fxzero.ties import changed_ties, ties_of
 
 # Samples that are compared with the reference at once, at least.
 _SAMPLES = 256
@@ -50,7 +51,7 @@ class Checks:
         self.shadow_every = shadow_every
         self.drift: float | None = None
         self._inputs = None if reference is None else InputWatch(reference)
-        self._ties = _ties(model)
+        self._ties = ties_of(model)
         self._shadow_waits = False
         self._now: dict[str, int] = {}
         self._before: dict[str, int] | None = None
@@ -126,13 +127,11 @@ class Checks:
             yield self._alarm("weights_differ", step, len(differing.ranks), 1, str(differing))
 
     def _names(self, step: int) -> Iterator[Alarm]:
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        for first, *others in self._ties:
-            for other in others:
-                if named[other] is not named[first]:
-                    text = f"{other} was one tensor with {first} and is another"
-                    yield self._alarm("broken_tie", step, 2, 1, text)
-                    return
+        changes = changed_ties(self._ties, ties_of(self.model))
+        broken = next((change for change in changes if change.broken), None)
+        if broken is not None:
+            text = f"{broken.other} was one tensor with {broken.name} and is another"
+            yield self._alarm("broken_tie", step, 2, 1, text)
 
     def _input_drift(self, step: int, when: str) -> Iterator[Alarm]:
         assert self._inputs is not None
@@ -173,11 +172,3 @@ class Checks:
 
     def _alarm(self, kind: str, step: int, observed: float, threshold: float, text: str) -> Alarm:
         return Alarm(kind, step, observed, threshold, self._good.get(kind, 0), text)
-
-
-def _ties(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter that has several."""
-    found: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), []).append(name)
-    return [names for names in found.values() if len(names) > 1]

@@ -29,8 +29,8 @@ from scipy.special import gammaincinv
 
 from fxzero.documents import naming, read_json
 from fxzero.errors import UsageError
-from fxzero.plans import read_value
 from fxzero.structure import flatten
+from fxzero.typed_data import read_value
 
 _FORMAT = 1
 _BINS = 10

@@ -7,10 +7,9 @@ in the step itself, all else is counted or timed.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from dataclasses import dataclass
-from typing import Any
+
+from fxzero.documents import format_json
 
 
 @dataclass(frozen=True)
@@ -103,12 +102,4 @@ class Record:
 
     def to_json(self) -> str:
         """One line of JSON; numbers that are not finite are the strings "nan", "inf", "-inf"."""
-        return json.dumps(_plain(dataclasses.asdict(self)), allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        return format_json(dataclasses.asdict(self))

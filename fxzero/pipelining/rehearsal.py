@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fxzero import _torch
+from fxzero.generated import without_kernels
 from fxzero.passes.partition import Split
 from fxzero.pipelining.schedules import Action, Kind, Schedule
 from fxzero.pipelining.stages import Routes
@@ -187,10 +188,10 @@ def _static(split: Split) -> list[torch.Tensor]:
 
 def _without_kernels(executable: Executable) -> Executable:
     """The same for fake tensors."""
-    forward, halves = _torch.without_kernels(executable.forward), executable.halves
+    forward, halves = without_kernels(executable.forward), executable.halves
     if halves is None:
-        backward = _torch.without_kernels(executable.backward)
+        backward = without_kernels(executable.backward)
         return replace(executable, forward=forward, backward=backward)
-    first, second = map(_torch.without_kernels, (halves.first, halves.second))
+    first, second = map(without_kernels, (halves.first, halves.second))
     halves = replace(halves, first=first, second=second)
     return replace(executable, forward=forward, backward=halves.whole, halves=halves)

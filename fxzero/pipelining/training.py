@@ -41,6 +41,7 @@ from fxzero.pipelining.schedules import Schedule
 from fxzero.pipelining.stages import Exports, Loss, Routes, check_inputs, shared_weights
 from fxzero.pipelining.transport import Transport
 from fxzero.plans import Plan
+from fxzero.precision import autocast_state
 from fxzero.ranks import Ranks
 from fxzero.runtime import IN_PLACE, Parameters
 from fxzero.sharding import replace_tensors, stand_in
@@ -512,5 +513,5 @@ def _key(model: nn.Module, batch: Batch) -> Hashable:
         tuple((t.shape, t.stride(), t.dtype, t.device) for t in batch.leaves),
         tuple(module.training for module in model.modules()),
         tuple(p.requires_grad for p in model.parameters()),
-        _torch.autocast_state(),
+        autocast_state(),
     )

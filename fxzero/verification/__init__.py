@@ -14,11 +14,12 @@ from dataclasses import replace
 from typing import Any
 
 from fxzero.ties import changed_ties, ties_of
-from fxzero.verification.bisection import Guilt, agreement_of, find_guilty, on_any_rank
+from fxzero.verification.bisection import Guilt, agreement_of, find_guilty
 from fxzero.verification.comparison import Comparison, Pair, Steps, compare, compared, steps
 from fxzero.verification.nodes import NodeDifference, NonFinite, first_non_finite
 from fxzero.verification.pipelines import verify_pipeline
 from fxzero.verification.playing import Situation
+from fxzero.verification.ranks import failed_ranks, on_any_rank, told
 from fxzero.verification.replicas import StaleRank, stale_ranks
 from fxzero.verification.report import Verification
 
@@ -70,10 +71,8 @@ def verify(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verific
         if on_any_rank(agreement, bool(first.non_finite)):
             origins = first_non_finite(situation)
     sides = (first, *([] if second is None else [second]))
-    mine = all(side.ok for side in sides)
-    every = [mine] if agreement is None else agreement.told_by_all(mine, "verification")
-    failed = () if agreement is None else _failed(agreement.ranks, every)
-    innocent = guilt is None or guilt.allowed or guilt.by_design or guilt.kind == "unknown"
+    every = told(agreement, all(side.ok for side in sides))
+    innocent = guilt is None or guilt.expected
     return Verification(
         **{**vars(first), "ok": all(every) and innocent and not ties and not stale},
         accumulated=second,
@@ -81,12 +80,8 @@ def verify(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verific
         non_finite_origins=origins,
         ties=ties,
         stale=stale,
-        failed_ranks=failed,
+        failed_ranks=() if agreement is None else failed_ranks(agreement, every),
     )
-
-
-def _failed(ranks: list[int], every: list[bool]) -> tuple[int, ...]:
-    return tuple(rank for rank, ok in zip(ranks, every, strict=True) if not ok)
 
 
 def _guilt(

@@ -17,9 +17,8 @@ from fxzero.agreement import Agreement
 from fxzero.verification.comparison import gradient_differences
 from fxzero.verification.nodes import NodeDifference, first_difference_behind
 from fxzero.verification.playing import Outcome, Situation, play
+from fxzero.verification.ranks import on_any_rank, told
 from fxzero.verification.values import largest_difference
-
-_WHEN = "verification"
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,11 @@ class Guilt:
     rank: int | None = None
     accumulates: bool = False
     stage: int | None = None
+
+    @property
+    def expected(self) -> bool:
+        """Whether nobody promised that there would be no such difference."""
+        return self.allowed or self.by_design or self.kind == "unknown"
 
 
 def guilty_pass(situation: Situation) -> Guilt | None:
@@ -137,7 +141,7 @@ class _Search:
         )
         rank = None
         if self.agreement is not None:
-            nodes = self.agreement.told_by_all(node, _WHEN)
+            nodes = told(self.agreement, node)
             at = next((i for i, each in enumerate(nodes) if each is not None), 0)
             node, rank = nodes[at], self.agreement.ranks[at]
         return Guilt(
@@ -154,11 +158,6 @@ class _Search:
 def agreement_of(situation: Situation) -> Agreement | None:
     """How the step's ranks talk to each other; None on one device."""
     return None if situation.ranks is None else situation.ranks.agreement
-
-
-def on_any_rank(agreement: Agreement | None, fact: bool) -> bool:
-    """Whether something holds on this rank or another."""
-    return fact if agreement is None else any(agreement.told_by_all(fact, _WHEN))
 
 
 def _outside_of_passes(

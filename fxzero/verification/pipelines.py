@@ -34,10 +34,9 @@ from fxzero.verification.comparison import (
     tolerance_of,
 )
 from fxzero.verification.playing import Outcome, Situation, average
+from fxzero.verification.ranks import failed_ranks, told
 from fxzero.verification.replicas import stale_ranks
 from fxzero.verification.report import Verification
-
-_WHEN = "verification"
 
 
 def verify_pipeline(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verification:
@@ -60,14 +59,13 @@ def verify_pipeline(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         found = comparison_of(compiled, eager, tolerance_of(model), planned)
         ties = tuple(changed_ties(compilation.ties, ties_of(model)))
         stale = () if compilation.ranks is None else stale_ranks(model, compilation.ranks)
-        every = _told(pipeline, (found.ok, found.exact, stale))
+        every = told(pipeline.agreement, (found.ok, found.exact, stale))
         guilt = None
         if not all(exact for _, exact, _ in every):
             guilt = _guilt(pipeline, all(ok for ok, _, _ in every))
-    ranks = [0] if pipeline.agreement is None else pipeline.agreement.ranks
-    failed = tuple(rank for rank, (ok, _, _) in zip(ranks, every, strict=True) if not ok)
+    failed = failed_ranks(pipeline.agreement, [ok for ok, _, _ in every])
     others = tuple(dict.fromkeys(item for _, _, items in every for item in items))
-    innocent = guilt is None or guilt.allowed or guilt.by_design or guilt.kind == "unknown"
+    innocent = guilt is None or guilt.expected
     return Verification(
         **{**vars(found), "ok": not failed and innocent and not ties and not others},
         guilt=guilt,
@@ -81,12 +79,6 @@ def _batch(pipeline: PipelinedModel, args: Any, kwargs: Any) -> Batch:
     """What the pipeline trains on: one rank's batch, or those of all of its ranks."""
     batch = Batch.of(args, kwargs)
     return batch.joined(pipeline.line.gather, pipeline.line.size) if pipeline.joins else batch
-
-
-def _told(pipeline: PipelinedModel, value: Any) -> list[Any]:
-    if pipeline.agreement is None:
-        return [value]
-    return pipeline.agreement.told_by_all(value, _WHEN)
 
 
 @contextlib.contextmanager
@@ -219,7 +211,8 @@ def _copy(tensor: torch.Tensor, pipeline: PipelinedModel) -> torch.Tensor:
 
 def _guilt(pipeline: PipelinedModel, within_tolerance: bool) -> Guilt:
     """The first guilty pass of any stage, by stage; what holds the stages together, if none is."""
-    every = [item for items in _told(pipeline, _guilty_here(pipeline)) for item in items]
+    said = told(pipeline.agreement, _guilty_here(pipeline))
+    every = [item for items in said for item in items]
     every.sort(key=lambda guilt: (guilt.by_design, guilt.stage))
     return every[0] if every else Guilt("pipeline", allowed=within_tolerance)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from fxzero.ranks import Ranks
 from fxzero.sharding import is_cut
+from fxzero.verification.ranks import told
 from fxzero.verification.values import fingerprint
 
 
@@ -47,7 +48,7 @@ def stale_ranks(model: nn.Module, ranks: Ranks) -> tuple[StaleRank, ...]:
             continue
         place = ranks.shards.rank if is_cut(parameter) else -1
         mine[name] = (place, fingerprint(parameter))
-    every = ranks.agreement.told_by_all(mine, "verification")
+    every = told(ranks.agreement, mine)
     return tuple(_differing(dict(zip(ranks.agreement.ranks, every, strict=True))))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
+from fxzero.documents import format_json
+from fxzero.errors import listed
 from fxzero.ties import TieChange
 from fxzero.units import format_bytes
 from fxzero.verification.bisection import Guilt
@@ -53,15 +53,7 @@ class Verification(Comparison):
     def to_json(self) -> str:
         """The same as data; numbers that JSON has not are "nan", "inf" and "-inf"."""
         data = {**asdict(self), "within_plan": self.within_plan}
-        return json.dumps(_plain(data), indent=1, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        return format_json(data, indent=1)
 
 
 def _lines(found: Verification) -> Iterator[str]:
@@ -71,7 +63,9 @@ def _lines(found: Verification) -> Iterator[str]:
         yield _row("outputs", _difference(found.output_difference))
     yield from _gradients("gradients", found)
     yield _row("random stream", "equal" if found.random_stream_equal else "DIFFERS")
-    yield _row("buffers", "equal" if found.buffers_equal else f"DIFFER: {_some(found.buffers)}")
+    yield _row(
+        "buffers", "equal" if found.buffers_equal else f"DIFFER: {listed(found.buffers, _ROWS)}"
+    )
     if found.accumulated is not None:
         yield from _gradients("accumulated", found.accumulated)
     yield _row("peak", _peak(found))
@@ -82,7 +76,7 @@ def _lines(found: Verification) -> Iterator[str]:
     for stale in found.stale:
         yield _row("stale rank", str(stale))
     if found.non_finite:
-        yield _row("not finite", _some(found.non_finite))
+        yield _row("not finite", listed(found.non_finite, _ROWS))
     for origin in found.non_finite_origins:
         yield from _origin(origin)
     if found.guilt is not None:
@@ -105,11 +99,6 @@ def _row(name: str, text: str) -> str:
 
 def _difference(value: float) -> str:
     return "equal" if value == 0 else f"differs by {value:.3g}"
-
-
-def _some(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _ROWS} more" if len(names) > _ROWS else ""
-    return ", ".join(names[:_ROWS]) + more
 
 
 def _gradients(title: str, found: Comparison) -> Iterator[str]:
