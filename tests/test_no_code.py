@@ -40,8 +40,8 @@ ALLOWED = {
     ("fxzero/sources.py", "import_module"): "package.module:factory is the user's code, by design",
     ("fxzero/sources.py", "import importlib"): "the same",
     # Code that we write ourselves
-    ("fxzero/_torch.py", "compile"): "what Inductor wrote of a graph, without its kernels",
-    ("fxzero/_torch.py", "exec"): "the same",
+    ("fxzero/generated.py", "compile"): "what Inductor wrote of a graph, without its kernels",
+    ("fxzero/generated.py", "exec"): "the same",
     ("fxzero/execution.py", "compile"): "a graph as a function; its names are identifiers",
     ("fxzero/execution.py", "exec"): "the same",
     # Servers
