@@ -221,7 +221,9 @@ class TrainingStep:
         self._prepare(lambda: sibling._captured)
         self._wanted = sibling._wanted
         self.given = sibling.given
-        plan = self.given or (sibling.plan if self.accumulates else None)
+        # Of a stage's micro-batches the first is in flight beside others, and holds what they hold.
+        follows = self.accumulates or self._is_stage
+        plan = self.given or (sibling.plan if follows else None)
 
         def follow() -> Decided:
             decided = None if plan is None else self._planner.replay(plan)

@@ -21,6 +21,7 @@ from fxzero import rehearsal
 from fxzero.agreement import Agreement
 from fxzero.mesh import Mesh
 from fxzero.microbatches import Batch
+from fxzero.pipelining import gradients
 from fxzero.pipelining.line import Line
 
 STEPS = 3
@@ -188,14 +189,15 @@ def differences(answers, expected):
 
 def measured_without_workspaces(**given):
     """``measured_peak`` of plans without the buffers of gloo, which are no tensors."""
-    counted, rehearsal.workspace_bytes = rehearsal.workspace_bytes, lambda *_: 0
+    counted, nothing = rehearsal.workspace_bytes, lambda *_: 0
+    rehearsal.workspace_bytes = gradients.workspace_bytes = nothing
     try:
         return measured_peak(**given)
     finally:
-        rehearsal.workspace_bytes = counted
+        rehearsal.workspace_bytes = gradients.workspace_bytes = counted
 
 
-def measured_peak(name, budget=None, sizes=None, zero="auto", **pipeline):
+def measured_peak(name, budget=None, sizes=None, zero="auto", zeroes=True, **pipeline):
     """(measured, planned) peak of a step of this rank, and its loss."""
     model, args, kwargs, loss = build(name)
     mesh = sizes and init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
@@ -214,6 +216,8 @@ def measured_peak(name, budget=None, sizes=None, zero="auto", **pipeline):
     losses = []
 
     def step():
+        if zeroes:
+            optimizer.zero_grad()
         losses.append(model.step(*args, **kwargs).item())
         optimizer.step()
 

@@ -150,10 +150,15 @@ SHARED = {
     [("mlp", "zb1p"), ("tied", "1f1b"), ("unet", "zbv"), ("unet", "interleaved1f1b")],
 )
 def test_a_rank_needs_what_is_planned(pool, name, schedule):
-    """In flight, waiting for weight gradients, on their way, and with weights that others share."""
+    """In flight, waiting for weight gradients, on their way, and with weights that others share.
+
+    Where the most is needed in the first backward of a stage, as with U-Nets, the plan has all of
+    its gradients there, which are made one by one.
+    """
     given = {"name": name, "schedule": schedule, "microbatches": MICROBATCHES}
     for measured, planned, _ in pool.run("pipeline_cases:measured_peak", **given):
-        assert planned - 256 <= measured <= planned
+        least = 0.994 * planned if name == "unet" else planned - 256
+        assert least <= measured <= planned
 
 
 @pytest.mark.slow
@@ -176,9 +181,7 @@ def test_beside_data_parallelism_a_rank_needs_what_is_planned(four, name, schedu
     for zero in (0, 1, 2, 3):
         answers = four.run("pipeline_cases:measured_without_workspaces", zero=zero, **given)
         for measured, planned, _ in answers:
-            # In stage 1 there is room for gradients that nobody has zeroed.
-            least = 0.85 if zero == 1 else 0.95
-            assert least * planned <= measured <= planned, zero
+            assert 0.95 * planned <= measured <= planned, zero
 
 
 @pytest.mark.slow
@@ -241,8 +244,8 @@ def test_a_stage_without_parameters():
 @pytest.mark.parametrize(
     ("name", "zero"),
     [
-        ("tied", 2),
-        pytest.param("tied", 3, marks=pytest.mark.exhaustive),
+        ("tied", 1),
+        *(pytest.param("tied", zero, marks=pytest.mark.exhaustive) for zero in (2, 3)),
         *(pytest.param("gpt2", zero, marks=pytest.mark.exhaustive) for zero in (1, 2, 3)),
     ],
 )
@@ -260,6 +263,12 @@ def test_budgets_of_pipelines_that_share_the_work_of_sharding(four, expected, na
     for measured, planned, losses in tight:
         assert measured <= planned <= budget
         assert losses == pytest.approx(free[0][2], abs=1e-6)
+    if zero == 1:  # gradients of earlier steps are parts, beside whole ones
+        found = four.run(
+            "pipeline_cases:measured_peak", timeout=280, budget=budget, zeroes=False, **given
+        )
+        assert all(measured <= planned <= budget for measured, planned, _ in found)
+        assert [planned for _, planned, _ in found] != [planned for _, planned, _ in tight]
     options = {"zero": zero, "memory_budget": budget, "recompute": "auto"}
     ours = run(four, name, "1f1b", sizes=given["sizes"], first=True, options=options)
     assert differences(ours, expected(name)) <= 1e-6

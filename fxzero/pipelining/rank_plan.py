@@ -19,7 +19,7 @@ from typing import Generic, Protocol, TypeVar
 
 from fxzero.errors import BudgetError
 from fxzero.mesh import Sharding
-from fxzero.passes.partition import Split
+from fxzero.pipelining.gradients import ENDS, existing, gradients_of, nbytes, over_step
 from fxzero.pipelining.rehearsal import Part, Step, rehearse_rank
 from fxzero.pipelining.schedules import Action, Kind, Schedule
 from fxzero.pipelining.stages import Routes, shared_weights
@@ -33,6 +33,8 @@ _ROUNDS, _CLOSE = 5, 0.98
 # Micro-batches more, for messages that nobody is certain to have read.
 _ON_THEIR_WAY = 2
 _Waiting = tuple[int, Kind]
+# A stage, what it does, and the stages that have gradients then.
+_Computed = tuple[int, Kind, frozenset[int]]
 # The loss of a micro-batch and its gradient.
 _SCALARS = 16
 
@@ -64,15 +66,18 @@ class RankPlan(Generic[Run]):
         stages: for each stage what plans and runs a micro-batch.
         working_bytes: the most that it holds in forwards and backwards.
         updating_bytes: the most that it holds in the optimizer's step.
-        static: bytes by role of what is there throughout; gathered weights not in the optimizer's
-            step.
+        earlier_bytes: what it holds besides, in a step that finds gradients and adds to them.
+        static: bytes by role of what is there in all forwards and backwards.
+        kept: the same of what is left for the optimizer's step.
         rehearsed: what was rehearsed of its schedule, with what it held.
     """
 
     stages: Mapping[int, Run]
     working_bytes: int
     updating_bytes: int
+    earlier_bytes: int = 0
     static: Mapping[str, int] = field(default_factory=dict)
+    kept: Mapping[str, int] = field(default_factory=dict)
     rehearsed: tuple[tuple[Action, Step], ...] = ()
 
     @property
@@ -87,6 +92,7 @@ class RankPlanner(Generic[Run]):
         make: (stage, the budget of one micro-batch) -> what runs it.
         stages: those of the rank that are trained.
         held: bytes of the batch, which every rank holds, and of frozen stages' weights.
+        finds_gradients: whether steps find gradients of earlier ones, and add to them.
     """
 
     def __init__(
@@ -97,9 +103,11 @@ class RankPlanner(Generic[Run]):
         routes: Routes,
         stages: Collection[int],
         held: int,
+        finds_gradients: bool = False,
     ) -> None:
         self.make, self.schedule, self.rank, self.routes = make, schedule, rank, routes
         self.stages, self.held = tuple(stages), held
+        self.finds_gradients = finds_gradients
 
     @cached_property
     def free(self) -> RankPlan[Run]:
@@ -151,11 +159,20 @@ class RankPlanner(Generic[Run]):
     def _rehearsed(self, stages: Mapping[int, Run]) -> RankPlan[Run]:
         """With the bytes of the whole rank, the optimizer's step included."""
         parts = {stage: Part(step.emitted.split, step.executable) for stage, step in stages.items()}
+        order = self._few.orders[self.rank]
         sizes = _static_bytes(stages)
-        static = sum(sizes.values()) + _shared_bytes(stages, self.schedule, self.routes)
-        held = static + self.held + _SCALARS * self.schedule.microbatches
+        gradients = gradients_of({stage: part.split for stage, part in parts.items()}, order)
+        averaged = sum(each.part for each in gradients.values())
+        earlier = averaged + _shared_bytes(stages, self.schedule, self.routes)
+        kept = {role: size for role, size in sizes.items() if role != "gathered"}
+        kept["gradient"] += averaged - sum(each.whole for each in gradients.values())
+        if self.finds_gradients:
+            sizes["gradient"] += earlier
+        inputs = self.held + _SCALARS * self.schedule.microbatches
+        held = sum(sizes.values()) + inputs
         device = next(iter(stages.values())).plan.request.device
-        steps = rehearse_rank(self._few, self.rank, self.routes, parts, held, device)
+        played = rehearse_rank(self._few, self.rank, self.routes, parts, held, device)
+        steps = over_step(order, played, gradients, finds=self.finds_gradients)
         working = max((step.during for step in steps), default=held)
         # Beyond what is there throughout, an optimizer needs memory for what it computes.
         beyond = [
@@ -164,12 +181,15 @@ class RankPlanner(Generic[Run]):
             for phase in step.plan.phases
             if phase.name == "optimizer step"
         ]
-        updating = static - sizes.get("gathered", 0) + self.held + max(beyond, default=0)
-        roles = {role: size for role, size in sizes.items() if "gradient" not in role}
-        roles["gradient"] = static - sum(roles.values())
-        roles["input"] = held - static
-        rehearsed = tuple(zip(self._few.orders[self.rank], steps, strict=True))
-        return RankPlan(stages, working, updating, roles, rehearsed)
+        return RankPlan(
+            stages,
+            working,
+            sum(kept.values()) + self.held + max(beyond, default=0),
+            0 if self.finds_gradients else earlier,
+            {**sizes, "input": inputs},
+            {**kept, "input": inputs},
+            tuple(zip(order, steps, strict=True)),
+        )
 
     def _refusal(self, budget: int) -> BudgetError:
         peak = self.smallest.peak_bytes
@@ -217,7 +237,7 @@ class RankPlanner(Generic[Run]):
             saved=_undated(plan.saved),
             recomputed=_undated(plan.recomputed),
             offloaded=_undated(plan.offloaded),
-            notes=(*plan.notes, note),
+            notes=(*plan.notes, note, *_note_of_earlier(found)),
             states=None,
         )
 
@@ -231,7 +251,8 @@ def representative(schedule: Schedule, rank: int) -> Schedule:
     """The schedule of the first and the last micro-batches, so many that the rank holds as much.
 
     What it holds depends on how much each of its stages has in flight, and waiting for weight
-    gradients, when one of them computes something: for memory, all micro-batches are alike.
+    gradients, when one of them computes something, and on whose gradients were made: for memory,
+    all other micro-batches are alike.
     """
     everything = _situations(schedule.orders[rank])
     for least in range(1, schedule.microbatches // 2 - _ON_THEIR_WAY):
@@ -251,11 +272,14 @@ def representative(schedule: Schedule, rank: int) -> Schedule:
     return schedule
 
 
-def _situations(order: Iterable[Action]) -> dict[tuple[int, Kind], list[Counter[_Waiting]]]:
+def _situations(order: Iterable[Action]) -> dict[_Computed, list[Counter[_Waiting]]]:
     """By what is computed: how many micro-batches of which stage wait for which gradient then."""
-    found: dict[tuple[int, Kind], list[Counter[_Waiting]]] = {}
+    found: dict[_Computed, list[Counter[_Waiting]]] = {}
+    made = frozenset[int]()
     for action, waiting in waiting_at(order):
-        situations = found.setdefault((action.stage, action.kind), [])
+        if action.kind in ENDS:
+            made |= {action.stage}
+        situations = found.setdefault((action.stage, action.kind, made), [])
         if waiting not in situations:
             situations.append(waiting)
     return found
@@ -284,25 +308,28 @@ def reduces_usually(sharding: Sharding) -> bool:
     return sharding.ranks == 1 or sharding.zero not in (0, 1)
 
 
+def _note_of_earlier(found: RankPlan[Run]) -> Iterator[str]:
+    if found.earlier_bytes:
+        size = format_bytes(found.earlier_bytes)
+        yield f"a step that finds gradients of an earlier one needs up to {size} more"
+
+
 def _static_bytes(stages: Mapping[int, Planned]) -> dict[str, int]:
     """Weights, buffers, gradients and optimizer states; weights that stages share count once.
 
-    Those that are gathered for a step's micro-batches are gone in the optimizer's step.  Gradients
-    that are added up whole stand beside the reduced ones of earlier steps.
+    Those that are gathered for a step's micro-batches are gone in the optimizer's step.
     """
     found: dict[tuple[str, str], int] = {}
-    sizes = {"optimizer": 0}
+    sizes = {"optimizer": 0, "gradient": 0}
     for step in stages.values():
         split = step.emitted.split
         sizes["optimizer"] += step.emitted.timeline.fixed.get("optimizer", 0)
         nodes = split.forward.graph.find_nodes(op="placeholder")
         for role, node in zip(split.inputs, nodes, strict=True):
             if role.kind != "input":
-                found[role.kind, role.name] = node.meta["val"].untyped_storage().nbytes()
-        for name, size in _existing(split):
-            found["gradient", name] = size
-            if (part := found["parameter", name]) < size:
-                found["reduced gradient", name] = part
+                found[role.kind, role.name] = nbytes(node)
+        for name, gradient in existing(split):
+            found["gradient", name] = nbytes(gradient)
     for (kind, _), size in found.items():
         sizes[kind] = sizes.get(kind, 0) + size
     return sizes
@@ -313,13 +340,6 @@ def _shared_bytes(stages: Mapping[int, Planned], schedule: Schedule, routes: Rou
 
     What all of them found in this step is added up before it is added to what was there.
     """
-    sizes = dict(item for step in stages.values() for item in _existing(step.emitted.split))
+    gradients = dict(item for step in stages.values() for item in existing(step.emitted.split))
     shared = shared_weights(routes, schedule)
-    return sum(size for name, size in sizes.items() if name in shared)
-
-
-def _existing(split: Split) -> Iterator[tuple[str, int]]:
-    """The gradients that a backward adds to: of which parameter, and their bytes."""
-    _, existing, _ = split.backward_inputs()
-    for position, node in zip(split.accumulated, existing, strict=True):
-        yield split.inputs[position].name, node.meta["val"].untyped_storage().nbytes()
+    return sum(nbytes(gradient) for name, gradient in gradients.items() if name in shared)

@@ -45,11 +45,10 @@ def rank_track(
         roles += _roles(found.static, held, step.during), _roles(found.static, step.after)
         before = step.after
     chosen = kept(seconds, [sum(each.values()) for each in roles], of_each_rank(schedule.ranks))
-    updating = {role: size for role, size in found.static.items() if role != "gathered"}
     return track(
         rank,
         [*(seconds[index] for index in chosen), max([end, *seconds[-1:]])],
-        [*(roles[index] for index in chosen), _roles(updating, 0, found.updating_bytes)],
+        [*(roles[index] for index in chosen), _roles(found.kept, 0, found.updating_bytes)],
     )
 
 

@@ -77,6 +77,7 @@ class _Prepared:
         shared: for weights that stages of several ranks read, by name, these ranks.
         steps: each stage's graphs, by what becomes of gradients; of frozen stages there are none.
         frozen: what runs stages that no gradient comes to.
+        finds_gradients: whether the plan is one of steps that add to gradients of earlier ones.
     """
 
     choice: Choice
@@ -86,6 +87,7 @@ class _Prepared:
     shared: Mapping[str, tuple[int, ...]]
     frozen: Mapping[int, FrozenStage]
     steps: Mapping[tuple[int, bool, bool], TrainingStep] | None = None
+    finds_gradients: bool = False
 
 
 class PipelinedModel:
@@ -148,6 +150,8 @@ class PipelinedModel:
         if prepared.steps is None:
             self._check_batch(batch)
             prepared = self.settle(model, view, batch, ranks)
+        if accumulates and self.options.memory_budget is not None and not prepared.finds_gradients:
+            prepared = self.settle(model, view, batch, ranks, finds_gradients=True)
         return self._run(prepared, model, batch, accumulates)
 
     @contextlib.contextmanager
@@ -206,11 +210,17 @@ class PipelinedModel:
             )
 
     def settle(
-        self, model: nn.Module, view: nn.Module, batch: Batch, ranks: Ranks | None
+        self,
+        model: nn.Module,
+        view: nn.Module,
+        batch: Batch,
+        ranks: Ranks | None,
+        finds_gradients: bool = False,
     ) -> _Prepared:
         """Plans this rank's stages, within the budget; an error of one rank is one of all."""
         self.ranks = ranks
-        prepared = self.prepare(model, view, batch)
+        found = self.prepare(model, view, batch)
+        prepared = replace(found, finds_gradients=finds_gradients)
         plan, steps = self._alike(
             lambda: self._plan(prepared, model, view, batch),
             lambda _: "its stages are planned",
@@ -413,6 +423,7 @@ class PipelinedModel:
             prepared.routes,
             prepared.captures,
             tensor_bytes(batch.leaves) + sum(f.bytes for f in prepared.frozen.values()),
+            prepared.finds_gradients,
         )
         planned = planner.within(budget)
         steps = {}

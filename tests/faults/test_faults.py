@@ -109,7 +109,8 @@ def test_a_fault_is_named_and_training_is_taken_up_bit_for_bit(
             assert rest[-1].startswith("  torch says: ")
     if fault.kind in ("hang", "stop"):
         for answer in answers.values():
-            assert case.patience - 1 <= answer["seconds"] <= case.patience + 1
+            # Half a second is left for a word from the others, the rest to a busy machine.
+            assert case.patience - 1 <= answer["seconds"] <= case.patience + 2.5
     root = tmp_path / "root"
     left = fault.step + (fault.at == "save")  # what comes during a save is asked after a step
     saved = {"slow": STEPS, "terminate": left}.get(fault.kind, EVERY)
