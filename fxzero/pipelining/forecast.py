@@ -10,7 +10,7 @@ then take, with their recompute and collectives, is simulated once more: that is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
@@ -25,6 +25,7 @@ from fxzero.graph import describe
 from fxzero.inner import compile_split
 from fxzero.mesh import Mesh
 from fxzero.microbatches import Batch
+from fxzero.network import Route
 from fxzero.options import Options, model_device
 from fxzero.passes.split_backward import split_backward
 from fxzero.pipelining.frozen import FrozenStage
@@ -296,22 +297,38 @@ class _Forecast:
     def _around(self, choice: Choice) -> float:
         """Seconds of collectives before the first micro-batch and behind the last.
 
-        Weights that are gathered once, and gradients that are averaged at last: the last backward
-        hides some of that.
+        Weights that are gathered once, and gradients that are averaged at last, are moved one by
+        one.  The last backward hides some of that.
         """
         sharding = self.options.sharding
         routes = [self.costs.route(axis.name) for axis in sharding.axes]
-        weights = self.stages.routes.weight_bytes
-        mine = map(self.schedule.stages_of, range(self.schedule.ranks))
-        largest = max(sum(weights[stage] for stage in stages) for stages in mine)
-        once = sum(along.gather(largest) for along in routes)
+
+        def all_of(seconds: Callable[[Route, int], float]) -> float:
+            """Of the rank that takes longest."""
+            mine = map(self.schedule.stages_of, range(self.schedule.ranks))
+            return max(
+                sum(seconds(along, size) for along in routes for size in self._weights(stages))
+                for stages in mine
+            )
+
+        once = all_of(lambda along, size: along.gather(size))
         seconds = once if sharding.gathers_once else 0.0
         if not reduces_usually(sharding):
             hidden = max(times.input_gradient + times.weight_gradient for times in choice.times)
             if sharding.zero == 0:
-                once = sum(along.all_reduce(largest) for along in routes)
+                once = all_of(lambda along, size: along.all_reduce(size))
             seconds += max(once - hidden, 0.0)
         return seconds
+
+    def _weights(self, stages: Collection[int]) -> list[int]:
+        """The bytes of each parameter that some stages read."""
+        owners = self.stages.routes.owners
+        named = self.stages.exports.exported.forward.named_parameters()
+        return [
+            tensor_bytes([parameter])
+            for name, parameter in named
+            if {*owners.get(name.removeprefix("model."), ())} & {*stages}
+        ]
 
     @cached_property
     def _summary(self) -> ModelSummary:
