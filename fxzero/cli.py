@@ -7,7 +7,9 @@ imports torch before a command runs.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
 import sys
 import traceback
@@ -33,6 +35,8 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; the console script's entry point."""
+    if args is None:
+        atexit.register(gc.freeze)  # what is left ends with the process: nobody looks through it
     try:
         return cli.main(args, prog_name="fxzero", standalone_mode=False) or _OK
     except click.ClickException as error:

@@ -47,7 +47,9 @@ def test_the_optimum_of_a_few_graphs_is_that_of_brute_force(problem: Problem, sh
     check_against_brute_force(problem, share)
 
 
-@pytest.mark.exhaustive  # 13 s alone; twice over 120 s behind 1,000 other tests: see next.md
+# 13 s alone, minutes behind other tests: Hypothesis draws constants of all modules that are loaded,
+# and so other graphs, for which brute force takes longer.
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @given(problems(6, 8), st.floats(0, 1))
 @settings(max_examples=300, derandomize=True, **_CALM)
