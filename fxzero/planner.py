@@ -269,11 +269,16 @@ class GraphPlanner:
         )
         chosen = select(skipped_passes(), preparation)
         plain = tuple(itertools.takewhile(lambda item: item.name not in _OF_GRADIENTS, chosen))
-        prepared, reports = run_passes(graph, self.context, plain)
-        self.digest = prepared.digest()
-        self.graph, last = run_passes(prepared, self.context, chosen[len(plain) :])
+        changes_gradients = accumulates or options.updates
+        self.graph, reports = run_passes(
+            graph, self.context, plain if changes_gradients else chosen
+        )
+        self.digest = self.graph.digest()
+        if changes_gradients:
+            self.graph, last = run_passes(self.graph, self.context, chosen[len(plain) :])
+            reports += last
         arguments = [(role, node.meta["val"]) for role, node in self.graph.pairs()]
-        self.prepared = tuple(report.name for report in (*reports, *last))
+        self.prepared = tuple(report.name for report in reports)
         self.captured = graph
         self.passes = (*chosen, *select(skipped_passes(), options.passes.execution))
         self.options = options

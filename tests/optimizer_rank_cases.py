@@ -264,7 +264,6 @@ def in_backward(zero: int) -> Any:
             optimizer.step()
             optimizer.zero_grad()
 
-        # A thread of gloo may hold what it has reduced for a moment longer.
         peak = min(fxzero.measure(step).tensor_bytes for _ in range(5))
         found = state_of(model, optimizer)
         results.append((found, peak, model.plan.peak_bytes))
