@@ -409,6 +409,6 @@ def test_shards_are_updated_as_they_are_reduced(pair: Any, zero: int) -> None:
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(bits(mine[name]), bits(theirs[name])) for name in mine)
         assert less < peak
-        # Threads of gloo let go of the last biases that they reduced, 512 bytes each, a bit late.
+        # 512 or 4,096 bytes more are measured now and then: see docs/design/next.md.
         assert less <= less_planned + 8 * 512
         assert less_planned < planned
