@@ -147,11 +147,11 @@ class PipelinedModel:
         if self.joins:
             batch = batch.joined(self.line.gather, self.line.size)
         prepared = self.prepare(model, view, batch)
+        finds = accumulates and self.options.memory_budget is not None
         if prepared.steps is None:
             self._check_batch(batch)
-            prepared = self.settle(model, view, batch, ranks)
-        if accumulates and self.options.memory_budget is not None and not prepared.finds_gradients:
-            prepared = self.settle(model, view, batch, ranks, finds_gradients=True)
+        if prepared.steps is None or (finds and not prepared.finds_gradients):
+            prepared = self.settle(model, view, batch, ranks, finds_gradients=finds)
         return self._run(prepared, model, batch, accumulates)
 
     @contextlib.contextmanager
