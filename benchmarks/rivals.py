@@ -74,6 +74,7 @@ def _as_split(graph: TrainGraph, forward: fx.GraphModule, backward: fx.GraphModu
         tangents=tuple(range(len(taken) - len(saved))),
         gradients=(),
         mutated=(),
+        accumulated=(),
     )
 
 

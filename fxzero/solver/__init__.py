@@ -5,6 +5,7 @@
     program     the integer program of single recompute, for any size (with frames, linear)
     exact       the program over time, for small problems: proven optima
     eviction    makes a schedule fit; values may then be recomputed more than once
+    dropping    takes out what need not run again
     bound       what no schedule can undercut
     cuts        small peaks
     search      which of these to ask, and what has been proven

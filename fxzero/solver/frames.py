@@ -121,3 +121,11 @@ def step_tops(schedule: Schedule) -> Bytes:
     """The most bytes at each backward step, what is recomputed right before it included."""
     starts = [0, *(event + 1 for event in schedule.step_events[:-1])]
     return np.maximum.reduceat(schedule.backward, starts)
+
+
+def fullest_steps(schedule: Schedule, count: int) -> list[int]:
+    """The backward steps with the most bytes: first the fullest, none beside a fuller one."""
+    tops = np.pad(step_tops(schedule), 1, constant_values=-1)
+    peaks = (tops[1:-1] >= tops[:-2]) & (tops[1:-1] > tops[2:])
+    found = np.flatnonzero(peaks)
+    return [int(step) for step in found[np.argsort(-tops[1:-1][found], kind="stable")][:count]]

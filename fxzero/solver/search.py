@@ -5,7 +5,8 @@ Every schedule that is considered is judged by its exact bytes at every instant.
     small problem     the program over time (``exact.py``): the optimum, proven
     any other         the program of single recompute (``program.py``), near its own optimum, with
                       a bound on what any schedule could do (``bound.py``)
-    near the floor    eviction (``eviction.py``) from what the program or cuts (``cuts.py``) save
+    near the floor    eviction (``eviction.py``) from what the program or cuts (``cuts.py``) save,
+                      less what need not run again then (``dropping.py``)
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from functools import cached_property
 
 from fxzero.solver.bound import price_bound
 from fxzero.solver.cuts import CutGraph
+from fxzero.solver.dropping import drop_recompute, trade_recompute
 from fxzero.solver.eviction import evict
 from fxzero.solver.exact import ExactProgram
-from fxzero.solver.frames import Frame, frame_around, open_frame
+from fxzero.solver.frames import Frame, frame_around, fullest_steps, open_frame
 from fxzero.solver.problem import Operator, Problem
 from fxzero.solver.program import Program
 from fxzero.solver.schedule import Schedule, make_schedule
@@ -30,6 +32,8 @@ _CLOSE = 1000  # operators up to which the program is solved more closely
 _FEW = 100  # operators up to which tighter budgets are tried too
 _TIGHTER = (0.02, 0.04)  # of what lies between the smallest peak and no recompute
 _PROVEN = 1e-6
+_TRADES = 100  # recomputes that may be traded for cheaper ones, where the gap is wide
+_LOOKS = 4  # steps at which the bound looks at what is there
 _HALVINGS = 6  # of the distance between the smallest peak and no recompute
 _STRIDE, _LEAST_STRIDE = 0.02, 0.004
 
@@ -95,7 +99,8 @@ class Solver:
         """The schedule with the smallest peak that is found."""
         if self._exact is not None:
             return self._exact.smallest()
-        return self._descend(min(self.cuts, key=lambda s: (s.peak, self.price(s))))
+        lowest = self._descend(min(self.cuts, key=lambda s: (s.peak, self.price(s))))
+        return self._dropped(lowest, lowest.peak)
 
     def solve(self, budget: int | None) -> Solution | None:
         """The cheapest schedule found within ``budget`` bytes; None below ``smallest``."""
@@ -106,15 +111,17 @@ class Solver:
         if self._exact is not None and (solved := self._exact.solve(budget)) is not None:
             return self._judge(*solved)
         best = self._best(budget)
-        bound = price_bound(self.problem, self.operator_price, budget)
+        bound = price_bound(self.problem, self.operator_price, budget, fullest_steps(best, _LOOKS))
         solution = self._judge(best, bound)
-        wide = solution.gap is not None and solution.gap > _WORTHWHILE
-        if wide and ExactProgram.serves(self.problem, _TRIED):
+        if not self.close or solution.gap is None or solution.gap <= _WORTHWHILE:
+            return solution
+        best = trade_recompute(self.problem, best, budget, self.operator_price, _TRADES)
+        if ExactProgram.serves(self.problem, _TRIED):
             program = ExactProgram(self.problem, self.operator_price)
             if (tried := program.solve(budget, nodes=1)) is not None:
                 exact, proven = tried
-                return self._judge(min(exact, best, key=self._rank), max(bound, proven))
-        return solution
+                best, bound = min(exact, best, key=self._rank), max(bound, proven)
+        return self._judge(best, bound)
 
     def least_peak(self, share: float) -> Solution:
         """The smallest peak that is found for a share of the price of the whole step.
@@ -155,7 +162,11 @@ class Solver:
         fitting = [s for s in (self.smallest, found, *known) if s is not None]
         starts = [min(fitting, key=self._rank), *self._tighter(budget)]
         more = [self._program(frame_around(self.problem, s)).solve(budget) for s in starts]
-        return min((s for s in (*starts, *more) if s is not None), key=self._rank)
+        answers = [self._dropped(s, budget) for s in (*starts, *more) if s is not None]
+        return min(answers, key=self._rank)
+
+    def _dropped(self, schedule: Schedule, budget: int) -> Schedule:
+        return drop_recompute(self.problem, schedule, budget, self.operator_price)
 
     def _tighter(self, budget: int) -> list[Schedule]:
         """Answers for a little less: where few values matter, the best may be there."""
