@@ -45,6 +45,7 @@ _RESULTS = Path(__file__).resolve().parent / "results"
 _BUDGETS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 _MODELS = "gpt2,llama,bert,vit,unet,resnet,t5"
 _DEPTHS = (8, 16, 32, 64, 128)
+_COLUMNS = ("model", "rival", "peak MiB", "theirs", "fxzero", "ratio", "at most", "solve s")
 _MiB = 2**20
 
 
@@ -53,7 +54,7 @@ class Cell:
     """A rival's plan, and fxzero's within the same peak; prices in seconds or FLOPs.
 
     Attributes:
-        gap: what fxzero's solver proved: distance from any schedule's price, relative to the step.
+        bound: what no schedule within the peak undercuts, as fxzero's solver proved.
         seconds: time to solve.
     """
 
@@ -62,13 +63,18 @@ class Cell:
     peak: int
     theirs: float
     ours: float
-    gap: float
+    bound: float
     seconds: float
 
     @property
     def ratio(self) -> float:
         """How many times fxzero's price the rival's is."""
         return self.theirs / self.ours if self.ours else float("inf")
+
+    @property
+    def most(self) -> float:
+        """What the ratio could be at most, for the best of all schedules."""
+        return self.theirs / self.bound if self.bound > 0 else float("inf")
 
     @property
     def lost(self) -> bool:
@@ -126,23 +132,29 @@ def _cells(name: str, case: Case, graph: TrainGraph, objective: str) -> Iterator
             continue
         seen.add((rival.peak, rival.price))
         start = time.perf_counter()
-        ours, gap = _solve(planner, rival.peak, objective)
+        ours, bound = _solve(planner, rival.peak, objective)
         seconds = time.perf_counter() - start
-        yield Cell(name, rival.name, rival.peak, rival.price, ours, gap, seconds)
+        yield Cell(name, rival.name, rival.peak, rival.price, ours, bound, seconds)
 
 
 def _solve(planner: Planner, budget: int, objective: str) -> tuple[float, float]:
-    """The price of the better of the planner's variants, over one forward and backward; its gap."""
-    flops, found = objective == "flops", [(float("inf"), float("nan"))]
+    """The price of the better of the planner's variants, over one forward and backward.
+
+    And the price that no schedule of any of them undercuts.
+    """
+    flops, found = objective == "flops", [(float("inf"), float("inf"))]
     once = planner.variants[0].solver.problem
     for variant in planner.variants:
         solution, problem = variant.solver.solve(budget), variant.solver.problem
         if solution is not None:
             schedule = solution.schedule
             price = schedule.flops if flops else schedule.seconds
-            more = problem.flops - once.flops if flops else problem.seconds - once.seconds
-            found.append((price + more, solution.gap or 0.0))
-    return min(found)
+            whole = problem.flops if flops else problem.seconds
+            more = whole - (once.flops if flops else once.seconds)
+            bound = price - (solution.gap or 0.0) * (whole + price)
+            found.append((price + more, bound + more))
+    prices, bounds = zip(*found, strict=True)
+    return min(prices), min(bounds)
 
 
 def _price(planner: Planner, objective: str) -> Callable[[fx.Node], float]:
@@ -219,7 +231,7 @@ def _depth(layers: int) -> dict[str, float]:
 
 def _table(cells: list[Cell]) -> Table:
     table = Table()
-    for column in ("model", "rival", "peak MiB", "theirs", "fxzero", "ratio", "gap %", "solve s"):
+    for column in _COLUMNS:
         table.add_column(column)
     for cell in cells:
         table.add_row(*_row(cell))
@@ -234,7 +246,7 @@ def _row(cell: Cell) -> list[str]:
         f"{cell.theirs:.4g}",
         f"{cell.ours:.4g}",
         f"{cell.ratio:.2f}" + (" LOST" if cell.lost else ""),
-        f"{100 * cell.gap:.1f}",
+        f"{cell.most:.2f}",
         f"{cell.seconds:.2f}",
     ]
 
@@ -259,12 +271,11 @@ def _write(
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{stem}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
-    heads = ("model", "rival", "peak MiB", "theirs", "fxzero", "ratio", "gap %", "solve s")
     tables = [
         [tuple(rows[0]), *(tuple(_shown(value) for value in row.values()) for row in rows)]
         for rows in (summaries, depths)
     ]
-    tables.append([heads, *(tuple(_row(cell)) for cell in cells)])
+    tables.append([_COLUMNS, *(tuple(_row(cell)) for cell in cells)])
     path.with_suffix(".md").write_text("\n".join(harness.markdown(table) for table in tables))
     print(path)
 

@@ -315,6 +315,7 @@ def columns(rows: Sequence[Row], with_dropout: Sequence[Row]) -> list[tuple[str,
         "peak / eager",
         "by",
         "tensors MiB",
+        "planned / peak",
         "time / eager",
         "planned / time",
         "first step s",
@@ -327,7 +328,7 @@ def columns(rows: Sequence[Row], with_dropout: Sequence[Row]) -> list[tuple[str,
 
 def _cells(row: Row, eager: Row, dropout: Row) -> tuple[str, ...]:
     if row.peak is None or row.check is None:
-        return (row.name, *[""] * 8, f"failed: {row.failed}", "")
+        return (row.name, *[""] * 9, f"failed: {row.failed}", "")
     assert eager.peak is not None
     return (
         row.name,
@@ -336,6 +337,7 @@ def _cells(row: Row, eager: Row, dropout: Row) -> tuple[str, ...]:
         f"{row.peak.bytes / eager.peak.bytes:.2f}",
         row.peak.method,
         _mib(row.peak.tensor_bytes),
+        f"{row.planned_bytes / row.peak.bytes:.3f}" if row.planned_bytes else "",
         f"{row.median / eager.median:.2f}" if row.median and eager.median else "",
         f"{row.planned_seconds / row.median:.2f}" if row.planned_seconds and row.median else "",
         f"{row.first_step_seconds:.1f}",
