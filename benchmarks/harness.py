@@ -48,12 +48,12 @@ class Peak:
     Attributes:
         bytes: by ``method``, the same for all rows: "allocator" (profiler record) or "cuda".
         tensor_bytes: storages alone as ``fxzero.measure`` counts them, scratch memory of operators
-            left out; None where generated code ran, which hides its storages.
+            left out, which plans do not count either.
     """
 
     bytes: int
     method: str
-    tensor_bytes: int | None
+    tensor_bytes: int
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def run(case: Case, variants: Sequence[Variant], rounds: int) -> list[Row]:
             continue
         prepared[variant.name] = ready
         assert ready.row.peak is not None
-        peaks[variant.name] = ready.row.peak.tensor_bytes or ready.row.peak.bytes
+        peaks[variant.name] = ready.row.peak.tensor_bytes
     times: dict[str, list[float]] = {name: [] for name in prepared}
     for number in range(rounds):
         _progress(f"round {number + 1} of {rounds}")
@@ -226,10 +226,11 @@ def _peak(step: Step, module: nn.Module, case: Case) -> Peak:
     _forget(module)
     measured = fxzero.measure(step)
     total = measured.peak_bytes - measured.baseline_bytes + own
+    tensors = measured.tensor_bytes - measured.baseline_bytes + own
     if measured.method != "tensors":
-        return Peak(total, measured.method, None)
+        return Peak(total, measured.method, tensors)
     _forget(module)
-    return Peak(own + _most_allocated(step), "allocator", total)
+    return Peak(own + _most_allocated(step), "allocator", tensors)
 
 
 def _most_allocated(step: Step) -> int:
@@ -315,7 +316,7 @@ def columns(rows: Sequence[Row], with_dropout: Sequence[Row]) -> list[tuple[str,
         "peak / eager",
         "by",
         "tensors MiB",
-        "planned / peak",
+        "planned / tensors",
         "time / eager",
         "planned / time",
         "first step s",
@@ -337,7 +338,7 @@ def _cells(row: Row, eager: Row, dropout: Row) -> tuple[str, ...]:
         f"{row.peak.bytes / eager.peak.bytes:.2f}",
         row.peak.method,
         _mib(row.peak.tensor_bytes),
-        f"{row.planned_bytes / row.peak.bytes:.3f}" if row.planned_bytes else "",
+        f"{row.planned_bytes / row.peak.tensor_bytes:.3f}" if row.planned_bytes else "",
         f"{row.median / eager.median:.2f}" if row.median and eager.median else "",
         f"{row.planned_seconds / row.median:.2f}" if row.planned_seconds and row.median else "",
         f"{row.first_step_seconds:.1f}",

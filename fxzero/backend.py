@@ -10,9 +10,11 @@ step.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,14 @@ from torch import fx, nn
 from fxzero import _torch
 from fxzero.decompositions import decompositions_for
 from fxzero.errors import BackendOptionError, UsageError, unknown_option
+from fxzero.execution import BoxedFunction
 from fxzero.graph import InputRole, OutputRole, TrainGraph
-from fxzero.inner import compile_graph
+from fxzero.inner import compile_graph, compile_within
 from fxzero.options import Options, check_options, device_of
 from fxzero.passes.partition import Split
-from fxzero.planner import Planner
+from fxzero.planner import Decided, Planner
+from fxzero.plans import Plan
+from fxzero.rehearsal import as_it_runs
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +74,8 @@ def fxzero(
         gm,
         example_inputs,
         partition=piece.partition,
-        forward_compiler=lambda graph, _: compile_graph(graph, checked.inner, backward=False),
-        backward_compiler=lambda graph, _: compile_graph(graph, checked.inner, backward=True),
+        forward_compiler=lambda graph, _: piece.compile(graph, backward=False),
+        backward_compiler=lambda graph, _: piece.compile(graph, backward=True),
         decompositions=decompositions_for(checked.inner),
     )
 
@@ -99,6 +104,14 @@ class _Piece:
         self.parameters = parameters
         self.partial = partial
         self.plan_dir = plan_dir
+        self.made: list[tuple[list[str], BoxedFunction]] = []
+
+    def compile(self, graph: fx.GraphModule, *, backward: bool) -> BoxedFunction:
+        """The function of a graph that ``partition`` returned, or of one without a backward."""
+        for names, function in self.made:
+            if names == _node_names(graph):
+                return function
+        return compile_graph(graph, self.options.inner, backward=backward)
 
     def partition(
         self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **_: Any
@@ -114,12 +127,26 @@ class _Piece:
             graph, self.options, "torch.compile graph", writes_buffers=False, unapplied=unapplied
         )
         decided = planner.decide()
-        log.info("%s", decided.plan)
+        split = decided.emitted.split
+        split = replace(split, backward=_with_absent_gradients(split, graph))
+        plan = self._rehearsed(planner, decided, split)
+        log.info("%s", plan)
         if self.plan_dir is not None:
             self.plan_dir.mkdir(parents=True, exist_ok=True)
-            decided.plan.save(_first_free(self.plan_dir))
-        split = decided.emitted.split
-        return split.forward, _with_absent_gradients(split, graph)
+            plan.save(_first_free(self.plan_dir))
+        return split.forward, split.backward
+
+    def _rehearsed(self, planner: Planner, decided: Decided, split: Split) -> Plan:
+        """The plan of the code that runs, which is generated here if it is to keep to a budget."""
+        limit = self.options.memory_budget
+        if self.options.inner == "eager" or limit is None:
+            return decided.plan
+        rehearse = functools.partial(planner.rehearse, decided)
+        forward, backward = compile_within(split, limit, rehearse)
+        # AOTAutograd copies the backward before it asks for its function.
+        graphs = (split.forward, split.backward)
+        self.made = list(zip(map(_node_names, graphs), (forward, backward), strict=True))
+        return as_it_runs(decided.plan, rehearse(forward, backward))
 
     def _with_roles(self, joint: fx.GraphModule, num_fwd_outputs: int) -> TrainGraph:
         """Roles by position: AOTAutograd owns the meaning, we only need kinds and sizes."""
@@ -148,6 +175,10 @@ class _Piece:
             for i, value in enumerate(results[num_fwd_outputs:])
         ]
         return TrainGraph(joint, tuple(roles), tuple(outputs))
+
+
+def _node_names(graph: fx.GraphModule) -> list[str]:
+    return [node.name for node in graph.graph.nodes]
 
 
 def _with_absent_gradients(split: Split, graph: TrainGraph) -> fx.GraphModule:

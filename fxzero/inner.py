@@ -66,7 +66,7 @@ def compile_split(
         forward = compile_graph(split.forward, inner, backward=False)
         backward = compile_graph(split.backward, inner, backward=True)
     else:
-        forward, backward = _compile_within(split, limit, rehearse)
+        forward, backward = compile_within(split, limit, rehearse)
     names = [node.name for node in split.forward.graph.find_nodes(op="placeholder")]
     return Executable(
         forward=forward,
@@ -111,10 +111,15 @@ def bound(split: Split, groups: Mapping[str, str]) -> Split:
     return replace(split, forward=forward, backward=backward)
 
 
-def _compile_within(
+def compile_within(
     split: Split, limit: int, rehearse: Rehearse
 ) -> tuple[BoxedFunction, BoxedFunction]:
-    """A forward and a backward that stay within ``limit``, which the plan does."""
+    """A forward and a backward through Inductor that stay within ``limit`` bytes.
+
+    Args:
+        split: graphs whose operators, run one by one, stay within it.
+        rehearse: the peaks of two functions.
+    """
     forward = compile_graph(split.forward, "inductor", backward=False)
     backward = compile_graph(split.backward, "inductor", backward=True)
     for inner in ("inductor in order", "eager"):

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed
 
+import fxzero
 from fxzero import BudgetError, Plan, UsageError
 from fxzero.errors import BackendOptionError
 
@@ -258,3 +259,22 @@ def test_inductor_is_close_and_leaves_eagers_random_stream(kind: Any, tmp_path: 
         torch.testing.assert_close(
             gradient, expected.gradients[name], rtol=0, atol=1e-3 * largest, msg=name
         )
+
+
+@pytest.mark.slow
+def test_generated_code_stays_within_the_budget_and_its_plan_says_how_far(tmp_path: Path) -> None:
+    model, args, kwargs, loss = zoo.build("unet")
+    freely = fxzero.plan(model, args, kwargs=kwargs, optimizer="none")
+    budget = freely.minimum_budget + (freely.peak_bytes - freely.minimum_budget) // 5
+    options: dict[str, Any] = {"inner": "inductor", "optimizer": "none", "memory_budget": budget}
+    call = compiled(model, plan_dir=tmp_path, **options)
+
+    def step() -> None:
+        loss(call(*args, **kwargs)).backward()
+
+    for _ in range(2):
+        step()
+        model.zero_grad()
+    (plan,) = plans_in(tmp_path)
+    assert fxzero.measure(step).tensor_bytes == plan.peak_bytes <= budget
+    assert any(note.startswith("by rehearsal, the peak of the generated") for note in plan.notes)
