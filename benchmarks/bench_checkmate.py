@@ -24,6 +24,7 @@ import harness
 
 from fxzero.solver.bound import price_bound
 from fxzero.solver.exact import ExactProgram
+from fxzero.solver.frames import fullest_steps
 from fxzero.solver.problem import Operator, Problem
 from fxzero.solver.schedule import Schedule
 from fxzero.solver.search import Solver
@@ -236,7 +237,9 @@ def cells(name: str, budgets: int, nodes: int) -> Iterator[Cell]:
         start = time.perf_counter()
         exact = _optimum(problem, solver, budget, nodes)
         exact_seconds = time.perf_counter() - start
-        bound = price_bound(problem, solver.operator_price, budget)
+        bound = price_bound(
+            problem, solver.operator_price, budget, fullest_steps(solution.schedule, 4)
+        )
         optimum = None
         if exact is not None:
             bound = max(bound, exact[1])

@@ -12,6 +12,7 @@ import gc
 import itertools
 import math
 import platform
+import random
 import statistics
 import sys
 import time
@@ -140,12 +141,20 @@ def run(case: Case, variants: Sequence[Variant], rounds: int) -> list[Row]:
     times: dict[str, list[float]] = {name: [] for name in prepared}
     for number in range(rounds):
         _progress(f"round {number + 1} of {rounds}")
-        for name, ready in prepared.items():
+        for name in _shuffled(prepared, number):
+            ready = prepared[name]
             ready.module.zero_grad(set_to_none=True)
             times[name].append(_seconds(ready.step, _device(case)))
             ready.module.zero_grad(set_to_none=True)
     rows = failed | {n: replace(p.row, seconds=tuple(times[n])) for n, p in prepared.items()}
     return [rows[variant.name] for variant in variants]
+
+
+def _shuffled(names: Iterable[str], number: int) -> list[str]:
+    """The names in the order of a round: what ran before leaves caches and heap as they are."""
+    order = list(names)
+    random.Random(number).shuffle(order)
+    return order
 
 
 def seconds_in_turn(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

@@ -155,7 +155,8 @@ def group_of(node: fx.Node) -> str:
 
 def all_gather(part: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
     """The parts of all ranks, one after the other, at once and outside of graphs."""
-    gathered: torch.Tensor = WAIT(ALL_GATHER(part, ranks, group))
+    start = OVER_GLOO if part.device.type == "cpu" else ALL_GATHER
+    gathered: torch.Tensor = WAIT(start(part.contiguous(), ranks, group))
     return gathered
 
 
