@@ -12,6 +12,8 @@ from integration_cases import weights as weights_of
 
 import fxzero
 
+pytestmark = pytest.mark.slow  # whole trainings
+
 
 def by_plain_loop(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

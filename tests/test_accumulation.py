@@ -133,6 +133,7 @@ def test_hooks_see_the_new_gradient() -> None:
         assert any(torch.equal(mine, theirs) for theirs in seen["twin"])
 
 
+@pytest.mark.slow
 def test_autograd_grad_leaves_gradients_alone() -> None:
     model, twin = pair(Net())
     found = []

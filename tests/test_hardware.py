@@ -361,6 +361,7 @@ def test_faster_hardware_makes_faster_steps_and_nodes_matter() -> None:
     assert inside < across
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_planned_for_hardware() -> None:
     plan = fxzero.plan(
         mlp(),
@@ -376,6 +377,7 @@ def test_a_pipeline_is_planned_for_hardware() -> None:
     assert plan.states is None
 
 
+@pytest.mark.slow
 def test_a_plan_for_hardware_is_replayed_where_the_model_is(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 16))
@@ -414,6 +416,7 @@ def test_costs_without_hardware_are_the_old_ones() -> None:
 # This machine
 
 
+@pytest.mark.slow
 def test_this_machine_is_measured_and_written_as_a_description(tmp_path: Path) -> None:
     text = measure_hardware(tmp_path / "mine.toml")
     found = describe(str(tmp_path / "mine.toml"))

@@ -18,6 +18,8 @@ from torch import nn
 import fxzero
 from fxzero.integrations import LightningStrategy
 
+pytestmark = pytest.mark.slow  # whole trainings
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _nothing_left_behind():

@@ -101,6 +101,7 @@ def _batch() -> Any:
     return Batch.of((X,), GIVEN)
 
 
+@pytest.mark.slow
 def test_a_budget_for_less_than_one_example_is_refused() -> None:
     model, _ = compiled(microbatches="auto", memory_budget="1KiB")
     with pytest.raises(BudgetError, match=r"no plan fits memory_budget=1.00 KiB"):

@@ -167,6 +167,7 @@ def test_a_training_that_goes_on_counts_from_its_checkpoint() -> None:
 # What it leaves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"memory_budget": "20KiB"}, {"microbatches": 2}])
 def test_monitored_training_is_bitwise_the_same(options: dict[str, Any]) -> None:
     model, optimizer = build(**options)

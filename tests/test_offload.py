@@ -113,6 +113,7 @@ def test_a_schedule_with_fetches_fits_by_books_kept_here(problem: Problem, share
     assert solution.schedule.seconds >= price_bound(problem, seconds, budget) - 1e-6
 
 
+@pytest.mark.slow
 @given(offloadable(4, 3), st.floats(0, 1))
 @settings(max_examples=60, **_CALM)
 def test_no_schedule_with_fetches_undercuts_the_bound_or_brute_force(

@@ -83,6 +83,7 @@ def test_a_stage_that_is_asked_for_is_the_only_one() -> None:
     assert {way.zero for way in ways(8, 8, units=1, node=8, zero=(0,))} == {0}
 
 
+@pytest.mark.slow
 def test_stages_add_up_to_the_model() -> None:
     sketch = estimator_of(found()).sketch
     (whole,) = sketch.stages(1)
@@ -113,6 +114,7 @@ def test_more_sharding_holds_less_and_never_communicates_less() -> None:
     assert by_zero[3].links >= by_zero[2].links
 
 
+@pytest.mark.slow
 def test_ways_that_fit_keep_to_the_budget_and_come_first_by_time() -> None:
     free = found()
     budget = free.best.peak_bytes // 2
@@ -163,6 +165,7 @@ def test_a_way_that_lost_says_what_it_has_more_of() -> None:
     assert result.reason(worst) == "waits for other stages"
 
 
+@pytest.mark.slow
 def test_the_fewest_devices_that_fit_are_found() -> None:
     budget = min(each.required_bytes for each in found(1, 32).ranked) - 1
     few = found(16, 32, goal="devices", memory_budget=budget)
@@ -173,6 +176,7 @@ def test_the_fewest_devices_that_fit_are_found() -> None:
     assert not any(found(n, 32, memory_budget=budget).fits for n in fewer)
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     budget = 2 * found(4, 4).best.peak_bytes
     largest = found(4, 4, goal="batch", memory_budget=budget)
@@ -183,6 +187,7 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     assert not any(each.fits for each in more.ranked if each.way.microbatches == 1)
 
 
+@pytest.mark.slow
 def test_the_cheapest_way_costs_no_more_than_any() -> None:
     result = found(16, 32, goal="cost", price=2.5)
     costs = [result.cost(each) for each in result.ranked if each.fits]
@@ -190,6 +195,7 @@ def test_the_cheapest_way_costs_no_more_than_any() -> None:
     assert {devices_of(each.way) for each in result.ranked} == {1, 2, 4, 8, 16}
 
 
+@pytest.mark.slow
 def test_optimizers_and_codes_are_chosen_among() -> None:
     names = ["adamw", "sgd"]
     both = fxzero.search(
@@ -241,6 +247,7 @@ def test_the_report_names_the_best_way_and_why_others_lost() -> None:
     assert "DOES NOT FIT: the way that needs least, " in tight
 
 
+@pytest.mark.slow
 def test_the_command_ranks_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["search", "test_search:model_and_inputs", "--hardware", "l4", "--devices", "4"]
     path = tmp_path / "ways.json"

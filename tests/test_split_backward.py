@@ -479,6 +479,7 @@ def random_program(choose: random.Random) -> tuple[Builder, list[fx.Node]]:
     return build, choose.choices(values, k=4)
 
 
+@pytest.mark.slow
 def test_programs_that_write_and_draw_are_the_same_in_two_parts() -> None:
     moved = 0
     for seed in range(200):

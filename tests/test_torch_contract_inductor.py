@@ -25,6 +25,7 @@ def test_has_compiler_looks_for_a_program(monkeypatch: pytest.MonkeyPatch) -> No
     assert _torch.has_compiler("cpu")
 
 
+@pytest.mark.slow
 def test_inductors_decompositions_can_be_traced_in_a_process_that_compiled_nothing_before() -> None:
     script = (
         "import torch; from fxzero import _torch\n"

@@ -22,6 +22,8 @@ from integration_cases import weights as weights_of
 import fxzero
 from fxzero.measurement import StorageCounter
 
+pytestmark = pytest.mark.slow  # whole trainings
+
 
 def by_stock_trainer(directory, model, **given):
     args = arguments(directory, **given)

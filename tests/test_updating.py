@@ -161,6 +161,7 @@ def test_models_of_many_families_are_trained_alike_within_the_plan(
     assert budget is None or peaks["backward"] <= budget
 
 
+@pytest.mark.slow
 def test_gradients_never_exist_all_at_once() -> None:
     class Deep(Net):
         def __init__(self) -> None:
@@ -291,6 +292,7 @@ def test_verify_compares_gradients_and_updates_nothing() -> None:
     assert not same(before, kept(model, optimizer))
 
 
+@pytest.mark.slow
 def test_a_budget_is_met_that_gradients_would_exceed() -> None:
     inputs = (torch.randn(2, 256),)
     least = {
