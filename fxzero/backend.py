@@ -26,12 +26,11 @@ from fxzero.decompositions import decompositions_for
 from fxzero.errors import BackendOptionError, UsageError, unknown_option
 from fxzero.execution import BoxedFunction
 from fxzero.graph import InputRole, OutputRole, TrainGraph
-from fxzero.inner import compile_graph, compile_within
+from fxzero.headroom import use_headroom
+from fxzero.inner import Code, compile_graph, generate
 from fxzero.options import Options, check_options, device_of
 from fxzero.passes.partition import Split
 from fxzero.planner import Decided, Planner
-from fxzero.plans import Plan
-from fxzero.rehearsal import as_it_runs
 
 log = logging.getLogger(__name__)
 
@@ -126,27 +125,31 @@ class _Piece:
         planner = Planner(
             graph, self.options, "torch.compile graph", writes_buffers=False, unapplied=unapplied
         )
-        decided = planner.decide()
-        split = decided.emitted.split
-        split = replace(split, backward=_with_absent_gradients(split, graph))
-        plan = self._rehearsed(planner, decided, split)
-        log.info("%s", plan)
+        decided = self._within_budget(planner, planner.decide(), graph)
+        log.info("%s", decided.plan)
         if self.plan_dir is not None:
             self.plan_dir.mkdir(parents=True, exist_ok=True)
-            plan.save(_first_free(self.plan_dir))
+            decided.plan.save(_first_free(self.plan_dir))
+        split = _with_absent_gradients(decided.emitted.split, graph)
         return split.forward, split.backward
 
-    def _rehearsed(self, planner: Planner, decided: Decided, split: Split) -> Plan:
-        """The plan of the code that runs, which is generated here if it is to keep to a budget."""
-        limit = self.options.memory_budget
-        if self.options.inner == "eager" or limit is None:
-            return decided.plan
-        rehearse = functools.partial(planner.rehearse, decided)
-        forward, backward = compile_within(split, limit, rehearse)
+    def _within_budget(self, planner: Planner, decided: Decided, graph: TrainGraph) -> Decided:
+        """What the code that runs needs, which is generated here if it is to keep to a budget."""
+        budget = self.options.memory_budget
+        if self.options.inner == "eager" or budget is None:
+            return decided
+
+        def code_of(candidate: Decided, limit: int | None) -> Code:
+            split = _with_absent_gradients(candidate.emitted.split, graph)
+            rehearse = functools.partial(planner.rehearse, candidate)
+            return generate(split, self.options.inner, limit=limit, rehearse=rehearse)
+
+        made = use_headroom(planner, decided, budget, code_of)
+        split, code = made.decided.emitted.split, made.code
         # AOTAutograd copies the backward before it asks for its function.
-        graphs = (split.forward, split.backward)
-        self.made = list(zip(map(_node_names, graphs), (forward, backward), strict=True))
-        return as_it_runs(decided.plan, rehearse(forward, backward))
+        names = (_node_names(split.forward), _node_names(split.backward))
+        self.made = list(zip(names, (code.forward, code.backward), strict=True))
+        return made.decided
 
     def _with_roles(self, joint: fx.GraphModule, num_fwd_outputs: int) -> TrainGraph:
         """Roles by position: AOTAutograd owns the meaning, we only need kinds and sizes."""
@@ -181,14 +184,15 @@ def _node_names(graph: fx.GraphModule) -> list[str]:
     return [node.name for node in graph.graph.nodes]
 
 
-def _with_absent_gradients(split: Split, graph: TrainGraph) -> fx.GraphModule:
+def _with_absent_gradients(split: Split, graph: TrainGraph) -> Split:
     """AOTAutograd wants one result per input, None where there is no gradient."""
-    (output,) = split.backward.graph.find_nodes(op="output")
+    backward = _torch.copy_module(split.backward)
+    (output,) = backward.graph.find_nodes(op="output")
     found = iter(output.args[0])
     roles = [role for role in graph.outputs if role.kind in ("gradient", "absent")]
     output.args = (tuple(next(found) if r.kind == "gradient" else None for r in roles),)
-    split.backward.recompile()
-    return split.backward
+    backward.recompile()
+    return replace(split, backward=backward)
 
 
 def _first_free(directory: Path) -> Path:

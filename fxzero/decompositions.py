@@ -4,6 +4,9 @@ Tracing turns every dropout into ``native_dropout``, which the CPU does not use:
 noise that was rounded to the tensor's dtype first.  The two agree bitwise for most probabilities
 in float32, and never in the half precisions.  Where they do not, the graph gets the CPU's own
 formula; the bool mask, not the noise, stays the value that the backward needs.
+
+For generated code a classification loss gets a gradient that can be fused: the one that tracing
+gives scatters into zeros of the logits' size, which a kernel must write out.
 """
 
 from __future__ import annotations
@@ -32,7 +35,12 @@ def decompositions_for(inner: str) -> dict[Any, Callable[..., Any]]:
     """The decompositions to trace with for an inner compiler, "eager" or "inductor"."""
     if inner == "eager":
         return eager_exact()
-    return {**_torch.inductor_decompositions(), aten.bernoulli.default: _bernoulli}
+    return {
+        **_torch.inductor_decompositions(),
+        aten.bernoulli.default: _bernoulli,
+        aten.nll_loss_backward.default: _nll_loss_backward,
+        aten.nll_loss2d_backward.default: _nll_loss_backward,
+    }
 
 
 def restore_eager_operators(forward: fx.GraphModule) -> None:
@@ -82,6 +90,35 @@ def _bernoulli(probabilities: torch.Tensor, *, generator: Any = None) -> Any:
     if generator is not None:
         return NotImplemented
     return aten.bernoulli.Tensor(probabilities, probabilities)
+
+
+def _nll_loss_backward(
+    gradient: torch.Tensor,
+    scores: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    total_weight: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of ``scores``, by comparing each class with the target.
+
+    Args:
+        scores: log-probabilities, (classes,), (batch, classes) or (batch, classes, height, width).
+        reduction: as in ATen: 0 none, 1 mean, 2 sum.
+    """
+    dim = min(scores.ndim - 1, 1)
+    along = [-1 if i == dim else 1 for i in range(scores.ndim)]
+    classes = torch.arange(scores.shape[dim], device=scores.device).view(along)
+    if reduction == 1:
+        gradient = gradient / total_weight
+    if 0 < gradient.ndim < scores.ndim:
+        gradient = gradient.unsqueeze(dim)
+    if weight is not None:
+        gradient = gradient * weight.view(along)
+    target = target.unsqueeze(dim)
+    counted = torch.where(target == ignore_index, 0.0, -gradient)
+    return torch.where(classes == target, counted, 0.0)
 
 
 def _noise(mask: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:

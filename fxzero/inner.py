@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -34,43 +34,66 @@ log = logging.getLogger(__name__)
 Rehearse = Callable[[BoxedFunction, BoxedFunction], Peaks]
 
 
-def compile_split(
+@dataclass(frozen=True)
+class Code:
+    """The two functions of a step.
+
+    Attributes:
+        confined: whether a budget had a part of it run another way than the inner compiler's best.
+        halves: the backward once more, in two parts; None: it is one.
+    """
+
+    forward: BoxedFunction
+    backward: BoxedFunction
+    confined: bool = False
+    halves: Halves | None = None
+
+
+def generate(
     split: Split,
     inner: str,
     *,
-    attached: tuple[int, ...],
-    owner: Owner,
     limit: int | None,
     rehearse: Rehearse,
     groups: Mapping[str, str] | None = None,
     in_halves: bool = False,
-) -> Executable:
-    """An Executable for the two graphs.
+) -> Code:
+    """Functions for the two graphs.
 
     Args:
         inner: "eager" runs node by node, "inductor" generates code.
-        attached: outputs that autograd must know besides those with a tangent.
-        owner: told what each backward shows.
         limit: bytes that generated code may reach; None: any.
         rehearse: the peaks of two functions.
         groups: the process group behind each dimension of the mesh.
         in_halves: whether the backward may run in two parts; then no limit is kept to.
     """
     split = bound(split, groups or {})
-    halves = _compile_halves(split, inner) if in_halves else None
-    forward: BoxedFunction
-    backward: BoxedFunction
-    if halves is not None:
-        forward, backward = compile_graph(split.forward, inner, backward=False), halves.whole
-    elif inner == "eager" or limit is None:
+    if in_halves:
+        halves = _compile_halves(split, inner)
         forward = compile_graph(split.forward, inner, backward=False)
-        backward = compile_graph(split.backward, inner, backward=True)
-    else:
-        forward, backward = compile_within(split, limit, rehearse)
+        return Code(forward, halves.whole, halves=halves)
+    if inner == "eager" or limit is None:
+        return Code(
+            compile_graph(split.forward, inner, backward=False),
+            compile_graph(split.backward, inner, backward=True),
+        )
+    return generate_within(split, limit, rehearse)
+
+
+def executable(
+    split: Split, code: Code, inner: str, *, attached: tuple[int, ...], owner: Owner
+) -> Executable:
+    """An Executable of the functions of two graphs.
+
+    Args:
+        inner: the compiler that made them, "eager" or "inductor".
+        attached: outputs that autograd must know besides those with a tangent.
+        owner: told what each backward shows.
+    """
     names = [node.name for node in split.forward.graph.find_nodes(op="placeholder")]
     return Executable(
-        forward=forward,
-        backward=backward,
+        forward=code.forward,
+        backward=code.backward,
         output_count=split.output_count,
         differentiable=split.tangents,
         attached=attached,
@@ -84,7 +107,7 @@ def compile_split(
         reached=_reached(split),
         owner=owner,
         strided=inner != "eager",
-        halves=halves,
+        halves=code.halves,
     )
 
 
@@ -111,30 +134,30 @@ def bound(split: Split, groups: Mapping[str, str]) -> Split:
     return replace(split, forward=forward, backward=backward)
 
 
-def compile_within(
-    split: Split, limit: int, rehearse: Rehearse
-) -> tuple[BoxedFunction, BoxedFunction]:
+def generate_within(split: Split, limit: int, rehearse: Rehearse) -> Code:
     """A forward and a backward through Inductor that stay within ``limit`` bytes.
 
     Args:
         split: graphs whose operators, run one by one, stay within it.
         rehearse: the peaks of two functions.
     """
-    forward = compile_graph(split.forward, "inductor", backward=False)
-    backward = compile_graph(split.backward, "inductor", backward=True)
+    forward = first = compile_graph(split.forward, "inductor", backward=False)
+    backward = last = compile_graph(split.backward, "inductor", backward=True)
+    peaks = rehearse(forward, backward)
     for inner in ("inductor in order", "eager"):
-        peaks = rehearse(forward, backward)
-        if peaks.largest > limit:
-            log.info("generated code needs %s of %d bytes: %s", peaks, limit, inner)
+        if peaks.largest <= limit:
+            break
+        log.info("generated code needs %s of %d bytes: %s", peaks, limit, inner)
         if peaks.forward > limit:
             forward = compile_graph(split.forward, inner, backward=False)
         if peaks.backward > limit:
             backward = compile_graph(split.backward, inner, backward=True)
-    if rehearse(forward, backward).largest > limit:
+        peaks = rehearse(forward, backward)
+    if peaks.largest > limit:
         # What the forward leaves is larger than planned, so that no backward has room.
         forward = compile_graph(split.forward, "eager", backward=False)
         backward = compile_graph(split.backward, "eager", backward=True)
-    return forward, backward
+    return Code(forward, backward, confined=forward is not first or backward is not last)
 
 
 def compile_graph(module: fx.GraphModule, inner: str, *, backward: bool) -> BoxedFunction:

@@ -27,9 +27,11 @@ from fxzero.errors import BudgetError, RuntimeStateError
 from fxzero.failures import named
 from fxzero.graph import InputRole, TrainGraph, describe_all
 from fxzero.halves import run_in_halves
-from fxzero.inner import compile_split
+from fxzero.headroom import use_headroom
+from fxzero.inner import Code, executable, generate
 from fxzero.microbatches import Call
 from fxzero.options import Options
+from fxzero.passes.partition import Split
 from fxzero.passes.pipeline import Pass
 from fxzero.planner import Decided, Emitted, Planner
 from fxzero.plans import Plan
@@ -108,6 +110,7 @@ class TrainingStep:
         self._captured: Capture
         self._planner: Planner
         self._decided: Decided
+        self._ready: tuple[Split, Code] | None = None  # code of a plan that is not adopted yet
         if sibling is None:
             self._recapture((args, kwargs), None)
         else:
@@ -276,19 +279,31 @@ class TrainingStep:
             BudgetError: nothing found fits; it names what generated code needs if that is less.
         """
         try:
-            return self._planner.decide()
+            decided = self._planner.decide()
         except BudgetError:
             if self.options.inner == "eager":
                 raise
             smallest = self._planner.smallest()
-            run = self._compiled(smallest, smallest.plan.peak_bytes)
-            peaks = self._planner.rehearse(smallest, run.forward, run.backward)
+            code = self._generate(smallest, smallest.plan.peak_bytes)
+            peaks = self._planner.rehearse(smallest, code.forward, code.backward)
             plan = as_it_runs(replace(smallest.plan, status="feasible"), peaks)
             if not peaks.known or plan.peak_bytes >= smallest.plan.peak_bytes:
                 raise
             if plan.fits:
                 return replace(smallest, plan=plan)
             raise self._planner.refusal(plan.peak_bytes) from None
+        return self._with_headroom_used(decided)
+
+    def _with_headroom_used(self, decided: Decided) -> Decided:
+        """A plan with less recompute, if generated code leaves room for one."""
+        budget = self.options.memory_budget
+        # A stage's budget is shared by all micro-batches in flight.
+        alone = not (self._is_stage or self._in_halves)
+        if budget is None or self.options.inner == "eager" or not alone:
+            return decided
+        made = use_headroom(self._planner, decided, budget, self._generate)
+        self._ready = made.decided.emitted.split, made.code
+        return made.decided
 
     def _follow_outputs(self) -> None:
         """Counts the outputs as the last backward has shown them: held by the caller or not."""
@@ -316,17 +331,19 @@ class TrainingStep:
 
     def _adopt(self, decided: Decided) -> None:
         limit = self.options.memory_budget if decided.plan.fits else None
-        self._executable = self._compiled(decided, limit)
+        split, inner = decided.emitted.split, self.options.inner
+        ready, self._ready = self._ready, None
+        code = ready[1] if ready and ready[0] is split else self._generate(decided, limit)
+        attached = self._captured.attached
+        self._executable = executable(split, code, inner, attached=attached, owner=self)
         self._decided = self._as_it_runs(decided)
         self._sources = [self._source(role) for role in decided.emitted.split.inputs]
         log.info("planned %s: peak %d bytes", self.shapes, self._decided.plan.peak_bytes)
 
-    def _compiled(self, decided: Decided, limit: int | None) -> Executable:
-        return compile_split(
+    def _generate(self, decided: Decided, limit: int | None) -> Code:
+        return generate(
             decided.emitted.split,
             self.options.inner,
-            attached=self._captured.attached,
-            owner=self,
             limit=limit,
             rehearse=functools.partial(self._planner.rehearse, decided),
             groups=self.ranks.mesh.groups if self.ranks else None,

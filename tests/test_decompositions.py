@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fxzero
 from fxzero import _torch
+from fxzero.decompositions import decompositions_for
 
 
 class Resampled(nn.Module):
@@ -61,6 +62,32 @@ def test_resampling_is_bitwise_that_of_eager(mode: str, align: bool | None) -> N
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.37, 0.9, 1.0])
 def test_dropout_is_bitwise_that_of_eager(p: float, dtype: torch.dtype) -> None:
     assert_step_equals_eager(Dropped(p, dtype), torch.randn(16, 32, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ignored", [-100, 2])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 5, 3, 3)])
+def test_the_gradient_of_a_classification_loss_is_bitwise_that_of_eager(
+    shape: tuple[int, ...], reduction: str, ignored: int, dtype: torch.dtype
+) -> None:
+    aten = torch.ops.aten
+    forward, backward = aten.nll_loss_forward.default, aten.nll_loss_backward.default
+    if len(shape) == 4:
+        forward, backward = aten.nll_loss2d_forward.default, aten.nll_loss2d_backward.default
+    ours = decompositions_for("inductor")[backward]
+    scores = torch.randn(shape, dtype=dtype).log_softmax(min(len(shape) - 1, 1))
+    target = torch.randint(5, shape[:1] + shape[2:] if len(shape) > 1 else ())
+    if target.ndim and ignored < 0:
+        target.flatten()[0] = ignored
+    for weight in (None, torch.rand(5, dtype=dtype)):
+        given = (scores, target, weight, ["none", "mean", "sum"].index(reduction), ignored)
+        loss, total = forward(*given)
+        gradient = torch.randn_like(loss)
+        expected = backward(gradient, *given, total)
+        found = ours(gradient, *given, total)
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
 
 
 class Gate(nn.Module):

@@ -22,7 +22,7 @@ from fxzero.calibration import cost_model
 from fxzero.clock import elapsed
 from fxzero.errors import BudgetError
 from fxzero.graph import describe
-from fxzero.inner import compile_split
+from fxzero.inner import executable, generate
 from fxzero.mesh import Mesh
 from fxzero.microbatches import Batch
 from fxzero.network import Route
@@ -258,16 +258,16 @@ class _Forecast:
             self._planners[stage] = planner, captured.attached
         planner, attached = self._planners[stage]
         decided = planner.within(budget).decide()
-        executable = compile_split(
-            decided.emitted.split,
+        split = decided.emitted.split
+        code = generate(
+            split,
             "eager",
-            attached=attached,
-            owner=_Nobody(),
             limit=None,
             rehearse=lambda forward, backward: UNKNOWN,
             in_halves=self.schedule.splits_backward,
         )
-        return StageForecast(decided.plan, decided.emitted, executable)
+        runs = executable(split, code, "eager", attached=attached, owner=_Nobody())
+        return StageForecast(decided.plan, decided.emitted, runs)
 
     def _priced(self, ranks: _Ranks) -> tuple[Choice, Schedule]:
         """The choice with the times of what was planned, and its schedule."""

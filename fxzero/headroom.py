@@ -1,0 +1,90 @@
+"""Spends what generated code leaves of a budget.
+
+A plan is made for operators that run one by one.  Code that Inductor generates often needs less: a
+value inside a fused kernel is never written.  So plans for larger budgets are made, and their code
+rehearsed, as long as it fits:
+
+    budget 500 MiB    planned for    generated code    recompute
+                      500 MiB        430 MiB           8 %
+                      570 MiB        480 MiB           3 %
+                      590 MiB        510 MiB                too large; the last stands
+
+Invariant: the code of what is returned stays within the budget, and recomputes no more than that of
+the plan given.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from fxzero.errors import BudgetError
+from fxzero.inner import Code
+from fxzero.planner import Decided, Planner
+from fxzero.rehearsal import as_it_runs
+
+log = logging.getLogger(__name__)
+
+# Shares of the budget, and of a step, that are worth generating code once more.
+_ROOM = 0.01
+_RECOMPUTE = 0.005
+# How often code is generated at most besides the first time: it takes most of a compilation.
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A plan, as its code runs, and that code."""
+
+    decided: Decided
+    code: Code
+
+
+def use_headroom(
+    planner: Planner,
+    decided: Decided,
+    budget: int,
+    generate: Callable[[Decided, int | None], Code],
+) -> Generated:
+    """The plan with the least recompute whose code is found to stay within ``budget`` bytes.
+
+    Args:
+        decided: what ``planner`` decided for that budget.
+        generate: the code of a decision, within so many bytes or as it comes.
+    """
+    code = generate(decided, budget)
+    peaks = planner.rehearse(decided, code.forward, code.backward)
+    best = Generated(replace(decided, plan=as_it_runs(decided.plan, peaks)), code)
+    if code.confined or not peaks.known:
+        return best
+    # Budgets of operators: the largest whose code is known to fit, and the next one to try.
+    fits, target, room = budget, 2 * budget - peaks.largest, budget - peaks.largest
+    exceeded = False
+    for _ in range(_TRIES):
+        recompute = best.decided.plan.recompute_seconds
+        if room < _ROOM * budget or recompute < _RECOMPUTE * best.decided.plan.step_seconds:
+            break
+        try:
+            larger = planner.within(target).decide()
+        except BudgetError:  # the smallest that is known to fit need not be a solver's answer
+            break
+        if larger.plan.recompute_seconds >= recompute:
+            break
+        code = generate(larger, None)
+        peaks = planner.rehearse(larger, code.forward, code.backward)
+        log.info("planned for %d bytes, generated code needs %s of %d", target, peaks, budget)
+        if peaks.largest > budget:
+            less = larger.emitted.timeline.peak_bytes - (peaks.largest - budget)
+            target = less if less > fits else (fits + target) // 2
+            exceeded = True
+            continue
+        restated = planner.restate(larger)
+        # What was proven was so of operators that run one by one.
+        plan = replace(restated.plan, status="feasible", gap=None)
+        best = Generated(replace(restated, plan=as_it_runs(plan, peaks)), code)
+        if exceeded:
+            break
+        fits, room = target, budget - peaks.largest
+        target += room
+    return best
