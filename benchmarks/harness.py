@@ -49,7 +49,7 @@ class Peak:
     Attributes:
         bytes: by ``method``, the same for all rows: "allocator" (profiler record) or "cuda".
         tensor_bytes: storages alone as ``fxzero.measure`` counts them, scratch memory of operators
-            left out, which plans do not count either.
+            left out, which plans count as far as it was measured.
     """
 
     bytes: int
@@ -137,7 +137,7 @@ def run(case: Case, variants: Sequence[Variant], rounds: int) -> list[Row]:
             continue
         prepared[variant.name] = ready
         assert ready.row.peak is not None
-        peaks[variant.name] = ready.row.peak.tensor_bytes
+        peaks[variant.name] = ready.row.peak.bytes
     times: dict[str, list[float]] = {name: [] for name in prepared}
     for number in range(rounds):
         _progress(f"round {number + 1} of {rounds}")
@@ -325,7 +325,7 @@ def columns(rows: Sequence[Row], with_dropout: Sequence[Row]) -> list[tuple[str,
         "peak / eager",
         "by",
         "tensors MiB",
-        "planned / tensors",
+        "planned / peak",
         "time / eager",
         "planned / time",
         "first step s",
@@ -347,7 +347,7 @@ def _cells(row: Row, eager: Row, dropout: Row) -> tuple[str, ...]:
         f"{row.peak.bytes / eager.peak.bytes:.2f}",
         row.peak.method,
         _mib(row.peak.tensor_bytes),
-        f"{row.planned_bytes / row.peak.tensor_bytes:.3f}" if row.planned_bytes else "",
+        f"{row.planned_bytes / row.peak.bytes:.3f}" if row.planned_bytes else "",
         f"{row.median / eager.median:.2f}" if row.median and eager.median else "",
         f"{row.planned_seconds / row.median:.2f}" if row.planned_seconds and row.median else "",
         f"{row.first_step_seconds:.1f}",

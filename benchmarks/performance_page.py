@@ -40,6 +40,13 @@ _SECTIONS = (
         "Milliseconds of a step on one thread, 40 million parameters, and of torch's fused AdamW.",
     ),
     Section(
+        r"prediction-.*",
+        "Plans against measurements",
+        "bench_prediction.py",
+        "Peaks by the allocator, scratch memory of operators included, and medians of step times, "
+        "after the operators of each model were calibrated. Dropout is on.",
+    ),
+    Section(
         r".*-(cpu|cuda)",
         "Memory and time of one model",
         "bench_memory.py",

@@ -24,6 +24,12 @@ def peak_of_allocations(profiler: Any, *, inside_operators: bool = True) -> int:
     return peak
 
 
+def given_back(profiler: Any) -> int:
+    """Most CPU bytes of a memory profile that were there besides those that it left."""
+    memory, _ = _torch.profiled_memory(profiler)
+    return peak_of_allocations(profiler) - sum(change for _, change in memory)
+
+
 def _outermost(operators: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """When those began and ended that no other one called."""
     spans: list[tuple[int, int]] = []

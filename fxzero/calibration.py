@@ -5,9 +5,10 @@
 
 Each kind of operator (name, shapes, strides, dtypes, other arguments) has the time that it takes
 where it stands in the model's graph (``timing.py``).  Processes under torchrun run it at the same
-time, as they do when they train.  The times lie in one JSON file for each device, number of
+time, as they do when they train.  So is the memory that it takes and gives back while it runs,
+which plans count then.  All this lies in one JSON file for each device, number of
 threads, of processes, and version of torch, below ``FXZERO_CACHE`` (default: ~/.cache/fxzero); a
-plan for so many ranks on that device finds them there and says so.  What was not measured is priced
+plan for so many ranks on that device finds it there and says so.  What was not measured is priced
 by the roofline model, times what the others took of it.
 """
 
@@ -35,23 +36,29 @@ from fxzero.links import Links, is_first, measure_links
 from fxzero.options import model_device
 from fxzero.randomness import RandomState
 from fxzero.sources import Source
-from fxzero.timing import device_description, times_alone, times_in_place
+from fxzero.timing import (
+    device_description,
+    times_alone,
+    times_in_place,
+    workspaces_alone,
+)
 from fxzero.typed_data import read_value
 
 log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _MAX_FILE_BYTES = 2**24  # room for 50,000 kinds of operators; a model has some hundreds
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured times.
+    """Measured times and workspaces.
 
     Attributes:
         device: what was measured: name, threads, version of torch.
         processes: how many ran at the same time.
         operators: seconds by ``cost.operator_key``.
+        workspaces: bytes by the same keys that an operator takes and gives back while it runs.
         scale: measured by modelled seconds, over all kinds of the last model.
         links: between the processes; None: there is one.
     """
@@ -60,6 +67,7 @@ class Calibration:
     device: str
     processes: int
     operators: dict[str, float]
+    workspaces: dict[str, int]
     scale: float
     links: Links | None
 
@@ -105,7 +113,9 @@ def cost_model(
     """
     ranks = math.prod((mesh or {}).values())
     costs = _calibrated(device, ranks) if hardware is None else CostModel(hardware)
-    return replace(costs, fused=fused, mesh=dict(mesh or {}))
+    # Generated code calls operators in other layouts, and most not at all.
+    workspaces = {} if fused else costs.workspaces
+    return replace(costs, fused=fused, mesh=dict(mesh or {}), workspaces=workspaces)
 
 
 def _calibrated(device: str, ranks: int) -> CostModel:
@@ -122,7 +132,12 @@ def _calibrated(device: str, ranks: int) -> CostModel:
             continue
         if calibration.links is not None:
             hardware = calibration.links.between(hardware)
-        return CostModel(hardware, calibration.operators, calibration.scale)
+        return CostModel(
+            hardware,
+            calibration.operators,
+            calibration.scale,
+            workspaces=calibration.workspaces,
+        )
     return CostModel(hardware)
 
 
@@ -142,7 +157,7 @@ def calibrate(graph: TrainGraph, device: str) -> CalibrationReport:
         before = _load(path)
     except PlanError:
         named = device_description(device)
-        before = Calibration(_SCHEMA_VERSION, named, processes, {}, 1.0, None)
+        before = Calibration(_SCHEMA_VERSION, named, processes, {}, {}, 1.0, None)
     hardware = hardware_for(device)
     nodes = [node for node in graph.graph.nodes if modelled_cost(node, hardware).seconds]
     kinds = {operator_key(node): node for node in nodes}
@@ -151,12 +166,16 @@ def calibrate(graph: TrainGraph, device: str) -> CalibrationReport:
         measured = times_in_place(graph, device) if kinds.keys() - before.operators.keys() else {}
         missing = kinds.keys() - before.operators.keys() - measured.keys()
         alone, failed = times_alone({key: kinds[key] for key in kinds if key in missing}, device)
+        new = {key: node for key, node in kinds.items() if key not in before.operators}
+        workspaces = {**workspaces_alone(new, device), **before.workspaces}
     state.restore()
     operators = {**measured, **alone, **before.operators}
     timed = [key for key in kinds if key in operators]
     modelled = sum(modelled_cost(kinds[key], hardware).seconds for key in timed)
     scale = sum(operators[key] for key in timed) / modelled if modelled else before.scale
-    calibration = replace(before, operators=operators, scale=scale, links=links)
+    calibration = replace(
+        before, operators=operators, workspaces=workspaces, scale=scale, links=links
+    )
     if is_first():
         _save(path, calibration)
     return CalibrationReport(
@@ -207,6 +226,8 @@ def _checked(data: object) -> Calibration:
         0 <= seconds < 1e6 for seconds in (calibration.scale, *calibration.operators.values())
     ):
         raise PlanError("times must be seconds")
+    if not all(0 <= size < 2**50 for size in calibration.workspaces.values()):
+        raise PlanError("workspaces must be bytes")
     links = calibration.links
     if links is not None and not (
         links.bandwidth > 0 and 0 <= links.startup < 1e6 and 0 <= links.overlap <= 1

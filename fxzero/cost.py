@@ -8,7 +8,7 @@ description.  Modelled times beside measured ones are scaled to compare with the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,6 +79,7 @@ class CostModel:
         fused: whether elementwise operators run inside the kernels of those that read them.
         exposed: share of its time that a gather costs which runs again beside operators.
         mesh: ranks by dimension, as they lie in nodes.
+        workspaces: bytes that operators take and give back while they run, by ``operator_key``.
     """
 
     hardware: Hardware
@@ -87,6 +88,7 @@ class CostModel:
     fused: bool = False
     exposed: float = 1.0
     mesh: Mapping[str, int] = field(default_factory=dict)
+    workspaces: Mapping[str, int] = field(default_factory=dict)
 
     def route(self, along: str) -> Route:
         """What ranks along a dimension of the mesh exchange bytes over."""
@@ -121,6 +123,10 @@ class CostModel:
         traffic = self.hardware.launch * self.scale + (reads + size) * second
         return max((reads - size) * second, alone - traffic, _TIE * alone)
 
+    def workspace(self, node: fx.Node) -> int:
+        """Bytes that a node takes and gives back while it runs, as far as it was measured."""
+        return workspace_of_operator(node, self.workspaces)
+
     def round_trip(self, tensor: torch.Tensor) -> float:
         """Seconds that a tensor takes to host memory and back, modelled: nothing runs meanwhile."""
         return 2 * transfer_seconds(tensor, self.hardware) * self.scale
@@ -139,6 +145,13 @@ class CostModel:
             f"step times come from {len(self.measured)} measured kinds of operators, others from a "
             f"roofline model of {self.hardware.name} times {self.scale:.3g}"
         )
+
+
+def workspace_of_operator(node: fx.Node, known: Mapping[str, int]) -> int:
+    """Bytes that a node's operator needs while it runs, of those known by ``operator_key``."""
+    if not known or node.op != "call_function":
+        return 0
+    return known.get(operator_key(node), 0)
 
 
 def transfer_seconds(tensor: torch.Tensor, hardware: Hardware) -> float:
@@ -218,21 +231,24 @@ def operator_key(node: fx.Node) -> str:
     'aten.mm.default(float32[8, 64]:64:1, float32[64, 64]:1:64)'
     """
     arguments = node.args[_WRAPPED.get(node.target, -1) + 1 :]
-    parts = [_describe_argument(a) for a in arguments]
-    parts += [f"{name}={_describe_argument(a)}" for name, a in sorted(node.kwargs.items())]
-    return f"{drawn_operator(node)}({', '.join(parts)})"
+    return call_key(drawn_operator(node), arguments, node.kwargs)
+
+
+def call_key(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """``operator_key`` of a call; arguments are values, or nodes that stand for them."""
+    parts = [_describe_argument(a) for a in args]
+    parts += [f"{name}={_describe_argument(a)}" for name, a in sorted(kwargs.items())]
+    return f"{operator}({', '.join(parts)})"
 
 
 def _describe_argument(argument: Any) -> str:
     if isinstance(argument, (tuple, list)):
         return f"[{', '.join(map(_describe_argument, argument))}]"
-    if not isinstance(argument, fx.Node):
-        return repr(argument)
-    value = argument.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return repr(type(value).__name__)
-    strides = "".join(f":{stride}" for stride in value.stride())
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{strides}"
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+    if isinstance(value, torch.Tensor):
+        strides = "".join(f":{stride}" for stride in value.stride())
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{strides}"
+    return repr(type(value).__name__ if isinstance(argument, fx.Node) else value)
 
 
 def is_elementwise(node: fx.Node) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -68,11 +69,12 @@ _SMALL_SHARE = 1 / 400
 
 @dataclass(frozen=True)
 class Emitted:
-    """Graphs that carry out decisions, and their timeline."""
+    """Graphs that carry out decisions, their timeline, and what their operators need meanwhile."""
 
     split: Split
     timeline: Timeline
     passes: tuple[str, ...]
+    workspaces: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -490,7 +492,8 @@ class GraphPlanner:
         if checking():
             check_split(split)
         timeline = simulate(split, self.surroundings)
-        return Emitted(split, timeline, (*self.prepared, *(report.name for report in reports)))
+        names = (*self.prepared, *(report.name for report in reports))
+        return Emitted(split, timeline, names, self.costs.workspaces)
 
     def partway(self, plan: Plan, count: int) -> TrainGraph:
         """The graph that carries out a Plan, as the first ``count`` of ``passes`` leave it."""
@@ -517,6 +520,7 @@ class GraphPlanner:
             self.granularity,
             self.optimizer.transient_bytes,
             self.device,
+            self.costs.workspaces,
         )
 
     def _facts(self, emitted: Emitted, decisions: Decisions) -> Facts:

@@ -14,6 +14,7 @@ with kernels that do nothing, and counts storages as they come and go.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import fx
 
 from fxzero import _torch
 from fxzero.collectives import WAIT, starts_transfer, workspace_bytes
+from fxzero.cost import call_key
 from fxzero.execution import BoxedFunction
 from fxzero.generated import without_kernels
 from fxzero.passes.partition import Split
@@ -71,7 +73,7 @@ def rehearse(
         fixed_bytes: what lives throughout, the step's inputs included.
     """
     forward, backward = without_kernels(forward), without_kernels(backward)
-    counter = Counter(around.granularity, around.device)
+    counter = Counter(around.granularity, around.device, around.workspaces)
     with _torch.FakeTensorMode(allow_non_fake_inputs=True), counter:
         inputs = [example_of(node) for node in split.forward.graph.find_nodes(op="placeholder")]
         _, existing_nodes, tangent_nodes = split.backward_inputs()
@@ -148,12 +150,19 @@ def example_of(node: fx.Node) -> torch.Tensor:
 
 
 class Counter(_torch.TransparentDispatchMode):
-    """Bytes of the fake storages that operators make inside the ``with`` block."""
+    """Bytes of the fake storages that operators make inside the ``with`` block.
 
-    def __init__(self, granularity: int, device: str = "cpu") -> None:
+    Args:
+        workspaces: bytes that operators need besides while they run, by ``cost.operator_key``.
+    """
+
+    def __init__(
+        self, granularity: int, device: str = "cpu", workspaces: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.granularity = granularity
         self.device = device
+        self.workspaces = workspaces or {}
         self.current = 0
         self.peak = 0
         self._sizes: dict[int, int] = {}
@@ -169,6 +178,9 @@ class Counter(_torch.TransparentDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in _torch.tensors_in(result) if func is not TO_HOST else ():
             self._count(tensor)
+        if self.workspaces:
+            size = self.workspaces.get(call_key(func, args, kwargs or {}), 0)
+            self.peak = max(self.peak, self.current + size)
         if func is WAIT:
             _, workspaces = self._in_transfer.pop(storage_identity(args[0]), ([], []))
             workspaces.clear()

@@ -469,7 +469,12 @@ def _notes(facts: Facts) -> tuple[str, ...]:
         notes.append(f"a step that finds gradients adds to them, and needs up to {size} more")
     if facts.timeline.offloaded and facts.device == "cpu":
         notes.append("this device is the CPU: what is offloaded stays in the same memory")
-    notes.append("memory inside operators (convolution and attention workspaces) is not counted")
+    notes.append(
+        "memory inside operators (convolution and attention workspaces) is counted as measured"
+        if facts.costs.workspaces
+        else "memory inside operators (convolution and attention workspaces) is not counted; "
+        "fxzero calibrate measures it"
+    )
     if facts.options.inner == "inductor":
         notes.append(
             "memory is planned as if every operator ran alone; code that Inductor generates may "

@@ -13,6 +13,7 @@ What the books hold besides activations:
                                                     their update in the backward, or always, where
                                                     a step adds to those that exist
     what collectives read, and their workspace      until they are waited for
+    the workspace of other operators                while they run, where it was measured
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from fxzero.collectives import (
     is_wait,
     workspace_of,
 )
+from fxzero.cost import workspace_of_operator
 from fxzero.execution import last_uses
 from fxzero.passes.bucket import GATHERED
 from fxzero.passes.partition import Split
@@ -42,6 +44,7 @@ CUDA_GRANULARITY = 512
 LOSS_SCALARS = 32
 _OUTSIDE = "what a loss outside the model needs"
 _UPDATE = "what an update in the backward needs"
+_WORKSPACE = "what an operator needs while it runs"
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ class Surroundings:
         granularity: the allocator rounds sizes up to a multiple of this.
         update_bytes: what the optimizer needs besides while it updates a weight in the backward.
         device: "cpu" or "cuda", which the step runs on.
+        workspaces: bytes that operators need while they run, by ``cost.operator_key``.
     """
 
     optimizer_bytes: int = 0
@@ -133,6 +137,7 @@ class Surroundings:
     granularity: int = 1
     update_bytes: int = 0
     device: str = "cpu"
+    workspaces: Mapping[str, int] = field(default_factory=dict)
 
 
 def simulate(split: Split, surroundings: Surroundings) -> Timeline:
@@ -294,10 +299,14 @@ class _Books:
                     self._birth(key, storages, storage, roles.get(key, _role(node)), node.name)
             if is_collective(node):
                 self._open_workspace(node)
+            elif size := workspace_of_operator(node, self.around.workspaces):
+                name, now = f"{node.name} workspace", len(self.points)
+                self._open(_WORKSPACE, Alive(size, "temporary", name, node, now))
             if node.target is UPDATE and (size := self.around.update_bytes):
                 self._open(_UPDATE, Alive(size, "temporary", "update", node, len(self.points)))
             self._record(node)
             self._death(_UPDATE)
+            self._death(_WORKSPACE)
             if is_wait(node):
                 self._death(("workspace", collective_of(node)))
             for dead in dying.get(node, ()):

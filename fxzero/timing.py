@@ -1,10 +1,13 @@
-"""Times operators: where they stand in a graph that runs as a whole, or each by itself.
+"""Times operators, where they stand in a graph that runs as a whole or each by itself.
 
 An operator that runs again and again by itself finds its arguments in the caches and its result's
 memory in the allocator, which in a step it seldom does; operators that are bound by memory take a
 few times as long there.  So a graph that the device can hold runs in order, memory freed at each
 value's last use.  What follows an operator up to the next one, views and memory given back,
 counts as its own: times add up to what the graph takes.
+
+What an operator takes and gives back while it runs, its workspace, is measured by itself: it does
+not depend on what runs beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.profiler import ProfilerActivity, profile
 
+from fxzero.allocations import given_back
 from fxzero.cost import drawn_operator, makes_view, operator_key
 from fxzero.execution import last_uses
 from fxzero.graph import TrainGraph
@@ -75,6 +80,37 @@ def times_alone(
         except _REFUSALS:
             failed[str(operator)] = None
     return measured, tuple(failed)
+
+
+def workspaces_alone(kinds: Mapping[str, fx.Node], device: str) -> dict[str, int]:
+    """Bytes by key that operators take and give back while they run, of those that do."""
+    found: dict[str, int] = {}
+    for key, node in kinds.items():
+        operator = drawn_operator(node)
+        assert operator is not None
+        try:
+            size = _workspace(_runner(operator, node, device), device)
+        except _REFUSALS:
+            continue
+        if size > 0:
+            found[key] = size
+    return found
+
+
+def _workspace(run: Callable[[], Any], device: str) -> int:
+    run()  # what an operator keeps from its first run on is none
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        result = run()
+        torch.cuda.synchronize()
+        size = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            result = run()
+        size = given_back(record)
+    del result  # it had to be there until now
+    return size
 
 
 def seconds_of(run: Callable[[], Any], device: str) -> float:

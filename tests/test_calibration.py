@@ -20,10 +20,11 @@ from fxzero.timing import times_in_place
 
 LINKS = {"processes": 2, "inside": 2, "bandwidth": 1e9, "startup": 1e-4, "overlap": 0.25}
 EMPTY = {
-    "schema_version": 2,
+    "schema_version": 3,
     "device": "",
     "processes": 1,
     "operators": {},
+    "workspaces": {},
     "scale": 1.0,
     "links": None,
 }
@@ -87,6 +88,8 @@ def test_a_plan_says_where_its_times_come_from() -> None:
         json.dumps({**EMPTY, "operators": {"a": -1.0}}),
         json.dumps({**EMPTY, "operators": {"a": "b"}}),
         json.dumps({**EMPTY, "schema_version": 9}),
+        json.dumps({**EMPTY, "workspaces": {"a": -1}}),
+        json.dumps({**EMPTY, "workspaces": {"a": 0.5}}),
         json.dumps({**EMPTY, "operators": {"a": float("nan")}}),
         json.dumps({**EMPTY, "links": {**LINKS, "overlap": 2.0}}),
         json.dumps({**EMPTY, "links": {**LINKS, "bandwidth": 0.0}}),

@@ -158,7 +158,10 @@ class RankPlanner(Generic[Run]):
 
     def _rehearsed(self, stages: Mapping[int, Run]) -> RankPlan[Run]:
         """With the bytes of the whole rank, the optimizer's step included."""
-        parts = {stage: Part(step.emitted.split, step.executable) for stage, step in stages.items()}
+        parts = {
+            stage: Part(step.emitted.split, step.executable, step.emitted.workspaces)
+            for stage, step in stages.items()
+        }
         order = self._few.orders[self.rank]
         sizes = _static_bytes(stages)
         gradients = gradients_of({stage: part.split for stage, part in parts.items()}, order)

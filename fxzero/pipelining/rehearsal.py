@@ -37,10 +37,12 @@ class Part:
     Attributes:
         split: the graphs of a micro-batch that adds to gradients.
         executable: the functions that run them.
+        workspaces: bytes that operators need besides while they run, by ``cost.operator_key``.
     """
 
     split: Split
     executable: Executable
+    workspaces: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def rehearse_rank(
         static_bytes: what lives throughout.
         device: "cpu" or "cuda", which the rank runs on.
     """
-    counter = Counter(granularity=1, device=device)
+    workspaces = {key: size for part in parts.values() for key, size in part.workspaces.items()}
+    counter = Counter(granularity=1, device=device, workspaces=workspaces)
     with _torch.FakeTensorMode(allow_non_fake_inputs=True), counter:
         play = _Play(schedule, rank, routes, parts)
         counter.restart(static_bytes)

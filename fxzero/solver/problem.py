@@ -210,7 +210,7 @@ def build_problem(
     stay.update(s for node in forward if is_gather(node) for s in storages.of[node])
     operators, maker = _operators(forward, storages, costs, device, _mutated(graph), granularity)
     death = _deaths(forward, storages, graph)
-    workspaces = _workspaces(operators, forward, device)
+    workspaces = _workspaces(operators, forward, device, costs)
     for index, size in workspaces.items():
         operator = operators[index]
         operators[index] = replace(operator, makes=(*operator.makes, len(sizes)))
@@ -231,7 +231,7 @@ def build_problem(
         s for role, node in graph.pairs() if role.kind == "tangent" for s in storages.of[node]
     }
     tangent_bytes = sum(sizes[s] for s in tangents)
-    besides = [_bytes_besides(node, update_bytes, device) for node in backward]
+    besides = [_bytes_besides(node, update_bytes, device, costs) for node in backward]
     base, after = _backward_base(
         backward, storages, sizes, results["gradient"], tangent_bytes, besides
     )
@@ -313,12 +313,15 @@ def _state_sizes(
     return [*states, *(storages.bytes[storages.of[buffer][0]] for buffer in old)]
 
 
-def _workspaces(operators: list[Operator], forward: list[fx.Node], device: str) -> dict[int, int]:
-    """Bytes of values that nobody reads: what gathers need while they run."""
+def _workspaces(
+    operators: list[Operator], forward: list[fx.Node], device: str, costs: CostModel
+) -> dict[int, int]:
+    """Bytes of values that nobody reads: what operators need while they run."""
     found = {}
     for index, operator in enumerate(operators):
         node = forward[operator.position]
-        if is_gather(node) and (size := workspace_of(node, device)):
+        size = workspace_of(node, device) if is_gather(node) else costs.workspace(node)
+        if size:
             found[index] = size
     return found
 
@@ -396,11 +399,11 @@ def _forward_reads(node: fx.Node, storages: Storages, maker: tuple[int, ...]) ->
     return tuple(sorted(reads))
 
 
-def _bytes_besides(node: fx.Node, update_bytes: int, device: str) -> int:
+def _bytes_besides(node: fx.Node, update_bytes: int, device: str, costs: CostModel) -> int:
     """What a node of the backward needs besides its arguments and results."""
     if node.target is UPDATE:
         return update_bytes
-    return workspace_of(node, device) if is_collective(node) else 0
+    return workspace_of(node, device) if is_collective(node) else costs.workspace(node)
 
 
 def _backward_base(

@@ -1,0 +1,107 @@
+"""Plans against what was measured: peaks by the allocator, and times of steps, model by model.
+
+    python benchmarks/bench_prediction.py [--inner inductor] [--models gpt2,unet] [--quick]
+
+Operators are calibrated once, each model's by itself, with what they take and give back while they
+run.  Then each model runs without a budget, at half of eager's peak where a plan fits that, and at
+the smallest peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import harness
+import torch
+from models import MODELS, build
+from variants import REFERENCES, VARIANTS
+
+from fxzero.calibration import calibrate
+from fxzero.capture import capture
+
+_RESULTS = Path(__file__).resolve().parent / "results"
+_BUDGETS = ("no budget", "half of eager's peak", "smallest")
+_HEADS = ("model", "budget", "planned MiB", "measured MiB", "planned / peak", "planned / time")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="gpt2,llama,bert,vit,unet,resnet,t5")
+    parser.add_argument("--inner", choices=("eager", "inductor"), default="eager")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--quick", action="store_true", help="smaller models")
+    parser.add_argument("--rounds", type=int, default=5, help="times each is timed")
+    parser.add_argument("--output", type=Path, default=_RESULTS, help="directory for results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = _arguments()
+    torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 100
+    cells, rows = [_HEADS], []
+    for name in options.models.split(","):
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["FXZERO_CACHE"] = cache
+            measured = _measured(name, options)
+        rows.append({"model": name, "rows": harness.as_data(measured)})
+        cells += [_cells(name, row) for row in measured if row.planned_bytes]
+    text = harness.markdown(cells)
+    quick = "-quick" if options.quick else ""
+    today = datetime.date.today().isoformat()
+    report = {
+        "schema": 1,
+        "date": today,
+        "dropout": options.dropout,
+        "sizes": {name: str(MODELS[name][2 if options.quick else 1]) for name in MODELS},
+        "versions": harness.versions(),
+        "machine": harness.machine("cpu"),
+        "models": rows,
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"{today}-prediction-{options.inner}{quick}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(text)
+    harness.show(cells)
+    print(path)
+
+
+def _measured(name: str, options: argparse.Namespace) -> list[harness.Row]:
+    case = build(
+        name, quick=options.quick, dropout=options.dropout, dtype=torch.float32, device="cpu"
+    )
+    calibrate(capture(case.module, (), dict(case.inputs)).graph, "cpu")
+    wanted = [v for v in VARIANTS if v.name in _names(options.inner)]
+    # Without its dropout's rate the harness takes no finite differences, as bench_memory.py does.
+    return harness.run(replace(case, dropout=0.0), [REFERENCES[0], *wanted], options.rounds)
+
+
+def _names(inner: str) -> list[str]:
+    return [f"fxzero {inner}, {budget}" for budget in _BUDGETS]
+
+
+def _cells(name: str, row: harness.Row) -> tuple[str, ...]:
+    assert row.peak is not None
+    assert row.planned_bytes
+    assert row.planned_seconds
+    assert row.median
+    return (
+        name,
+        row.name.partition(", ")[2],
+        f"{row.planned_bytes / harness.MIB:.1f}",
+        f"{row.peak.bytes / harness.MIB:.1f}",
+        f"{row.planned_bytes / row.peak.bytes:.3f}",
+        f"{row.planned_seconds / row.median:.2f}",
+    )
+
+
+if __name__ == "__main__":
+    main()

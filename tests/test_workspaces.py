@@ -1,0 +1,154 @@
+"""What operators take and give back while they run is in plans once it was measured."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import fxzero
+from fxzero.calibration import calibrate, cost_model
+from fxzero.capture import capture
+from fxzero.cost import operator_key
+from fxzero.options import check_options
+from fxzero.planner import GraphPlanner
+
+ROWS, WIDTH, SCRATCH = 256, 64, 3 * 2**17
+
+
+@torch.library.custom_op("fxzero_test::negated", mutates_args=())
+def negated(x: Tensor) -> Tensor:
+    """Takes SCRATCH bytes besides its result."""
+    scratch = torch.empty(SCRATCH, dtype=torch.uint8)
+    result = torch.neg(x)
+    del scratch
+    return result
+
+
+@negated.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+negated.register_autograd(lambda context, gradient: negated(gradient))
+NEGATED = torch.ops.fxzero_test.negated.default
+
+
+class Negated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.ops.fxzero_test.negated(F.gelu(layer(x))).sin()
+        return x.square().sum()
+
+
+class Pooled(nn.Module):
+    """Convolutions, which oneDNN runs in a layout of its own, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Conv2d(3 if i == 0 else 24, 24, 3, padding=1) for i in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.dropout(F.relu(layer(x)), 0.1)
+        return x.square().sum()
+
+
+CASES: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+    "negated": (Negated, (ROWS, WIDTH)),
+    "convolutions": (Pooled, (4, 3, 32, 32)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXZERO_CACHE", str(tmp_path))
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
+
+
+def allocated(step: Callable[[], Any]) -> int:
+    """Most bytes that the allocator had given out at once since the step began."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def peak_by_the_allocator(model: Any, x: Tensor) -> int:
+    def step() -> None:
+        model(x).backward()
+
+    for _ in range(2):
+        step()
+        model.zero_grad()
+    gc.collect()
+    return allocated(step) + sum(t.nbytes for t in (*model.parameters(), x))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plans_and_budgets_are_of_what_the_allocator_gives_out(name: str) -> None:
+    kind, shape = CASES[name]
+    original, x = kind(), torch.randn(shape)
+    given: dict[str, Any] = {"optimizer": "none"}
+    calibrate(capture(original, (x,)).graph, "cpu")
+    free = fxzero.plan(original, (x,), **given)
+    assert any(note.endswith("is counted as measured") for note in free.notes)
+    room = free.peak_bytes - free.minimum_budget
+    for budget in (None, free.minimum_budget + room // 3, free.minimum_budget):
+        model = fxzero.compile(
+            copy.deepcopy(original), (x,), memory_budget=budget, inner="eager", **given
+        )
+        measured = peak_by_the_allocator(model, x)
+        assert measured == pytest.approx(model.plan.peak_bytes, rel=0.02)
+        assert budget is None or model.plan.peak_bytes <= budget
+
+
+def test_a_workspace_is_measured_to_the_byte_and_planned_where_its_operator_runs_again() -> None:
+    graph = capture(Negated(), (torch.randn(ROWS, WIDTH),)).graph
+    report = calibrate(graph, "cpu")
+    (node, *_) = graph.graph.find_nodes(op="call_function", target=NEGATED)
+    assert report.calibration.workspaces[operator_key(node)] == SCRATCH
+    costs = cost_model("cpu")
+    options = check_options(device="cpu", inner="eager", optimizer="none", recompute="full")
+    passes = options.passes.preparation
+    (full, without) = (
+        GraphPlanner(graph, options, "", passes, prices)
+        for prices in (costs, cost_model("cpu", fused=True))
+    )
+    decided = full.smallest()
+    again = [n for n in decided.emitted.split.backward.graph.nodes if "recomputed_from" in n.meta]
+    assert any(n.target is NEGATED for n in again)
+    assert full.solver.smallest.peak == decided.emitted.timeline.peak_bytes
+    points = decided.emitted.timeline.points
+    nodes = decided.emitted.timeline.nodes
+    more = [
+        here - there
+        for here, there, at in zip(
+            points, without.replay(decided.plan).emitted.timeline.points, nodes, strict=True
+        )
+        if at is not None and at.target is NEGATED
+    ]
+    assert len(more) >= 12
+    assert set(more) == {SCRATCH}
+
+
+def test_generated_code_calls_operators_in_other_layouts_so_none_is_planned() -> None:
+    graph = capture(Negated(), (torch.randn(ROWS, WIDTH),)).graph
+    calibrate(graph, "cpu")
+    assert cost_model("cpu").workspaces
+    assert cost_model("cpu", fused=True).workspaces == {}
