@@ -19,6 +19,7 @@ import fxzero
 from fxzero.calibration import calibrate, cost_model
 from fxzero.capture import capture
 from fxzero.cost import operator_key
+from fxzero.execution import compile_to_python
 from fxzero.options import check_options
 from fxzero.planner import GraphPlanner
 
@@ -145,6 +146,21 @@ def test_a_workspace_is_measured_to_the_byte_and_planned_where_its_operator_runs
     ]
     assert len(more) >= 12
     assert set(more) == {SCRATCH}
+
+
+def test_rehearsals_count_what_the_timeline_counts() -> None:
+    """Pipelines take their peaks from them."""
+    graph = capture(Negated(), (torch.randn(ROWS, WIDTH),)).graph
+    calibrate(graph, "cpu")
+    options = check_options(device="cpu", inner="eager", optimizer="none")
+    planner = GraphPlanner(graph, options, "", options.passes.preparation, cost_model("cpu"))
+    decided = planner.smallest()
+    split = decided.emitted.split
+    peaks = planner.rehearse(
+        decided, compile_to_python(split.forward), compile_to_python(split.backward)
+    )
+    timeline = decided.emitted.timeline
+    assert (peaks.forward, peaks.backward) == tuple(map(timeline.peak_of, ("forward", "backward")))
 
 
 def test_generated_code_calls_operators_in_other_layouts_so_none_is_planned() -> None:
