@@ -1,4 +1,4 @@
-"""Spends what generated code leaves of a budget.
+"""Fits a plan to what generated code needs of a budget, which is not what operators need.
 
 A plan is made for operators that run one by one.  Code that Inductor generates often needs less: a
 value inside a fused kernel is never written.  So plans for larger budgets are made, and their code
@@ -7,10 +7,13 @@ rehearsed, as long as it fits:
     budget 500 MiB    planned for    generated code    recompute
                       500 MiB        430 MiB           8 %
                       570 MiB        480 MiB           3 %
-                      590 MiB        510 MiB                too large; the last stands
+                      590 MiB        510 MiB                         too large
 
-Invariant: the code of what is returned stays within the budget, and recomputes no more than that of
-the plan given.
+Or it needs more: convolutions get copies in another layout.  Then a plan for a smaller budget lets
+code be generated at all, instead of operators that run one by one.
+
+Invariant: the code of what is returned stays within the budget; of code that is Inductor's best it
+recomputes no more than that of the plan given.
 """
 
 from __future__ import annotations
@@ -22,9 +25,12 @@ from dataclasses import dataclass, replace
 from fxzero.errors import BudgetError
 from fxzero.inner import Code
 from fxzero.planner import Decided, Planner
-from fxzero.rehearsal import as_it_runs
+from fxzero.rehearsal import Peaks, as_it_runs
 
 log = logging.getLogger(__name__)
+
+# The code of a decision, within so many bytes or as it comes.
+Generate = Callable[[Decided, int | None], Code]
 
 # Shares of the budget, and of a step, that are worth generating code once more.
 _ROOM = 0.01
@@ -41,23 +47,26 @@ class Generated:
     code: Code
 
 
-def use_headroom(
-    planner: Planner,
-    decided: Decided,
-    budget: int,
-    generate: Callable[[Decided, int | None], Code],
-) -> Generated:
-    """The plan with the least recompute whose code is found to stay within ``budget`` bytes.
+def fit_to_code(planner: Planner, decided: Decided, budget: int, generate: Generate) -> Generated:
+    """The plan with the least recompute found whose code stays within ``budget`` bytes.
 
     Args:
         decided: what ``planner`` decided for that budget.
-        generate: the code of a decision, within so many bytes or as it comes.
     """
     code = generate(decided, budget)
     peaks = planner.rehearse(decided, code.forward, code.backward)
     best = Generated(replace(decided, plan=as_it_runs(decided.plan, peaks)), code)
-    if code.confined or not peaks.known:
+    if not peaks.known:
         return best
+    if code.excess:
+        return (_below(planner, budget, code, generate) or best) if code.one_by_one else best
+    return _above(planner, best, peaks, budget, generate)
+
+
+def _above(
+    planner: Planner, best: Generated, peaks: Peaks, budget: int, generate: Generate
+) -> Generated:
+    """The last of plans for larger budgets whose code fits."""
     # Budgets of operators: the largest whose code is known to fit, and the next one to try.
     fits, target, room = budget, 2 * budget - peaks.largest, budget - peaks.largest
     exceeded = False
@@ -79,12 +88,34 @@ def use_headroom(
             target = less if less > fits else (fits + target) // 2
             exceeded = True
             continue
-        restated = planner.restate(larger)
-        # What was proven was so of operators that run one by one.
-        plan = replace(restated.plan, status="feasible", gap=None)
-        best = Generated(replace(restated, plan=as_it_runs(plan, peaks)), code)
+        best = Generated(_restated(planner, larger, peaks), code)
         if exceeded:
             break
         fits, room = target, budget - peaks.largest
         target += room
     return best
+
+
+def _below(planner: Planner, budget: int, code: Code, generate: Generate) -> Generated | None:
+    """The first of plans for smaller budgets whose code fits; None if none of a few does."""
+    target = budget
+    for _ in range(_TRIES):
+        target -= code.excess
+        try:
+            smaller = planner.within(target).decide()
+        except BudgetError:
+            break
+        code = generate(smaller, budget)
+        peaks = planner.rehearse(smaller, code.forward, code.backward)
+        log.info("planned for %d bytes, generated code needs %s of %d", target, peaks, budget)
+        if not code.one_by_one:
+            return Generated(_restated(planner, smaller, peaks), code)
+    return None
+
+
+def _restated(planner: Planner, decided: Decided, peaks: Peaks) -> Decided:
+    """A decision for another budget of operators as one for the planner's, and as its code runs."""
+    restated = planner.restate(decided)
+    # What was proven was so of operators that run one by one.
+    plan = replace(restated.plan, status="feasible", gap=None)
+    return replace(restated, plan=as_it_runs(plan, peaks))

@@ -39,13 +39,15 @@ class Code:
     """The two functions of a step.
 
     Attributes:
-        confined: whether a budget had a part of it run another way than the inner compiler's best.
+        excess: bytes by which the inner compiler's best exceeds the budget: this is other code.
+        one_by_one: whether the operators of one of the two run one by one for that.
         halves: the backward once more, in two parts; None: it is one.
     """
 
     forward: BoxedFunction
     backward: BoxedFunction
-    confined: bool = False
+    excess: int = 0
+    one_by_one: bool = False
     halves: Halves | None = None
 
 
@@ -141,13 +143,15 @@ def generate_within(split: Split, limit: int, rehearse: Rehearse) -> Code:
         split: graphs whose operators, run one by one, stay within it.
         rehearse: the peaks of two functions.
     """
-    forward = first = compile_graph(split.forward, "inductor", backward=False)
-    backward = last = compile_graph(split.backward, "inductor", backward=True)
+    forward = compile_graph(split.forward, "inductor", backward=False)
+    backward = compile_graph(split.backward, "inductor", backward=True)
     peaks = rehearse(forward, backward)
+    excess, one_by_one = max(peaks.largest - limit, 0), False
     for inner in ("inductor in order", "eager"):
         if peaks.largest <= limit:
             break
         log.info("generated code needs %s of %d bytes: %s", peaks, limit, inner)
+        one_by_one = inner == "eager"
         if peaks.forward > limit:
             forward = compile_graph(split.forward, inner, backward=False)
         if peaks.backward > limit:
@@ -157,7 +161,7 @@ def generate_within(split: Split, limit: int, rehearse: Rehearse) -> Code:
         # What the forward leaves is larger than planned, so that no backward has room.
         forward = compile_graph(split.forward, "eager", backward=False)
         backward = compile_graph(split.backward, "eager", backward=True)
-    return Code(forward, backward, confined=forward is not first or backward is not last)
+    return Code(forward, backward, excess, one_by_one)
 
 
 def compile_graph(module: fx.GraphModule, inner: str, *, backward: bool) -> BoxedFunction:
