@@ -23,8 +23,8 @@ import torch
 from models import MODELS, build
 from variants import REFERENCES, VARIANTS
 
-from fxzero.calibration import calibrate
-from fxzero.capture import capture
+from fxzero.calibration import calibrate_model
+from fxzero.sources import Source
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -63,8 +63,7 @@ def _run(options: argparse.Namespace) -> None:
         dtype=torch.float32,
         device=options.device,
     )
-    graph = capture(case.module, (), dict(case.inputs)).graph
-    calibrate(graph, options.device)
+    calibrate_model(Source(options.model, case.module, (), dict(case.inputs)))
     rows = harness.run(case, wanted, options.rounds)
     torch.compiler.reset()
     # Whether gradients are right does not depend on size; finite differences need float64.

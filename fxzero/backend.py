@@ -26,7 +26,7 @@ from fxzero.decompositions import decompositions_for
 from fxzero.errors import BackendOptionError, UsageError, unknown_option
 from fxzero.execution import BoxedFunction
 from fxzero.graph import InputRole, OutputRole, TrainGraph
-from fxzero.headroom import fit_to_code
+from fxzero.headroom import use_headroom
 from fxzero.inner import Code, compile_graph, generate
 from fxzero.options import Options, check_options, device_of
 from fxzero.passes.partition import Split
@@ -144,7 +144,7 @@ class _Piece:
             rehearse = functools.partial(planner.rehearse, candidate)
             return generate(split, self.options.inner, limit=limit, rehearse=rehearse)
 
-        made = fit_to_code(planner, decided, budget, code_of)
+        made = use_headroom(planner, decided, budget, code_of)
         split, code = made.decided.emitted.split, made.code
         # AOTAutograd copies the backward before it asks for its function.
         names = (_node_names(split.forward), _node_names(split.backward))

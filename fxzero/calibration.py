@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import fx
 
 from fxzero.capture import capture
 from fxzero.cost import CostModel, hardware_for, modelled_cost, operator_key
@@ -33,7 +34,7 @@ from fxzero.errors import PlanError
 from fxzero.graph import TrainGraph
 from fxzero.hardware import Hardware
 from fxzero.links import Links, is_first, measure_links
-from fxzero.options import model_device
+from fxzero.options import INNERS, model_device
 from fxzero.randomness import RandomState
 from fxzero.sources import Source
 from fxzero.timing import (
@@ -113,9 +114,7 @@ def cost_model(
     """
     ranks = math.prod((mesh or {}).values())
     costs = _calibrated(device, ranks) if hardware is None else CostModel(hardware)
-    # Generated code calls operators in other layouts, and most not at all.
-    workspaces = {} if fused else costs.workspaces
-    return replace(costs, fused=fused, mesh=dict(mesh or {}), workspaces=workspaces)
+    return replace(costs, fused=fused, mesh=dict(mesh or {}))
 
 
 def _calibrated(device: str, ranks: int) -> CostModel:
@@ -141,13 +140,16 @@ def _calibrated(device: str, ranks: int) -> CostModel:
     return CostModel(hardware)
 
 
-def calibrate(graph: TrainGraph, device: str) -> CalibrationReport:
+def calibrate(
+    graph: TrainGraph, device: str, decomposed: TrainGraph | None = None
+) -> CalibrationReport:
     """Measures every kind of operator of a captured graph that the cache does not have yet.
 
     Where several processes run, all of them measure, and the first one writes what it found.
 
     Args:
         device: "cpu" or "cuda".
+        decomposed: the same model's graph for generated code, for workspaces alone.
     """
     start = time.perf_counter()
     links = measure_links(device)
@@ -159,14 +161,14 @@ def calibrate(graph: TrainGraph, device: str) -> CalibrationReport:
         named = device_description(device)
         before = Calibration(_SCHEMA_VERSION, named, processes, {}, {}, 1.0, None)
     hardware = hardware_for(device)
-    nodes = [node for node in graph.graph.nodes if modelled_cost(node, hardware).seconds]
-    kinds = {operator_key(node): node for node in nodes}
+    kinds = _kinds(graph, hardware)
+    besides = {} if decomposed is None else _kinds(decomposed, hardware)
     state = RandomState.now()
     with torch.no_grad():
         measured = times_in_place(graph, device) if kinds.keys() - before.operators.keys() else {}
         missing = kinds.keys() - before.operators.keys() - measured.keys()
         alone, failed = times_alone({key: kinds[key] for key in kinds if key in missing}, device)
-        new = {key: node for key, node in kinds.items() if key not in before.operators}
+        new = {key: n for key, n in {**besides, **kinds}.items() if key not in before.operators}
         workspaces = {**workspaces_alone(new, device), **before.workspaces}
     state.restore()
     operators = {**measured, **alone, **before.operators}
@@ -188,6 +190,12 @@ def calibrate(graph: TrainGraph, device: str) -> CalibrationReport:
     )
 
 
+def _kinds(graph: TrainGraph, hardware: Hardware) -> dict[str, fx.Node]:
+    """Operators that take time, one of each kind."""
+    nodes = (node for node in graph.graph.nodes if modelled_cost(node, hardware).seconds)
+    return {operator_key(node): node for node in nodes}
+
+
 def _save(path: Path, calibration: Calibration) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
@@ -198,10 +206,13 @@ def _save(path: Path, calibration: Calibration) -> None:
 def calibrate_model(source: Source) -> CalibrationReport:
     """Measures the operators of a model's forward and backward on the device of its weights.
 
+    Of those that plans for generated code have, workspaces only: hardly one runs by itself there.
     A model on the meta device is measured on the CPU.
     """
-    graph = capture(source.model, source.args, source.kwargs).graph
-    return calibrate(graph, model_device(source.model))
+    graph, decomposed = (
+        capture(source.model, source.args, source.kwargs, inner=inner).graph for inner in INNERS
+    )
+    return calibrate(graph, model_device(source.model), decomposed)
 
 
 def calibration_path(device: str, processes: int = 1) -> Path:

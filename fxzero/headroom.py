@@ -1,4 +1,4 @@
-"""Fits a plan to what generated code needs of a budget, which is not what operators need.
+"""Spends what generated code leaves of a budget.
 
 A plan is made for operators that run one by one.  Code that Inductor generates often needs less: a
 value inside a fused kernel is never written.  So plans for larger budgets are made, and their code
@@ -7,13 +7,13 @@ rehearsed, as long as it fits:
     budget 500 MiB    planned for    generated code    recompute
                       500 MiB        430 MiB           8 %
                       570 MiB        480 MiB           3 %
-                      590 MiB        510 MiB                         too large
+                      590 MiB        510 MiB                         too large: not taken
 
-Or it needs more: convolutions get copies in another layout.  Then a plan for a smaller budget lets
-code be generated at all, instead of operators that run one by one.
+Code that needs more than operators do (convolutions get copies in another layout) is confined by
+``inner.generate_within``.  Plans for smaller budgets, whose code would fit, were slower.
 
-Invariant: the code of what is returned stays within the budget; of code that is Inductor's best it
-recomputes no more than that of the plan given.
+Invariant: the code of what is returned stays within the budget, and recomputes no more than that of
+the plan given.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Generated:
     code: Code
 
 
-def fit_to_code(planner: Planner, decided: Decided, budget: int, generate: Generate) -> Generated:
+def use_headroom(planner: Planner, decided: Decided, budget: int, generate: Generate) -> Generated:
     """The plan with the least recompute found whose code stays within ``budget`` bytes.
 
     Args:
@@ -56,17 +56,8 @@ def fit_to_code(planner: Planner, decided: Decided, budget: int, generate: Gener
     code = generate(decided, budget)
     peaks = planner.rehearse(decided, code.forward, code.backward)
     best = Generated(replace(decided, plan=as_it_runs(decided.plan, peaks)), code)
-    if not peaks.known:
+    if code.confined or not peaks.known:
         return best
-    if code.excess:
-        return (_below(planner, budget, code, generate) or best) if code.one_by_one else best
-    return _above(planner, best, peaks, budget, generate)
-
-
-def _above(
-    planner: Planner, best: Generated, peaks: Peaks, budget: int, generate: Generate
-) -> Generated:
-    """The last of plans for larger budgets whose code fits."""
     # Budgets of operators: the largest whose code is known to fit, and the next one to try.
     fits, target, room = budget, 2 * budget - peaks.largest, budget - peaks.largest
     exceeded = False
@@ -94,23 +85,6 @@ def _above(
         fits, room = target, budget - peaks.largest
         target += room
     return best
-
-
-def _below(planner: Planner, budget: int, code: Code, generate: Generate) -> Generated | None:
-    """The first of plans for smaller budgets whose code fits; None if none of a few does."""
-    target = budget
-    for _ in range(_TRIES):
-        target -= code.excess
-        try:
-            smaller = planner.within(target).decide()
-        except BudgetError:
-            break
-        code = generate(smaller, budget)
-        peaks = planner.rehearse(smaller, code.forward, code.backward)
-        log.info("planned for %d bytes, generated code needs %s of %d", target, peaks, budget)
-        if not code.one_by_one:
-            return Generated(_restated(planner, smaller, peaks), code)
-    return None
 
 
 def _restated(planner: Planner, decided: Decided, peaks: Peaks) -> Decided:

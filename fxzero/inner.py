@@ -39,15 +39,13 @@ class Code:
     """The two functions of a step.
 
     Attributes:
-        excess: bytes by which the inner compiler's best exceeds the budget: this is other code.
-        one_by_one: whether the operators of one of the two run one by one for that.
+        confined: whether the inner compiler's best exceeds the budget, so that this is other code.
         halves: the backward once more, in two parts; None: it is one.
     """
 
     forward: BoxedFunction
     backward: BoxedFunction
-    excess: int = 0
-    one_by_one: bool = False
+    confined: bool = False
     halves: Halves | None = None
 
 
@@ -146,12 +144,11 @@ def generate_within(split: Split, limit: int, rehearse: Rehearse) -> Code:
     forward = compile_graph(split.forward, "inductor", backward=False)
     backward = compile_graph(split.backward, "inductor", backward=True)
     peaks = rehearse(forward, backward)
-    excess, one_by_one = max(peaks.largest - limit, 0), False
+    confined = peaks.largest > limit
     for inner in ("inductor in order", "eager"):
         if peaks.largest <= limit:
             break
         log.info("generated code needs %s of %d bytes: %s", peaks, limit, inner)
-        one_by_one = inner == "eager"
         if peaks.forward > limit:
             forward = compile_graph(split.forward, inner, backward=False)
         if peaks.backward > limit:
@@ -161,7 +158,7 @@ def generate_within(split: Split, limit: int, rehearse: Rehearse) -> Code:
         # What the forward leaves is larger than planned, so that no backward has room.
         forward = compile_graph(split.forward, "eager", backward=False)
         backward = compile_graph(split.backward, "eager", backward=True)
-    return Code(forward, backward, excess, one_by_one)
+    return Code(forward, backward, confined)
 
 
 def compile_graph(module: fx.GraphModule, inner: str, *, backward: bool) -> BoxedFunction:

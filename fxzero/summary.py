@@ -470,10 +470,9 @@ def _notes(facts: Facts) -> tuple[str, ...]:
     if facts.timeline.offloaded and facts.device == "cpu":
         notes.append("this device is the CPU: what is offloaded stays in the same memory")
     notes.append(
-        "memory inside operators (convolution and attention workspaces) is counted as measured"
+        "memory inside operators (workspaces) is counted as measured"
         if facts.costs.workspaces
-        else "memory inside operators (convolution and attention workspaces) is not counted; "
-        "fxzero calibrate measures it"
+        else "memory inside operators (workspaces) is not counted; fxzero calibrate measures it"
     )
     if facts.options.inner == "inductor":
         notes.append(

@@ -27,7 +27,7 @@ from fxzero.errors import BudgetError, RuntimeStateError
 from fxzero.failures import named
 from fxzero.graph import InputRole, TrainGraph, describe_all
 from fxzero.halves import run_in_halves
-from fxzero.headroom import fit_to_code
+from fxzero.headroom import use_headroom
 from fxzero.inner import Code, executable, generate
 from fxzero.microbatches import Call
 from fxzero.options import Options
@@ -292,16 +292,16 @@ class TrainingStep:
             if plan.fits:
                 return replace(smallest, plan=plan)
             raise self._planner.refusal(plan.peak_bytes) from None
-        return self._fitted_to_code(decided)
+        return self._with_headroom_used(decided)
 
-    def _fitted_to_code(self, decided: Decided) -> Decided:
-        """A plan for what generated code needs, if that is not what operators need."""
+    def _with_headroom_used(self, decided: Decided) -> Decided:
+        """A plan with less recompute, if generated code leaves room for one."""
         budget = self.options.memory_budget
         # A stage's budget is shared by all micro-batches in flight.
         alone = not (self._is_stage or self._in_halves)
         if budget is None or self.options.inner == "eager" or not alone:
             return decided
-        made = fit_to_code(self._planner, decided, budget, self._generate)
+        made = use_headroom(self._planner, decided, budget, self._generate)
         self._ready = made.decided.emitted.split, made.code
         return made.decided
 

@@ -1,8 +1,7 @@
-"""What generated code leaves of a budget is spent, and what it needs besides is planned for."""
+"""What generated code leaves of a budget is spent, and never more than that."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 import fxzero
 from fxzero import _torch
 from fxzero.capture import capture
-from fxzero.headroom import fit_to_code
+from fxzero.headroom import use_headroom
 from fxzero.inner import Code
 from fxzero.options import check_options
 from fxzero.planner import Decided, Planner
@@ -43,10 +42,10 @@ class Spent:
 
     Args:
         needs: of (the operators' peak, the budget): bytes; None: nobody knows.
-        other: what is generated where the best code exceeds the budget.
+        confined: whether the budget has other code generated than the best.
     """
 
-    def __init__(self, needs: Any, other: Code | None = None) -> None:
+    def __init__(self, needs: Any, confined: bool = False) -> None:
         model, args, kwargs, _ = zoo.build("tied")
         graph = capture(model, args, kwargs, inner="eager").graph
         options = check_options(device="cpu", inner="eager", optimizer="none")
@@ -59,19 +58,15 @@ class Spent:
 
         def generate(decided: Decided, limit: int | None) -> Code:
             self.asked.append(limit)
-            peak = decided.emitted.timeline.peak_bytes
-            excess = (needs(peak, self.budget) or 0) - self.budget
-            if limit is None or excess <= 0 or other is None:
-                return Code(list, list)
-            return replace(other, excess=excess)
+            return Code(list, list, confined)
 
-        made = fit_to_code(
+        made = use_headroom(
             Rehearsed(planner, lambda peak: needs(peak, self.budget)),  # type: ignore[arg-type]
             planner.decide(),
             self.budget,
             generate,
         )
-        self.plan, self.code = made.decided.plan, made.code
+        self.plan = made.decided.plan
 
 
 def test_code_that_needs_less_gets_a_plan_with_less_recompute() -> None:
@@ -95,35 +90,20 @@ def test_code_that_needs_suddenly_more_is_not_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    "needs", [lambda peak, _: peak, lambda peak, _: None], ids=["no room", "unknown"]
+    ("needs", "confined"),
+    [
+        (lambda peak, _: peak, False),
+        (lambda peak, _: None, False),
+        (lambda peak, _: peak // 2, True),
+    ],
+    ids=["no room", "unknown", "confined"],
 )
-def test_otherwise_the_plan_stands_and_no_more_code_is_generated(needs: Any) -> None:
-    spent = Spent(needs)
+def test_otherwise_the_plan_stands_and_no_more_code_is_generated(
+    needs: Any, confined: bool
+) -> None:
+    spent = Spent(needs, confined)
     assert spent.plan.decisions == spent.before.decisions
     assert spent.asked == [spent.budget]
-
-
-def test_code_that_needs_more_gets_a_plan_for_less_and_is_generated() -> None:
-    spent = Spent(lambda peak, _: int(1.05 * peak), Code(list, list, one_by_one=True))
-    assert not spent.code.one_by_one
-    assert spent.plan.recompute_seconds > spent.before.recompute_seconds
-    assert 0.97 * spent.budget <= spent.plan.peak_bytes <= spent.budget
-    assert spent.plan.request.memory_budget == spent.budget
-    assert (spent.plan.status, spent.plan.gap) == ("feasible", None)
-    assert len(spent.asked) <= 3
-
-
-def test_code_that_no_plan_has_room_for_leaves_operators_one_by_one() -> None:
-    spent = Spent(lambda peak, _: 2 * peak, Code(list, list, one_by_one=True))
-    assert spent.code.one_by_one
-    assert spent.plan.decisions == spent.before.decisions
-    assert spent.asked == [spent.budget]
-
-
-def test_code_in_another_order_is_not_given_up_for_more_recompute() -> None:
-    spent = Spent(lambda peak, _: int(1.05 * peak), Code(list, list))
-    assert spent.code.excess
-    assert spent.plan.decisions == spent.before.decisions
 
 
 class Classifier(nn.Module):
