@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
 import math
 import platform
 import random
@@ -32,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 from variants import EAGER, Setting, Variant
 
 import fxzero
+from fxzero.allocations import peak_of_allocations
 
 MIB = 2**20
 _SEED = 1234
@@ -246,9 +246,7 @@ def _most_allocated(step: Step) -> int:
     """Most bytes of CPU memory allocated at once since the step began, by the profiler's record."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return max(itertools.accumulate(changes))
+    return peak_of_allocations(record)
 
 
 def _forget(module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from typing import Any
 
 from fxzero import _torch
@@ -27,7 +28,8 @@ def peak_of_allocations(profiler: Any, *, inside_operators: bool = True) -> int:
 def given_back(profiler: Any) -> int:
     """Most CPU bytes of a memory profile that were there besides those that it left."""
     memory, _ = _torch.profiled_memory(profiler)
-    return peak_of_allocations(profiler) - sum(change for _, change in memory)
+    levels = list(itertools.accumulate((change for _, change in memory), initial=0))
+    return max(levels) - levels[-1]
 
 
 def _outermost(operators: list[tuple[int, int]]) -> list[tuple[int, int]]:

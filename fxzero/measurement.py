@@ -40,8 +40,8 @@ class Measurement:
         output: what the function returned.
         baseline_bytes: memory of the function's own that existed before the call.
         method: "tensors", "allocator" (profiler record) or "cuda".
-        tensor_bytes: the peak without what operators free before they return, which plans do not
-            count either; on CUDA the same as ``peak_bytes``.
+        tensor_bytes: the peak without what operators free before they return, which plans count
+            only where it was calibrated; on CUDA the same as ``peak_bytes``.
         host_bytes: most bytes of offloaded values at once.  They are not in ``peak_bytes``, except
             by the method "allocator", which cannot tell a CPU's host copies from its tensors.
     """

@@ -110,7 +110,7 @@ class TrainingStep:
         self._captured: Capture
         self._planner: Planner
         self._decided: Decided
-        self._ready: tuple[Split, Code] | None = None  # code of a plan that is not adopted yet
+        self._ready: tuple[Split, Code] | None = None  # code of a rehearsed plan to adopt
         if sibling is None:
             self._recapture((args, kwargs), None)
         else:
@@ -333,10 +333,14 @@ class TrainingStep:
         limit = self.options.memory_budget if decided.plan.fits else None
         split, inner = decided.emitted.split, self.options.inner
         ready, self._ready = self._ready, None
-        code = ready[1] if ready and ready[0] is split else self._generate(decided, limit)
         attached = self._captured.attached
-        self._executable = executable(split, code, inner, attached=attached, owner=self)
-        self._decided = self._as_it_runs(decided)
+        if ready and ready[0] is split:
+            self._executable = executable(split, ready[1], inner, attached=attached, owner=self)
+            self._decided = decided
+        else:
+            code = self._generate(decided, limit)
+            self._executable = executable(split, code, inner, attached=attached, owner=self)
+            self._decided = self._as_it_runs(decided)
         self._sources = [self._source(role) for role in decided.emitted.split.inputs]
         log.info("planned %s: peak %d bytes", self.shapes, self._decided.plan.peak_bytes)
 

@@ -20,17 +20,12 @@ from fxzero.planner import Decided, Planner
 from fxzero.rehearsal import UNKNOWN, Peaks
 
 
-class Rehearsed:
-    """A planner whose code needs what a function of the operators' peak says."""
+class Rehearsed(Planner):
+    """The same planner, whose code needs what a function of the operators' peak says."""
 
     def __init__(self, planner: Planner, needs: Any) -> None:
-        self.planner, self.needs = planner, needs
-
-    def within(self, budget: int) -> Planner:
-        return self.planner.within(budget)
-
-    def restate(self, decided: Decided) -> Decided:
-        return self.planner.restate(decided)
+        vars(self).update(vars(planner))
+        self.needs = needs
 
     def rehearse(self, decided: Decided, *code: Any) -> Peaks:
         needed = self.needs(decided.emitted.timeline.peak_bytes)
@@ -61,7 +56,7 @@ class Spent:
             return Code(list, list, confined)
 
         made = use_headroom(
-            Rehearsed(planner, lambda peak: needs(peak, self.budget)),  # type: ignore[arg-type]
+            Rehearsed(planner, lambda peak: needs(peak, self.budget)),
             planner.decide(),
             self.budget,
             generate,

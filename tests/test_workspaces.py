@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fxzero
+from fxzero.allocations import peak_of_allocations
 from fxzero.calibration import calibrate, cost_model
 from fxzero.capture import capture
 from fxzero.cost import operator_key
@@ -87,8 +87,7 @@ def allocated(step: Callable[[], Any]) -> int:
     """Most bytes that the allocator had given out at once since the step began."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    return peak_of_allocations(record)
 
 
 def peak_by_the_allocator(model: Any, x: Tensor) -> int:

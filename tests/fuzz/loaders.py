@@ -180,13 +180,11 @@ def _load_hardware(folder: Path, _: bool) -> None:
 def _calibrations() -> list[Files]:
     times = {"aten.mm float32[8, 8] float32[8, 8]": 1e-5, "aten.relu float32[8]": 2e-6}
     name = calibration_path("cpu").name
-    bytes_besides, links = (
-        {"aten.mm float32[8, 8] float32[8, 8]": 4096},
-        Links(2, 2, 1e9, 1e-4, 0.5),
-    )
+    workspaces = {"aten.mm float32[8, 8] float32[8, 8]": 4096}
+    links = Links(2, 2, 1e9, 1e-4, 0.5)
     made = [
-        Calibration(3, device_description("cpu"), 1, times, bytes_besides, 1.5, None),
-        Calibration(3, device_description("cpu"), 2, times, bytes_besides, 1.5, links),
+        Calibration(3, device_description("cpu"), 1, times, workspaces, 1.5, None),
+        Calibration(3, device_description("cpu"), 2, times, workspaces, 1.5, links),
     ]
     return [{name: json.dumps(asdict(each)).encode()} for each in made]
 
