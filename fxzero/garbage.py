@@ -1,8 +1,8 @@
 """Python's search for garbage rests while graphs are traced and planned.
 
 Their nodes refer to one another, so millions of objects would be looked through again and again,
-and hardly any of them is garbage.  What was made then is old when the search goes on: only the next
-search of everything looks through it.
+and hardly any of them is garbage.  Where many were made, they are old when the search goes on: only
+the next search of everything looks through them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# New objects that are worth counting those that the user has frozen, which Python does one by one.
+_MANY = 200_000
 
 
 @contextmanager
@@ -22,7 +25,8 @@ def no_collections() -> Iterator[None]:
     try:
         yield
     finally:
-        if not gc.get_freeze_count():  # else the user's own frozen objects would thaw
+        # Thawing is of all: objects that the user has frozen must not be among them.
+        if gc.get_count()[0] > _MANY and not gc.get_freeze_count():
             gc.freeze()
             gc.unfreeze()
         gc.enable()

@@ -119,7 +119,7 @@ class Shares:
             *("mixtral", "t5", "vit", "frozen", "llama_bf16", "resnet", "tied"),
             *("llama", "bert"),
             *("unused_parameter", "logging", "module_twice", "kwargs_only"),
-            *("no_loss", "dataclass_output", "rand_ops"),
+            *("no_loss", "dataclass_output", "rand_ops", "buffers"),
         ),
     ),
 )

@@ -48,6 +48,7 @@ every_model = pytest.mark.parametrize(
         exhaustive=(
             *("mixtral", "t5", "bert", "vit", "llama_bf16"),
             *("kwargs_only", "logging", "no_loss", "dataclass_output"),
+            *("tied", "unused_parameter", "buffers", "module_twice"),
         ),
     ),
     indirect=True,

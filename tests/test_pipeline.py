@@ -263,7 +263,7 @@ def test_budgets_of_pipelines_that_share_the_work_of_sharding(four, expected, na
     for measured, planned, losses in tight:
         assert measured <= planned <= budget
         assert losses == pytest.approx(free[0][2], abs=1e-6)
-    if zero == 1:  # gradients of earlier steps are parts, beside whole ones
+    if (name, zero) == ("gpt2", 1):  # gradients of earlier steps are parts, beside whole ones
         found = four.run(
             "pipeline_cases:measured_peak", timeout=280, budget=budget, zeroes=False, **given
         )

@@ -59,6 +59,7 @@ def record(data: Any, name: str) -> Any:
         exhaustive=(
             *("llama_bf16", "bert", "t5", "vit", "dict_output", "dataclass_output"),
             *("kwargs_only", "logging", "no_loss", "module_twice", "unused_parameter"),
+            *("llama", "frozen", "buffers", "mixed_dtype", "tied"),
         ),
     ),
 )

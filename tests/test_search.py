@@ -217,7 +217,7 @@ def _with(way: Way, **changes: Any) -> Way:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.exhaustive), 4])
 def test_estimates_are_close_to_plans_in_full(microbatches: int) -> None:
     with torch.device("meta"):
         model, ids = Blocks(512, 8), torch.zeros(1, 512, dtype=torch.long)

@@ -356,6 +356,7 @@ def test_a_split_that_saves_too_little_or_too_much_is_found() -> None:
         exhaustive=(
             *("llama_bf16", "bert", "vit", "dict_output", "dataclass_output"),
             *("kwargs_only", "logging", "no_loss", "module_twice"),
+            *("llama", "frozen", "tied", "buffers", "unused_parameter"),
         ),
     ),
 )
