@@ -36,11 +36,12 @@ from fxzero.allocator import reserved_bytes
 from fxzero.attention import unmasked
 from fxzero.capture import capture
 from fxzero.collectives import is_collective, is_gather
+from fxzero.graph_planner import Decided
 from fxzero.hardware import Hardware, describe
 from fxzero.mesh import planned_mesh
 from fxzero.options import check_options
 from fxzero.passes.listing import module_of
-from fxzero.planner import Decided, Planner
+from fxzero.planner import Planner
 from fxzero.plans import ModelStates
 from fxzero.sources import load_model
 from fxzero.timeline import Alive

@@ -29,6 +29,9 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -223,6 +226,18 @@ def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     return make_graph_module(module, graph)
+
+
+def spread_tensor(
+    part: torch.Tensor,
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    shape: torch.Size,
+    stride: tuple[int, ...],
+) -> DTensor:
+    """A DTensor over a rank's part as it is; ``from_local`` would move it to the mesh's device."""
+    spec = DTensorSpec(mesh, tuple(placements), TensorMeta(shape, stride, part.dtype))
+    return DTensor(part, spec, requires_grad=False)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -26,11 +26,12 @@ from fxzero.decompositions import decompositions_for
 from fxzero.errors import BackendOptionError, UsageError, unknown_option
 from fxzero.execution import BoxedFunction
 from fxzero.graph import InputRole, OutputRole, TrainGraph
+from fxzero.graph_planner import Decided
 from fxzero.headroom import use_headroom
 from fxzero.inner import Code, compile_graph, generate
 from fxzero.options import Options, check_options, device_of
 from fxzero.passes.partition import Split
-from fxzero.planner import Decided, Planner
+from fxzero.planner import Planner
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,9 @@ def _check(options: dict[str, Any], device: str) -> tuple[Options, Path | None]:
             raise unknown_option(name, _KNOWN, where='torch.compile(backend="fxzero")')
     plan_dir = options.get("plan_dir")
     given = {name: options[name] for name in _KNOWN if name in options and name != "plan_dir"}
-    return check_options(device=device, **given), Path(plan_dir) if plan_dir else None
+    # Nobody knows the optimizer of a model that torch.compile was given.
+    checked = replace(check_options(device=device, **given), offload_states=False)
+    return checked, Path(plan_dir) if plan_dir else None
 
 
 class _Piece:

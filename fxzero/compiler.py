@@ -98,7 +98,8 @@ def compile(
         recompute: "auto", "none", "full", or a function from a graph node to "save",
             "recompute" or None.
         objective: what recompute costs: "time" or "flops".
-        offload: whether saved values may wait for the backward in host memory.
+        offload: whether saved values may wait for the backward in host memory, and states of
+            ``fxzero.optim`` for the optimizer's step; ``model.update_with`` names the optimizer.
         microbatches: into how many parts ``model.step`` cuts a batch, or "auto": so many that the
             step fits the budget and takes the least time.
         update: where the optimizer updates weights: in its "step", or in the "backward", each as
@@ -255,20 +256,21 @@ class CompiledModule(nn.Module):
         return torch.stack(losses).sum()
 
     def update_with(self, optimizer: torch.optim.Optimizer) -> None:
-        """Lets backwards hand gradients to an optimizer, where ``update="backward"`` asks for that.
+        """Names the optimizer, for what it does besides ``step``, which is called as always.
 
-        ``optimizer.step()`` is called as always: it ends the step.
+        Where ``update="backward"`` asks for that, backwards hand gradients to it, and ``step`` ends
+        the step.  With ``offload=True`` it keeps states in host memory that the Plan has there.
 
         Raises:
-            UsageError: the optimizer cannot update weights one by one, or has not all of them.
+            UsageError: it can do neither, or has not all of the model's trained parameters.
         """
         state = self._fxzero
-        if not state.options.updates:
+        if not state.options.updates and not state.options.offload_states:
             raise UsageError(
-                "the model was compiled to return gradients\n"
-                '  give fxzero.compile update="backward"'
+                "the model was compiled to return gradients, and to keep states on the device\n"
+                '  give fxzero.compile update="backward" or offload=True'
             )
-        state.updates.receiver = check_updater(optimizer, self)
+        state.updates.name(check_updater(optimizer, self))
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -440,6 +442,7 @@ class _State:
         step = self.step_for(
             model, args, kwargs, leaves, structure, reduces=reduces, accumulates=accumulates
         )
+        self.updates.place(step.plan, model)
         if self.ranks is None:
             return step.run(leaves)
         return step.run(leaves, self.ranks.step(reduces=reduces))

@@ -23,8 +23,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fxzero.errors import BudgetError
+from fxzero.graph_planner import Decided
 from fxzero.inner import Code
-from fxzero.planner import Decided, Planner
+from fxzero.planner import Planner
 from fxzero.rehearsal import Peaks, as_it_runs
 
 log = logging.getLogger(__name__)

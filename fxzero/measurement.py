@@ -25,9 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from fxzero import _torch
 from fxzero.allocations import peak_of_allocations
+from fxzero.optim.base import Optimizer
 from fxzero.storages import storage_identity
 from fxzero.structure import flatten
-from fxzero.transfers import TO_HOST
+from fxzero.transfers import HOST_ZEROS, TO_HOST
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class Measurement:
         method: "tensors", "allocator" (profiler record) or "cuda".
         tensor_bytes: the peak without what operators free before they return, which plans count
             only where it was calibrated; on CUDA the same as ``peak_bytes``.
-        host_bytes: most bytes of offloaded values at once.  They are not in ``peak_bytes``, except
-            by the method "allocator", which cannot tell a CPU's host copies from its tensors.
+        host_bytes: most bytes of offloaded values and states at once.  They are not in
+            ``peak_bytes``, except by the method "allocator" what the call allocates: it cannot tell
+            a CPU's host copies from its tensors.
     """
 
     peak_bytes: int
@@ -84,7 +86,10 @@ def _pinned_peak() -> int:
 
 def _measure_cpu(fn: Callable[[], Any]) -> Measurement:
     held = _held_values(fn)
-    counter = StorageCounter(t for value in held for t in tensors_of(value))
+    counter = StorageCounter(
+        (t for value in held for t in tensors_of(value)),
+        (t for value in held for t in host_tensors_of(value)),
+    )
     baseline = counter.current
     compiled = any(runs_generated_code(value) for value in held)
     record = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if compiled else None
@@ -122,10 +127,12 @@ class StorageCounter(_torch.TransparentDispatchMode):
     Attributes:
         current: bytes alive now.
         peak: most bytes alive at once so far.
-        host, host_peak: the same of what was copied to the host.
+        host, host_peak: the same of what is in host memory.
     """
 
-    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(
+        self, known: Iterable[torch.Tensor] = (), on_host: Iterable[torch.Tensor] = ()
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.current = 0
         self.peak = 0
@@ -133,10 +140,12 @@ class StorageCounter(_torch.TransparentDispatchMode):
         self.host_peak = 0
         self._seen: dict[int, int] = {}
         self._on_host: dict[int, int] = {}
-        self.add(known)
+        self.add(known, on_host)
 
-    def add(self, known: Iterable[torch.Tensor]) -> None:
-        """Counts tensors that exist."""
+    def add(self, known: Iterable[torch.Tensor], on_host: Iterable[torch.Tensor] = ()) -> None:
+        """Counts tensors that exist; what is ``on_host`` may be among them."""
+        for tensor in on_host:
+            self._count_on_host(tensor)
         for tensor in known:
             self._count(tensor)
 
@@ -149,7 +158,7 @@ class StorageCounter(_torch.TransparentDispatchMode):
         for tensor in _torch.tensors_in((args, kwargs)):
             self._count(tensor, existed=True)
         result = func(*args, **kwargs)
-        if func is TO_HOST:
+        if func in (TO_HOST, HOST_ZEROS):
             self._count_on_host(result)
         for tensor in _torch.tensors_in(result):
             self._count(tensor)
@@ -159,6 +168,8 @@ class StorageCounter(_torch.TransparentDispatchMode):
         if not _torch.is_plain(copy):
             return
         storage, key = copy.untyped_storage(), storage_identity(copy)
+        if key in self._on_host:
+            return
         self._on_host[key] = storage.nbytes()
         self.host += storage.nbytes()
         self.host_peak = max(self.host_peak, self.host)
@@ -234,3 +245,8 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     if isinstance(value, types.ModuleType | types.FunctionType | type):
         return []
     return flatten(value)[0]
+
+
+def host_tensors_of(value: Any) -> list[torch.Tensor]:
+    """Those of an optimizer that are in host memory."""
+    return value.host_tensors if isinstance(value, Optimizer) else []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from fxzero import optim
 from fxzero.errors import UsageError, unknown_option
 from fxzero.optim.base import Optimizer
 from fxzero.optim.factored import moment_shapes
-from fxzero.optim.footprint import adafactor_footprint, footprint, muon_footprint
+from fxzero.optim.footprint import adafactor_footprint, footprint, hostable, muon_footprint
 from fxzero.optim.whole import WholeOptimizer
 
 # States per parameter element, in the parameter's dtype.
@@ -46,7 +46,7 @@ _FACTORED = "adafactor"
 _Ours = type[Optimizer] | type[WholeOptimizer]
 _KINDS: tuple[_Ours, ...] = (optim.Adafactor, optim.AdamW, optim.Lion, optim.Muon, optim.SGD)
 _OURS: dict[str, _Ours] = {f"fxzero.optim.{kind.__name__}": kind for kind in _KINDS}
-_NUMERICS = ("master_bits", "stochastic_rounding", "moments")
+_NAMED = ("master_bits", "stochastic_rounding", "moments", "offload")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class OptimizerProfile:
         state_bytes: what it keeps between steps.
         transient_bytes: what it needs besides while it steps.
         scratch_bytes: what of the state does not grow with the parameters.
+        host_bytes: what it keeps in host memory.
     """
 
     name: str
@@ -64,10 +65,20 @@ class OptimizerProfile:
     state_bytes: int
     transient_bytes: int
     scratch_bytes: int = 0
+    host_bytes: int = 0
+
+    @property
+    def whole_bytes(self) -> int:
+        """On the device while it steps."""
+        return self.state_bytes + self.transient_bytes
 
 
 def profile_optimizer(
-    optimizer: object, parameters: Sequence[torch.Tensor], device: str, shards: int = 1
+    optimizer: object,
+    parameters: Sequence[torch.Tensor],
+    device: str,
+    shards: int = 1,
+    hosted: Collection[int] = (),
 ) -> OptimizerProfile:
     """The memory of ``optimizer`` over trainable ``parameters`` on "cpu" or "cuda".
 
@@ -76,6 +87,7 @@ def profile_optimizer(
             ``torch.optim`` or ``fxzero.optim``, the latter in a ``functools.partial`` with options
             too, or a number of bytes per parameter.
         shards: ranks that each have rows of every parameter, as many as are in ``parameters``.
+        hosted: which of the parameters have their states in host memory.
 
     Raises:
         UsageError: a name nobody knows, or a number that is negative or not finite.
@@ -88,7 +100,7 @@ def profile_optimizer(
         return OptimizerProfile(text, float(optimizer), int(elements * optimizer), 0)
     ours = _ours(optimizer)
     if ours is not None:
-        return _profile_ours(*ours, parameters, device, shards)
+        return _profile_ours(*ours, parameters, device, shards, hosted)
     name = _name_of(optimizer)
     if name == _FACTORED:
         return _profile_factored(parameters, device, shards)
@@ -108,6 +120,18 @@ def updates_one_by_one(optimizer: object) -> bool:
     """Whether it is a class of fxzero.optim that can update a parameter without the others."""
     ours = _ours(optimizer)
     return ours is not None and issubclass(ours[0], Optimizer)
+
+
+def hostable_bytes(optimizer: object, parameters: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Bytes that each parameter's state would take in host memory; 0: it may not, or is there.
+
+    None of torch's optimizers can keep them there.
+    """
+    ours = _ours(optimizer)
+    kind, options = ours or (None, {})
+    if kind is None or not issubclass(kind, Optimizer):
+        return (0,) * len(parameters)
+    return hostable(kind, options, parameters)
 
 
 def _profile_factored(
@@ -151,19 +175,20 @@ def _profile_ours(
     parameters: Sequence[torch.Tensor],
     device: str,
     shards: int,
+    hosted: Collection[int],
 ) -> OptimizerProfile:
     elements = sum(p.numel() for p in parameters)
     if issubclass(kind, Optimizer):
-        found = footprint(kind, options, parameters, device)
+        found = footprint(kind, options, parameters, device, hosted)
     elif issubclass(kind, optim.Muon):
         found = muon_footprint(parameters, shards)
     else:
         found = adafactor_footprint(options, parameters, shards)
-    written = ", ".join(f"{name}={options[name]!r}" for name in _NUMERICS if name in options)
+    written = ", ".join(f"{name}={options[name]!r}" for name in _NAMED if name in options)
     name = f"fxzero.optim.{kind.__name__}" + (f"({written})" if written else "")
-    each = found.state / elements if elements else 0.0
+    each = (found.state + found.host) / elements if elements else 0.0
     kept = found.state + found.scratch
-    return OptimizerProfile(name, each, kept, found.transient, found.scratch)
+    return OptimizerProfile(name, each, kept, found.transient, found.scratch, found.host)
 
 
 def _name_of(optimizer: object) -> str:

@@ -38,6 +38,7 @@ class Options:
         inner: "eager" or "inductor".
         strict: whether what cannot be applied is an error instead of a note in the plan.
         offload: whether saved values may wait for the backward in host memory.
+        offload_states: whether states of the optimizer may wait for its step there.
         precision: what is computed, reduced and kept in which dtype.
         sharding: how parameters and gradients are spread over ranks.
         microbatches: into how many parts ``step`` cuts a batch, or "auto".
@@ -54,6 +55,7 @@ class Options:
     inner: str = "eager"
     strict: bool = False
     offload: bool = False
+    offload_states: bool = False
     precision: Precision = field(default_factory=Precision)
     sharding: Sharding = field(default_factory=Sharding)
     microbatches: int | str = 1
@@ -117,6 +119,7 @@ def check_options(
         inner=choose_inner(inner, device, present=hardware is not None),
         strict=strict,
         offload=offload,
+        offload_states=offload and pipeline is None,
         precision=dtypes,
         sharding=ranks.sharding(stage, dtypes),
         microbatches=parts,

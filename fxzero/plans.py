@@ -24,7 +24,7 @@ from fxzero.typed_data import LARGEST, read_value
 if TYPE_CHECKING:
     from fxzero.report.card import Card
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 # That of Llama 3 8B has 0.35 MB.  For a byte of JSON, Python may take 30 of memory.
 _MAX_FILE_BYTES = 2**25
 TURN_KINDS = ("F", "I", "W", "B")
@@ -128,6 +128,7 @@ class Decisions:
         bucket_bytes: up to how many bytes collectives are merged; 0: none are.
         in_flight: how many collectives of a kind run beside operators; 0: all are waited for at
             once.
+        host_states: parameters whose optimizer state is in host memory between steps.
     """
 
     saved: tuple[str, ...] = ()
@@ -135,6 +136,7 @@ class Decisions:
     offload: tuple[Fetch, ...] = ()
     bucket_bytes: int = 0
     in_flight: int = 0
+    host_states: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -341,12 +343,13 @@ class Plan:
         peak_bytes: planned peak of everything the step keeps on the device.
         minimum_budget: the smallest budget for which a plan is found.
         unplanned_peak_bytes: the peak without any recompute.
-        step_seconds: modelled time of forward and backward, recompute and transfers included.
+        step_seconds: modelled time of forward and backward, recompute and all transfers included.
         recompute_seconds, recompute_flops: the part that is recompute, without collectives.
         transfer_seconds: the part that is copying to and from the host.
         communication_seconds: time of all collectives; most of it may pass beside operators.
         exposed_seconds: the part of the step in which operators wait for collectives.
-        host_bytes: most bytes that offloaded values take in host memory at once.
+        host_bytes: most bytes that offloaded values and optimizer state take in host memory at
+            once.
         graph_digest: which graph the decisions belong to.
         curve: what ``pareto()`` returns.
         timeline: bytes by role over modelled seconds: one track, or one for each rank that trains

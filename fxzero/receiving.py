@@ -1,9 +1,12 @@
-"""Who takes the gradients that a backward hands over instead of returning them.
+"""A compiled model's optimizer, where it does more than ``optimizer.step()`` says.
+
+It takes the gradients that a backward hands over instead of returning them:
 
     loss.backward()      updates each weight, as soon as its gradient is there and nothing reads it
     optimizer.step()     updates the others, and ends the step
 
-``model.update_with`` names the optimizer.  Where a step is verified, gradients are kept instead.
+And it keeps the states in host memory that the Plan has there.  ``model.update_with`` names the
+optimizer.  Where a step is verified, gradients are kept instead.
 
 Invariant: weights and states are bitwise what ``optimizer.step()`` alone would make of them.
 """
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from fxzero.errors import RuntimeStateError, UsageError
 from fxzero.optim.base import Optimizer
+from fxzero.plans import Plan
 
 
 class Receiver(Protocol):
@@ -31,10 +35,38 @@ class Receiver(Protocol):
 
 
 class Updates:
-    """What a compiled model's backwards do with gradients that they do not return."""
+    """What a compiled model's optimizer is told, and who takes what backwards do not return."""
 
     def __init__(self) -> None:
         self.receiver: Receiver | None = None
+        self.optimizer: Optimizer | None = None
+        self._on_host: set[str] = set()
+
+    def name(self, optimizer: Optimizer) -> None:
+        """Makes it the optimizer of this model."""
+        self.receiver = self.optimizer = optimizer
+        self._on_host = set()
+
+    def place(self, plan: Plan, model: nn.Module) -> None:
+        """Has the optimizer keep states where a plan has them.
+
+        Where several plans of a model differ, what any of them has in host memory stays there.
+
+        Raises:
+            RuntimeStateError: there is no optimizer to tell.
+        """
+        names = plan.decisions.host_states
+        if self._on_host.issuperset(names):
+            return
+        if self.optimizer is None:
+            raise RuntimeStateError(
+                f"the plan keeps the optimizer's state of {len(names)} parameters in host memory, "
+                "but nobody has told the optimizer\n"
+                "  call model.update_with(optimizer) before the first step"
+            )
+        self._on_host.update(names)
+        owned = dict(model.named_parameters(remove_duplicate=False))
+        self.optimizer.keep_on_host(owned[name] for name in sorted(self._on_host))
 
     def begin(self, parameters: Mapping[str, Tensor]) -> Receiver:
         """Who takes the gradients of these parameters.
@@ -77,7 +109,7 @@ class _Keeper:
 
 
 def check_updater(optimizer: object, model: nn.Module) -> Optimizer:
-    """An optimizer that can update the model's parameters one by one.
+    """An optimizer that can update the model's parameters one by one, and keep states elsewhere.
 
     Raises:
         UsageError: it cannot, or has not all of them.
@@ -85,8 +117,8 @@ def check_updater(optimizer: object, model: nn.Module) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         kind = type(optimizer)
         raise UsageError(
-            f"{kind.__module__}.{kind.__name__} cannot update parameters one by one in a backward\n"
-            "  use fxzero.optim.AdamW, SGD or Lion"
+            f"{kind.__module__}.{kind.__name__} can neither update parameters one by one in a "
+            "backward nor keep states in host memory\n  use fxzero.optim.AdamW, SGD or Lion"
         )
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -49,6 +49,7 @@ from fxzero.plans import (
 )
 from fxzero.policies import name_of
 from fxzero.solver.schedule import Schedule
+from fxzero.state_offload import HostStates, StateOffload
 from fxzero.timeline import Alive, Timeline
 from fxzero.tracks import kept, track
 from fxzero.transfers import TRANSFERS
@@ -64,6 +65,7 @@ class Facts:
     name: str
     options: Options
     optimizer: OptimizerProfile
+    states: StateOffload
     device: str
     costs: CostModel
     decisions: Decisions
@@ -111,6 +113,16 @@ class Facts:
         roles["temporary"] = self.optimizer.transient_bytes
         return roles
 
+    def step_bytes(self, hosted: tuple[str, ...]) -> int:
+        """Bytes in the optimizer's step if the state of these parameters was in host memory."""
+        here = sum(self.optimizer_roles.values()) - self.optimizer.whole_bytes
+        return here + self.states.profile(hosted).whole_bytes
+
+    @property
+    def state_seconds(self) -> float:
+        """Of the optimizer's state to the device and back."""
+        return self.states.seconds(self.decisions.host_states)
+
 
 def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
     """The Plan document for ``facts``."""
@@ -134,15 +146,15 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
         status=status,
         gap=gap,
         peak_bytes=peak.bytes,
-        minimum_budget=max(min(facts.smallest.peak, timeline.peak_bytes), step_bytes),
-        unplanned_peak_bytes=max(facts.everything.peak, step_bytes),
-        step_seconds=time.step,
+        minimum_budget=_minimum_budget(facts),
+        unplanned_peak_bytes=max(facts.everything.peak, facts.step_bytes(())),
+        step_seconds=time.step + facts.state_seconds,
         recompute_seconds=recompute_seconds,
         recompute_flops=sum(cost.flops for cost in recompute),
-        transfer_seconds=transfer_seconds,
+        transfer_seconds=transfer_seconds + facts.state_seconds,
         communication_seconds=time.communication,
         exposed_seconds=time.exposed,
-        host_bytes=timeline.host_bytes,
+        host_bytes=timeline.host_bytes + facts.optimizer.host_bytes,
         decisions=facts.decisions,
         peak=peak,
         ranks=tuple(Rank(i, peak.bytes, breakdown) for i in range(facts.options.sharding.ranks)),
@@ -154,14 +166,21 @@ def summarise(facts: Facts, *, status: str, gap: float | None) -> Plan:
         saved=_saved(facts),
         recomputed=recomputed,
         offloaded=_offloaded(facts),
-        alternatives=_alternatives(facts, step_bytes, base),
-        curve=_curve(facts, step_bytes, base),
+        alternatives=_alternatives(facts, base),
+        curve=_curve(facts, base),
         timeline=(_track(facts),),
         graph_digest=facts.digest,
         notes=_notes(facts),
         passes=facts.passes,
         states=_states(facts),
     )
+
+
+def _minimum_budget(facts: Facts) -> int:
+    """The smallest peak that is found, with all the state away that may be."""
+    least = facts.states.all
+    graphs = min(facts.smallest.peak - least.freed, facts.timeline.peak_bytes)
+    return max(graphs, facts.step_bytes(least.names))
 
 
 def _states(facts: Facts) -> ModelStates:
@@ -403,7 +422,17 @@ def _offloaded(facts: Facts) -> tuple[Value, ...]:
         reason = f"not kept on the device: {format_bytes(entry.bytes)} in host memory"
         here = replace(entry, name=original.name, node=named[original.name])
         values.append(_value(here, facts, reason, seconds))
-    return tuple(values)
+    return (*values, *_host_states(facts))
+
+
+def _host_states(facts: Facts) -> list[Value]:
+    """State of the optimizer, by parameter; each is copied to the device and back in a step."""
+    reason, values = "needed in the optimizer's step only", []
+    for name in facts.decisions.host_states:
+        size, seconds = facts.states.sizes[name], facts.states.seconds((name,))
+        title = f"optimizer state of {name}"
+        values.append(Value(title, size, "", "", "", "offloaded", reason, seconds))
+    return sorted(values, key=lambda value: -value.bytes)
 
 
 def _own_bytes(node: fx.Node) -> list[int]:
@@ -412,19 +441,19 @@ def _own_bytes(node: fx.Node) -> list[int]:
     return [i.untyped_storage().nbytes() for i in items if isinstance(i, torch.Tensor)]
 
 
-def _alternatives(facts: Facts, step_bytes: int, base: float) -> tuple[Alternative, ...]:
+def _alternatives(facts: Facts, base: float) -> tuple[Alternative, ...]:
     budget = facts.options.memory_budget
     options = [
-        ("no recompute", facts.everything),
-        ("the smallest reachable peak", facts.smallest),
+        ("no recompute", facts.everything, HostStates()),
+        ("the smallest reachable peak", facts.smallest, facts.states.all),
     ]
     result = []
-    for change, schedule in options:
-        peak = max(schedule.peak, step_bytes)
+    for change, schedule, states in options:
+        peak = max(schedule.peak - states.freed, facts.step_bytes(states.names))
         fits = budget is None or peak <= budget
-        result.append(Alternative(change, peak, base + schedule.seconds, fits))
-    if facts.optimizer.state_bytes:
-        peak = max(facts.smallest.peak - facts.optimizer.state_bytes, 0)
+        result.append(Alternative(change, peak, base + schedule.seconds + states.seconds, fits))
+    if state_bytes := facts.states.profile(()).state_bytes:
+        peak = max(facts.smallest.peak - state_bytes, 0)
         fits = budget is None or peak <= budget
         result.append(
             Alternative('optimizer="sgd", smallest peak', peak, base + facts.smallest.seconds, fits)
@@ -432,10 +461,16 @@ def _alternatives(facts: Facts, step_bytes: int, base: float) -> tuple[Alternati
     return tuple(result)
 
 
-def _curve(facts: Facts, step_bytes: int, base: float) -> tuple[CurvePoint, ...]:
+def _curve(facts: Facts, base: float) -> tuple[CurvePoint, ...]:
     points = [
-        CurvePoint(max(s.peak, step_bytes), base + s.seconds, s.seconds, s.flops)
+        CurvePoint(
+            max(s.peak - states.freed, facts.step_bytes(states.names)),
+            base + s.seconds + states.seconds,
+            s.seconds + states.seconds,
+            s.flops,
+        )
         for s in (facts.smallest, *facts.sweep, facts.everything)
+        for states in (HostStates(), facts.states.all)
     ]
     kept: list[CurvePoint] = []
     for point in sorted(points, key=lambda p: (p.peak_bytes, p.step_seconds)):
@@ -467,7 +502,13 @@ def _notes(facts: Facts) -> tuple[str, ...]:
     elif facts.timeline.gradient_bytes:
         size = format_bytes(facts.timeline.gradient_bytes)
         notes.append(f"a step that finds gradients adds to them, and needs up to {size} more")
-    if facts.timeline.offloaded and facts.device == "cpu":
+    if facts.options.offload and facts.optimizer.state_bytes and not facts.states.can_any:
+        notes.append(
+            "the optimizer's state stays on the device; that of fxzero.optim.AdamW, SGD and Lion "
+            "may be in host memory"
+        )
+    away = facts.timeline.offloaded or facts.optimizer.host_bytes
+    if away and facts.device == "cpu":
         notes.append("this device is the CPU: what is offloaded stays in the same memory")
     notes.append(
         "memory inside operators (workspaces) is counted as measured"

@@ -26,6 +26,7 @@ from fxzero.capture import Capture, capture
 from fxzero.errors import BudgetError, RuntimeStateError
 from fxzero.failures import named
 from fxzero.graph import InputRole, TrainGraph, describe_all
+from fxzero.graph_planner import Decided, Emitted
 from fxzero.halves import run_in_halves
 from fxzero.headroom import use_headroom
 from fxzero.inner import Code, executable, generate
@@ -33,7 +34,7 @@ from fxzero.microbatches import Call
 from fxzero.options import Options
 from fxzero.passes.partition import Split
 from fxzero.passes.pipeline import Pass
-from fxzero.planner import Decided, Emitted, Planner
+from fxzero.planner import Planner
 from fxzero.plans import Plan
 from fxzero.randomness import RandomState
 from fxzero.ranks import Ranks

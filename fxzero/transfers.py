@@ -1,4 +1,4 @@
-"""Copies between device and host memory, as operators that stand in graphs.
+"""Copies between device and host memory, as operators that stand in graphs, and memory there.
 
 A value that is offloaded is copied to the host in the forward and fetched again in the backward:
 
@@ -36,6 +36,13 @@ def _(copy: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty_like(copy, device=device)
 
 
+@torch.library.custom_op("fxzero::host_zeros", mutates_args=())
+def host_zeros(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros in host memory, one-dimensional, that a device copies to and from."""
+    return torch.zeros(elements, dtype=dtype, pin_memory=device.type == "cuda")
+
+
 TO_HOST = torch.ops.fxzero.to_host.default
 TO_DEVICE = torch.ops.fxzero.to_device.default
 TRANSFERS = (TO_HOST, TO_DEVICE)
+HOST_ZEROS = torch.ops.fxzero.host_zeros.default

@@ -86,4 +86,4 @@ def remembering_solvers() -> object:
 @pytest.fixture
 def shared_solvers(monkeypatch: pytest.MonkeyPatch, remembering_solvers: object) -> None:
     """Plans of equal problems share a solver, for tests that plan one model at many budgets."""
-    monkeypatch.setattr("fxzero.planner.Solver", remembering_solvers)
+    monkeypatch.setattr("fxzero.graph_planner.Solver", remembering_solvers)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 import fxzero
 from fxzero import _torch
 from fxzero.capture import capture
+from fxzero.graph_planner import Decided
 from fxzero.headroom import use_headroom
 from fxzero.inner import Code
 from fxzero.options import check_options
-from fxzero.planner import Decided, Planner
+from fxzero.planner import Planner
 from fxzero.rehearsal import UNKNOWN, Peaks
 
 

@@ -23,12 +23,13 @@ import fxzero
 from fxzero import BudgetError, Plan, UsageError, _torch
 from fxzero.capture import capture
 from fxzero.explanation import explain_plan
+from fxzero.graph_planner import GraphPlanner
 from fxzero.options import Options
 from fxzero.passes.context import PassContext
 from fxzero.passes.listing import format_graph
 from fxzero.passes.offload import offload_pass
 from fxzero.passes.rematerialize import rematerialize_pass
-from fxzero.planner import GraphPlanner, Planner
+from fxzero.planner import Planner
 from fxzero.plans import Decisions, Fetch
 from fxzero.solver.bound import price_bound
 from fxzero.solver.problem import Operator, Problem

@@ -30,13 +30,14 @@ from fxzero.collectives import (
 )
 from fxzero.cost import count_flops, makes_view
 from fxzero.execution import compile_to_python
+from fxzero.graph_planner import Decided
 from fxzero.options import Options
 from fxzero.passes import split_backward as module
 from fxzero.passes.partition import Split
 from fxzero.passes.rematerialize import CLONE_OF
 from fxzero.passes.split_backward import BackwardSplit, split_backward
 from fxzero.passes.writer import derived
-from fxzero.planner import Decided, Planner
+from fxzero.planner import Planner
 from fxzero.randomness import draw_again
 from fxzero.storages import analyse, storage_identity, tensor_leaves
 from fxzero.structure import flatten

@@ -279,6 +279,23 @@ def test_local_tensor_is_the_part_of_this_rank_and_other_tensors_themselves() ->
         dist.destroy_process_group()
 
 
+def test_a_spread_tensor_lies_where_its_part_is() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, part = init_device_mesh("cpu", (1,)), torch.ones(2, 3, dtype=torch.bfloat16)
+        expected = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+        shape, stride = torch.Size((2, 3)), (3, 1)
+        spread = _torch.spread_tensor(part, mesh, [Shard(0)], shape, stride)
+        assert type(spread) is DTensor
+        assert (spread.shape, spread.stride(), spread.dtype) == (shape, stride, part.dtype)
+        assert (spread.placements, spread.device_mesh) == (expected.placements, mesh)
+        assert _torch.local_tensor(spread).data_ptr() == part.data_ptr()
+        elsewhere = _torch.spread_tensor(part.to("meta"), mesh, [Shard(0)], shape, stride)
+        assert _torch.local_tensor(elsewhere).is_meta
+    finally:
+        dist.destroy_process_group()
+
+
 def test_groups_of_a_process_are_those_it_is_in() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 import fxzero
 from fxzero.errors import BudgetError, RuntimeStateError, UsageError
 from fxzero.graph import TrainGraph
+from fxzero.graph_planner import GraphPlanner
 from fxzero.optim import SGD, AdamW, Lion
 from fxzero.passes.context import PassContext
 from fxzero.passes.postpone_updates import postpone_updates_pass
 from fxzero.passes.spec import check_graph
-from fxzero.planner import GraphPlanner
 from fxzero.plans import Decisions, Rematerialization
 from fxzero.updating import UPDATE
 
@@ -361,7 +361,7 @@ def _not_asked_for(model: Any, optimizer: Any) -> None:
         (_nobody, RuntimeStateError, r"call model.update_with\(optimizer\)"),
         (_clipped, UsageError, "clipping needs the norm of all gradients"),
         (_no_sync, UsageError, "no_sync adds gradients up"),
-        (_of_torch, UsageError, "AdamW cannot update parameters one by one"),
+        (_of_torch, UsageError, "AdamW can neither update parameters one by one"),
         (_of_some, UsageError, "has not 7 of the model's 9 trained parameters, unused among them"),
         (_not_asked_for, UsageError, 'give fxzero.compile update="backward"'),
     ],

@@ -21,8 +21,8 @@ from fxzero.calibration import calibrate, cost_model
 from fxzero.capture import capture
 from fxzero.cost import operator_key
 from fxzero.execution import compile_to_python
+from fxzero.graph_planner import GraphPlanner
 from fxzero.options import check_options
-from fxzero.planner import GraphPlanner
 
 ROWS, WIDTH, SCRATCH = 256, 64, 3 * 2**17
 

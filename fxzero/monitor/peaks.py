@@ -12,7 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fxzero.measurement import StorageCounter, runs_generated_code, tensors_of
+from fxzero.measurement import (
+    StorageCounter,
+    host_tensors_of,
+    runs_generated_code,
+    tensors_of,
+)
 
 _ONE_IN = 10
 
@@ -57,7 +62,8 @@ class PeakMeter:
             if self._counter is None:
                 self._counter = StorageCounter()
             counter = self._counter
-            counter.add([*tensors_of(self.model), *tensors_of(self.optimizer)])
+            known = [*tensors_of(self.model), *tensors_of(self.optimizer)]
+            counter.add(known, host_tensors_of(self.optimizer))
             counter.peak = counter.current
             with counter:
                 yield

@@ -74,6 +74,8 @@ class AdamW(Optimizer):
             parameter's dtype.
         backend: "triton", "torch", or "auto": Triton on CUDA, torch's operators elsewhere.
         seed: of stochastic rounding, of weights and of 8-bit moments.
+        offload: whether states wait for each step in host memory; the model's device then has a
+            stage that they pass through, a part at a time.
 
     Raises:
         UsageError: an option outside of its range, or two that exclude each other.
@@ -95,6 +97,7 @@ class AdamW(Optimizer):
         moments: str | torch.dtype | None = None,
         backend: str = "auto",
         seed: int = 0,
+        offload: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -104,4 +107,4 @@ class AdamW(Optimizer):
             "maximize": maximize,
         }
         numerics = Numerics.of(master_bits, stochastic_rounding, moments)
-        super().__init__(params, defaults, numerics, backend, seed)
+        super().__init__(params, defaults, numerics, backend, seed, offload)

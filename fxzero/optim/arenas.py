@@ -6,7 +6,8 @@
 An arena has the parameters of one form on one device.  ``optimizer.state`` holds views into it, of
 the parameter's shape and spread over ranks as it is, so that checkpoints see what they know from
 any optimizer; states that were put there from elsewhere are copied in at the next step.  16 low
-bits are seen as a bfloat16: neither gloo nor NCCL moves an int16.
+bits are seen as a bfloat16: neither gloo nor NCCL moves an int16.  An arena may lie in host memory,
+numbers of steps excepted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from fxzero import _torch
 from fxzero.errors import UsageError
 from fxzero.optim.forms import Form
+from fxzero.transfers import HOST_ZEROS, TO_HOST
 
 LOW, SCALE = "low_bits", "_scale"
 _SAME = "  load it into an optimizer with the same master_bits and moments"
@@ -73,6 +75,7 @@ class Arena:
         tensors: the arenas by what they hold, one-dimensional.
         steps: float32 [members], how many steps each has had.
         views: what ``optimizer.state`` has of each member.
+        on_host: whether the tensors are in host memory.
     """
 
     form: Form
@@ -81,9 +84,11 @@ class Arena:
     tensors: Mapping[str, Tensor]
     steps: Tensor
     views: tuple[State, ...]
+    on_host: bool = False
 
     @property
     def device(self) -> torch.device:
+        """That of the parameters."""
         return self.steps.device
 
     @property
@@ -192,12 +197,14 @@ def build(
     parameters: list[tuple[int, Tensor]],
     index: Mapping[int, int],
     alignment: int,
+    on_host: bool = False,
 ) -> Arena:
     """An arena of zeros for parameters, given with the numbers of their groups.
 
     Args:
         index: by ``id``, where their elements begin among all.
         alignment: elements that each one's place is a multiple of.
+        on_host: whether the states lie in host memory.
     """
     members, size = [], 0
     for row, (group, parameter) in enumerate(parameters):
@@ -211,13 +218,17 @@ def build(
     tensors = {}
     for name, dtype in _kept(form, moments).items():
         count = size // form.quantum if name.endswith(SCALE) else size
-        tensors[name] = torch.zeros(count, dtype=dtype, device=device)
+        tensors[name] = (
+            HOST_ZEROS(count, dtype, device)
+            if on_host
+            else torch.zeros(count, dtype=dtype, device=device)
+        )
     steps = torch.zeros(len(members), device=device)
     views = tuple(
         {"step": steps[m.row]} | {name: _view(name, t, m, form) for name, t in tensors.items()}
         for m in members
     )
-    return Arena(form, moments, tuple(members), tensors, steps, views)
+    return Arena(form, moments, tuple(members), tensors, steps, views, on_host)
 
 
 def _check_memory(parameter: Tensor, form: Form) -> None:
@@ -268,9 +279,15 @@ def _spread(part: Tensor, parameter: Tensor, shape: torch.Size, stride: Any) -> 
     if not isinstance(parameter, DTensor):
         return part
     mesh, placements = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(
-        part, mesh, placements, run_check=False, shape=shape, stride=tuple(stride)
-    )
+    return _torch.spread_tensor(part, mesh, placements, shape, tuple(stride))
+
+
+def on_host(state: Any) -> Any:
+    """A copy of one of a parameter's states in host memory."""
+    if not isinstance(state, Tensor):
+        return state
+    copy = TO_HOST(local(state))
+    return _spread(copy, state, state.shape, state.stride())
 
 
 def adopt(arena: Arena, member: Member, state: State | None) -> None:

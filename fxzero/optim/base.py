@@ -4,6 +4,7 @@ A step has three parts.  States: each trainable parameter belongs to the arena o
 there is to do: gradients that exist, and the number that gradients are multiplied by (of a loss
 scale, and of clipping).  The update: one launch for each arena on CUDA; on a CPU torch's fused
 kernels, in chunks that stay in the cache where weights or moments are narrower than float32.
+States may wait for it in host memory.
 
 A backward may do the update itself, a parameter at a time (``begin``, ``take``); then ``step``
 updates the rest.
@@ -12,7 +13,7 @@ updates the rest.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -30,9 +31,11 @@ from fxzero.optim.arenas import (
     check_state,
     first_indices,
     gradient_of,
+    on_host,
 )
-from fxzero.optim.chunks import ChunkedUpdate
+from fxzero.optim.chunks import ChunkedUpdate, Scratch
 from fxzero.optim.forms import Form, Numerics
+from fxzero.optim.hosted import HostedUpdate, turn_elements
 from fxzero.optim.loading import Uncast
 from fxzero.optim.rule import Control, Rule, Update
 
@@ -49,6 +52,7 @@ class Optimizer(Uncast):
         numerics: how weights and moments are kept.
         backend: "triton", "torch", or "auto": Triton on CUDA, torch elsewhere.
         seed: of stochastic rounding.
+        offload: whether states wait for each step in host memory.
     """
 
     rule: ClassVar[Rule]
@@ -58,11 +62,21 @@ class Optimizer(Uncast):
     _step_supports_amp_scaling = True
 
     def __init__(
-        self, params: Any, defaults: dict[str, Any], numerics: Numerics, backend: str, seed: int
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        numerics: Numerics,
+        backend: str,
+        seed: int,
+        offload: bool,
     ) -> None:
         if backend not in _BACKENDS:
             raise unknown_option(backend, _BACKENDS, where="backend")
+        if not isinstance(offload, bool):
+            raise UsageError(f"offload={offload!r} must be True or False")
         self._numerics, self._backend, self._seed = numerics, backend, seed
+        # Whose states are in host memory; None: all of them.
+        self._hosted: tuple[Tensor, ...] | None = None if offload else ()
         self._begin()
         super().__init__(params, defaults)
 
@@ -118,7 +132,29 @@ class Optimizer(Uncast):
                 taken, gradients = [m for m, _ in ready], [gradient for _, gradient in ready]
                 update(taken, gradients, control, self.param_groups)
         self._updated.clear()
+        self._finish_copies()
         return loss
+
+    def keep_on_host(self, parameters: Iterable[Tensor]) -> None:
+        """From the next step on, states of these, and of no others, wait in host memory.
+
+        ``model.update_with(optimizer)`` calls this with what the Plan says.
+        """
+        hosted = tuple(parameters)
+        before = None if self._hosted is None else {id(p) for p in self._hosted}
+        if before == {id(p) for p in hosted}:
+            return
+        self._hosted, self._stale = hosted, True
+        # By way of the host: the device need not have room for old and new arenas at once.
+        for parameter, state in self.state.items():
+            self.state[parameter] = {name: on_host(value) for name, value in state.items()}
+        self._updates, self._probes, self._places = [], [], {}
+
+    @property
+    def host_tensors(self) -> list[Tensor]:
+        """What is in host memory."""
+        arenas = (update.arena for update in self._updates)
+        return [t for arena in arenas if arena.on_host for t in arena.tensors.values()]
 
     def begin(self, parameters: Mapping[str, Tensor]) -> None:
         """Prepares for ``take`` of the gradients of these, by name, while a backward runs.
@@ -172,7 +208,7 @@ class Optimizer(Uncast):
             p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
             for p, state in self.state.items()
         }
-        kept = {name: vars(self)[name] for name in ("_numerics", "_backend", "_seed")}
+        kept = {n: vars(self)[n] for n in ("_numerics", "_backend", "_seed", "_hosted")}
         return {**super().__getstate__(), **kept, "state": defaultdict(dict, states)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -215,26 +251,44 @@ class Optimizer(Uncast):
         trained -= {id(p) for p in everything if p.is_meta}
         self._untrained = [p for p in everything if id(p) not in trained and not p.is_meta]
         index = first_indices(everything)
+        hosted = {id(p) for p in (everything if self._hosted is None else self._hosted)}
         kinds: dict[Any, list[tuple[int, Tensor]]] = {}
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if id(p) in trained:
-                    kinds.setdefault((p.device, self._numerics.form(p)), []).append((number, p))
+                    kind = p.device, self._numerics.form(p), id(p) in hosted
+                    kinds.setdefault(kind, []).append((number, p))
         return [
-            build(form, self.rule.moments, pairs, index, self._alignment(device, form))
-            for (device, form), pairs in kinds.items()
+            build(kind[1], self.rule.moments, pairs, index, self._alignment(*kind), kind[2])
+            for kind, pairs in kinds.items()
         ]
 
-    def _alignment(self, device: torch.device, form: Form) -> int:
-        """Elements that a parameter's place in an arena is a multiple of."""
-        return ALIGNMENT if self._launches(device) else max(form.quantum, 1)
+    def _alignment(self, device: torch.device, form: Form, on_host: bool) -> int:
+        """Elements that a parameter's place in an arena is a multiple of.
+
+        Parameters that are cut into turns are so between multiples: torch's kernels round the last
+        elements of a tensor in another way.
+        """
+        return ALIGNMENT if on_host or self._launches(device) else max(form.quantum, 1)
 
     def _launches(self, device: torch.device) -> bool:
         return self._backend == "triton" or (self._backend == "auto" and device.type == "cuda")
 
     def _update_of(self, arena: Arena) -> Update:
+        if not arena.on_host:
+            return self._update_in_place(arena, None)
+        scratch = Scratch(turn_elements(sum(member.elements for member in arena.members)))
+        return HostedUpdate(arena, lambda staged: self._update_in_place(staged, scratch))
+
+    def _update_in_place(self, arena: Arena, scratch: Scratch | None) -> Update:
         if not self._launches(arena.device):
-            return ChunkedUpdate(arena, self.rule, self._seed)
+            return ChunkedUpdate(arena, self.rule, self._seed, scratch)
         from fxzero.optim.launch import LaunchedUpdate  # Triton is there on some systems only
 
         return LaunchedUpdate(arena, self.rule, self._seed)
+
+    def _finish_copies(self) -> None:
+        """Waits for states that are copied to the host, where anybody may read them."""
+        for update in self._updates:
+            if update.arena.on_host and update.arena.device.type == "cuda":
+                torch.cuda.current_stream(update.arena.device).synchronize()

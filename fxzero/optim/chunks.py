@@ -118,14 +118,36 @@ class _Division:
     chunks: tuple[_Chunk, ...]
 
 
-class ChunkedUpdate:
-    """Updates an arena on a CPU."""
+class Scratch:
+    """Memory that chunks of one length go through.
 
-    def __init__(self, arena: Arena, rule: Rule, seed: int) -> None:
+    Attributes:
+        elements: of the arenas that it is for, at most.
+        length: of a chunk.
+    """
+
+    def __init__(self, elements: int) -> None:
+        self.elements, self.length = elements, chunk_elements(elements)
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def buffer(self, name: str, dtype: torch.dtype) -> Tensor:
+        """That of a name."""
+        if (name, dtype) not in self._buffers:
+            self._buffers[name, dtype] = torch.zeros(self.length, dtype=dtype)
+        return self._buffers[name, dtype]
+
+
+class ChunkedUpdate:
+    """Updates an arena on a CPU.
+
+    Args:
+        scratch: shared with others whose turn is another time; None: its own.
+    """
+
+    def __init__(self, arena: Arena, rule: Rule, seed: int, scratch: Scratch | None = None) -> None:
         self.arena, self._rule, self._seed = arena, rule, seed
-        self._size = sum(member.elements for member in arena.members)
-        self._length = chunk_elements(self._size)
-        self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._scratch = scratch or Scratch(sum(member.elements for member in arena.members))
+        self._size, self._length = self._scratch.elements, self._scratch.length
         self._divisions: dict[tuple[int, ...], _Division] = {}
 
     def __call__(
@@ -250,14 +272,9 @@ class ChunkedUpdate:
         widened = first.dtype == torch.int16 and not pairs
         even = not pairs or first.storage_offset() % 2 == 0
         if len(tensors) > 1 or first.numel() != size or widened or not even:
-            first = self._buffer(name, torch.int32 if widened else first.dtype)[:size]
+            dtype = torch.int32 if widened else first.dtype
+            first = self._scratch.buffer(name, dtype)[:size]
         return first.view(torch.int32) if pairs else first
-
-    def _buffer(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Scratch of a chunk's size."""
-        if (name, dtype) not in self._scratch:
-            self._scratch[name, dtype] = torch.zeros(self._length, dtype=dtype)
-        return self._scratch[name, dtype]
 
     def _update(
         self, chunk: _Chunk, division: _Division, gradients: Sequence[Tensor], scalars: Tensor
@@ -297,7 +314,7 @@ class ChunkedUpdate:
 
     def _index(self, chunk: _Chunk) -> Tensor:
         """Of each element in the model, int64."""
-        index, start = self._buffer("index", torch.int64), 0
+        index, start = self._scratch.buffer("index", torch.int64), 0
         for piece in chunk.pieces:
             torch.arange(
                 piece.index, piece.index + piece.size, out=index[start : start + piece.size]

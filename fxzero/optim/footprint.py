@@ -4,13 +4,14 @@
 
 States follow from each parameter's form.  Beside them are, on CUDA, the kernel's table and what
 aligns parameters, and on a CPU scratch of some chunks, which does not grow with the model.  What
-needs whole tensors has those of a turn at a home, and the messages there and back.
+needs whole tensors has those of a turn at a home, and the messages there and back.  States in host
+memory leave a stage on the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,13 @@ from fxzero.optim.chunks import chunk_elements, compiles
 from fxzero.optim.factored import PIECE, moment_shapes
 from fxzero.optim.forms import Form, Numerics
 from fxzero.optim.homes import TURN_ELEMENTS, choose_homes, turns
+from fxzero.optim.hosted import turn_elements
 from fxzero.optim.rule import SCALARS
 
 _STEP_BYTES = 4
 _SEED_BYTES = 8
+# Of a turn's own tensors on CUDA, in blocks of 512 bytes; of a parameter's step in all its turns.
+_TURN_BYTES, _NUMBERS_BYTES = 4096, 24
 # Of the kernel's table: a row of 8 int64 for a block of at least 1024 elements.
 _BLOCK, _ROW_BYTES = 1024, 64
 # Of a chunk's element while torch's operators run one by one: temporaries, most of them float32.
@@ -45,11 +49,13 @@ class Footprint:
         state: of what grows with the parameters.
         scratch: kept between steps besides, at most.
         transient: needed while it steps besides, at most.
+        host: kept in host memory.
     """
 
     state: int
     scratch: int
     transient: int
+    host: int = 0
 
 
 def footprint(
@@ -57,37 +63,75 @@ def footprint(
     options: Mapping[str, Any],
     parameters: Sequence[torch.Tensor],
     device: str,
+    hosted: Collection[int] = (),
 ) -> Footprint:
     """What an optimizer of this class and these options takes for parameters.
 
     Args:
-        options: of its constructor; those that are not about numerics do not matter.
+        options: of its constructor; those that are not about memory do not matter.
         device: "cpu" or "cuda".
+        hosted: which of the parameters have their states in host memory; all of them where the
+            options ask for it.
 
     Raises:
         UsageError: options that cannot be right.
     """
-    numerics = Numerics.of(
+    numerics, count = _numerics(options), len(kind.rule.moments)
+    away = range(len(parameters)) if options.get("offload") else frozenset(hosted)
+    elements: dict[tuple[Form, bool], int] = {}
+    state = host = 0
+    for number, parameter in enumerate(parameters):
+        form, size = numerics.form(parameter), parameter.numel()
+        elements[form, number in away] = elements.get((form, number in away), 0) + size
+        if device == "cuda":
+            state += -(-size // _BLOCK) * _ROW_BYTES + SCALARS * 4
+        aligned = _aligned_bytes(form, size, count)
+        if number in away:
+            host += aligned
+        else:
+            state += aligned if device == "cuda" else form.state_bytes(size, count)
+        state += _STEP_BYTES
+    # What goes through a stage goes through it as an arena of a turn's size.
+    stage = sum(
+        f.state_bytes(turn_elements(n), count) for (f, there), n in elements.items() if there
+    )
+    if device == "cuda":
+        turns = sum(-(-n // turn_elements(n)) for (_, there), n in elements.items() if there)
+        return Footprint(state, stage + turns * _TURN_BYTES, 0, host)
+    chunked = [
+        (form, turn_elements(n) if there else n)
+        for (form, there), n in elements.items()
+        if not (form.plain and kind.rule.fused)
+    ]
+    scratch = sum(chunk_elements(n) * _scratch_bytes(f, count) for f, n in chunked)
+    by_operators = [min(n, chunk_elements(n)) for _, n in chunked if not compiles(n)]
+    transient = _OPERATORS_BYTES * max(by_operators, default=0)
+    numbers = _NUMBERS_BYTES * len(parameters) if host else 0
+    transient = max(transient, _SEED_BYTES if chunked else 0) + numbers
+    return Footprint(state, stage + scratch + numbers, transient, host)
+
+
+def hostable(
+    kind: type[Optimizer], options: Mapping[str, Any], parameters: Sequence[torch.Tensor]
+) -> tuple[int, ...]:
+    """Bytes of each parameter's state in host memory, where it could be and is not."""
+    if options.get("offload"):
+        return (0,) * len(parameters)
+    numerics, count = _numerics(options), len(kind.rule.moments)
+    return tuple(_aligned_bytes(numerics.form(p), p.numel(), count) for p in parameters)
+
+
+def _numerics(options: Mapping[str, Any]) -> Numerics:
+    return Numerics.of(
         options.get("master_bits"),
         options.get("stochastic_rounding", False),
         options.get("moments"),
     )
-    elements: dict[Form, int] = {}
-    count, state = len(kind.rule.moments), 0
-    for parameter in parameters:
-        form, size = numerics.form(parameter), parameter.numel()
-        elements[form] = elements.get(form, 0) + size
-        if device == "cuda":
-            state += -(-size // _BLOCK) * _ROW_BYTES + SCALARS * 4
-            size = -(-size // ALIGNMENT) * ALIGNMENT
-        state += form.state_bytes(size, count) + _STEP_BYTES
-    if device == "cuda":
-        return Footprint(state, 0, 0)
-    chunked = {f: n for f, n in elements.items() if not (f.plain and kind.rule.fused)}
-    scratch = sum(chunk_elements(n) * _scratch_bytes(f, count) for f, n in chunked.items())
-    by_operators = [min(n, chunk_elements(n)) for n in chunked.values() if not compiles(n)]
-    transient = _OPERATORS_BYTES * max(by_operators, default=0)
-    return Footprint(state, scratch, max(transient, _SEED_BYTES if chunked else 0))
+
+
+def _aligned_bytes(form: Form, elements: int, moments: int) -> int:
+    """Of a parameter's state in an arena that aligns parameters."""
+    return form.state_bytes(-(-elements // ALIGNMENT) * ALIGNMENT, moments)
 
 
 def _scratch_bytes(form: Form, moments: int) -> int:

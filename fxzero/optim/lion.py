@@ -38,7 +38,8 @@ class Lion(Optimizer):
         lr: learning rate: the size of every step.
         betas: of the direction, and of what is kept of the moment.
         weight_decay: share of the weight, times ``lr``, that it loses in a step.
-        maximize, master_bits, stochastic_rounding, moments, backend, seed: as in ``AdamW``.
+        maximize, master_bits, stochastic_rounding, moments, backend, seed, offload: as in
+            ``AdamW``.
 
     Raises:
         UsageError: an option outside of its range, or two that exclude each other.
@@ -59,7 +60,8 @@ class Lion(Optimizer):
         moments: str | torch.dtype | None = None,
         backend: str = "auto",
         seed: int = 0,
+        offload: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         numerics = Numerics.of(master_bits, stochastic_rounding, moments)
-        super().__init__(params, defaults, numerics, backend, seed)
+        super().__init__(params, defaults, numerics, backend, seed, offload)

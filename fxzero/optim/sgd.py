@@ -69,7 +69,8 @@ class SGD(Optimizer):
         dampening: share of the gradient that does not get into the moment.
         weight_decay: share of the weight that is added to its gradient.
         nesterov: step by where the moment will be.
-        maximize, master_bits, stochastic_rounding, moments, backend, seed: as in ``AdamW``.
+        maximize, master_bits, stochastic_rounding, moments, backend, seed, offload: as in
+            ``AdamW``.
 
     Raises:
         UsageError: an option outside of its range, or two that exclude each other.
@@ -92,6 +93,7 @@ class SGD(Optimizer):
         moments: str | torch.dtype | None = None,
         backend: str = "auto",
         seed: int = 0,
+        offload: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -102,4 +104,4 @@ class SGD(Optimizer):
             "maximize": maximize,
         }
         numerics = Numerics.of(master_bits, stochastic_rounding, moments)
-        super().__init__(params, defaults, numerics, backend, seed)
+        super().__init__(params, defaults, numerics, backend, seed, offload)

@@ -23,12 +23,12 @@ import torch
 from numpy.typing import NDArray
 
 from fxzero.cost import CostModel
+from fxzero.graph_planner import GraphPlanner
 from fxzero.mesh import Sharding
 from fxzero.optimizers import profile_optimizer
 from fxzero.options import Options
 from fxzero.pipelining.cutting import Row
 from fxzero.pipelining.profile import Profile, origins, weights_of
-from fxzero.planner import GraphPlanner
 from fxzero.solver.problem import Problem
 from fxzero.solver.schedule import Schedule
 

@@ -22,6 +22,7 @@ from fxzero.calibration import cost_model
 from fxzero.clock import elapsed
 from fxzero.errors import BudgetError
 from fxzero.graph import describe
+from fxzero.graph_planner import Emitted
 from fxzero.inner import executable, generate
 from fxzero.mesh import Mesh
 from fxzero.microbatches import Batch
@@ -36,7 +37,7 @@ from fxzero.pipelining.request import Pipeline
 from fxzero.pipelining.schedules import Schedule, StageTimes
 from fxzero.pipelining.stages import Exports, Loss
 from fxzero.pipelining.tracks import rank_track
-from fxzero.planner import Emitted, Planner
+from fxzero.planner import Planner
 from fxzero.plans import CurvePoint, ModelSummary, Plan, Rank
 from fxzero.randomness import RandomState
 from fxzero.receiving import Updates

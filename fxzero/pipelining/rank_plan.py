@@ -18,12 +18,12 @@ from functools import cached_property
 from typing import Generic, Protocol, TypeVar
 
 from fxzero.errors import BudgetError
+from fxzero.graph_planner import Emitted
 from fxzero.mesh import Sharding
 from fxzero.pipelining.gradients import ENDS, existing, gradients_of, nbytes, over_step
 from fxzero.pipelining.rehearsal import Part, Step, rehearse_rank
 from fxzero.pipelining.schedules import Action, Kind, Schedule
 from fxzero.pipelining.stages import Routes, shared_weights
-from fxzero.planner import Emitted
 from fxzero.plans import Phase, Plan, Rank, Value
 from fxzero.runtime import Executable
 from fxzero.units import format_bytes

@@ -10,5 +10,6 @@
     cuts        small peaks
     search      which of these to ask, and what has been proven
 
-Nothing here knows of graphs, but for ``problem``; ``planner.py`` turns schedules into decisions.
+Nothing here knows of graphs, but for ``problem``; ``graph_planner.py`` turns schedules into
+decisions.
 """

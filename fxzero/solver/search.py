@@ -11,11 +11,11 @@ Every schedule that is considered is judged by its exact bytes at every instant.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from fxzero.solver.bound import price_bound
+from fxzero.solver.bound import Relief, price_bound, relieved_bound
 from fxzero.solver.cuts import CutGraph
 from fxzero.solver.dropping import drop_recompute, trade_recompute
 from fxzero.solver.eviction import evict
@@ -77,6 +77,10 @@ class Solver:
             return operator.seconds
         return operator.flops + self._second * operator.seconds
 
+    def price_of_seconds(self, seconds: float) -> float:
+        """What time that is neither recompute's nor a transfer's in a graph costs."""
+        return seconds if self.objective == "time" else self._second * seconds
+
     @cached_property
     def _second(self) -> float:
         """FLOPs that a second counts as under the "flops" objective: it decides between equals."""
@@ -113,7 +117,7 @@ class Solver:
         if self._exact is not None and (solved := self._exact.solve(budget)) is not None:
             return self._judge(*solved)
         best = self._best(budget)
-        bound = price_bound(self.problem, self.operator_price, budget, fullest_steps(best, _LOOKS))
+        bound = price_bound(self.problem, self.operator_price, budget, self.fullest(best))
         solution = self._judge(best, bound)
         if not self.close or solution.gap is None or solution.gap <= _WORTHWHILE:
             return solution
@@ -125,13 +129,30 @@ class Solver:
                 best, bound = min(exact, best, key=self._rank), max(bound, proven)
         return self._judge(best, bound)
 
+    def relieved(
+        self, budget: int, relief: Relief, steps: Collection[int] = ()
+    ) -> tuple[float, int]:
+        """A bound on the price of recompute and relief together, and about how many bytes leave."""
+        return relieved_bound(self.problem, self.operator_price, budget, relief, steps)
+
+    def fullest(self, schedule: Schedule) -> Collection[int]:
+        """The steps of a schedule at which a bound looks."""
+        return fullest_steps(schedule, _LOOKS)
+
+    def judge(self, schedule: Schedule, price: float, bound: float) -> Solution:
+        """A schedule that costs ``price``, where nothing can cost less than ``bound``."""
+        excess = max(price - bound, 0.0)
+        if excess <= _PROVEN * max(price, self.whole):
+            return Solution(schedule, "optimal", 0.0)
+        return Solution(schedule, "feasible", excess / (self.whole + price))
+
     def least_peak(self, share: float) -> Solution:
         """The smallest peak that is found for a share of the price of the whole step.
 
         What tags or a ZeRO stage have settled to run again does not count.
         """
         best = Solution(self.everything, "optimal", 0.0)
-        most = self.price(self.everything) + share * self._whole
+        most = self.price(self.everything) + share * self.whole
         low, high = self.smallest.peak, self.everything.peak
         for _ in range(_HALVINGS):
             solution = self.solve((low + high) // 2)
@@ -212,14 +233,10 @@ class Solver:
         return max(forward, held + max(steps, default=0), held + problem.base_loss)
 
     def _judge(self, schedule: Schedule, bound: float) -> Solution:
-        price, whole = self.price(schedule), self._whole
-        excess = max(price - bound, 0.0)
-        if excess <= _PROVEN * max(price, whole):
-            return Solution(schedule, "optimal", 0.0)
-        return Solution(schedule, "feasible", excess / (whole + price))
+        return self.judge(schedule, self.price(schedule), bound)
 
     @property
-    def _whole(self) -> float:
+    def whole(self) -> float:
         """The price of one forward and backward without any recompute."""
         return self.problem.seconds if self.objective == "time" else float(self.problem.flops)
 

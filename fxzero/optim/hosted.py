@@ -1,0 +1,168 @@
+"""An optimizer's step where states lie in host memory (ZeRO-Offload, Ren et al., USENIX ATC 2021).
+
+An arena in host memory is updated a turn at a time.  Each turn's states are copied to a stage on
+the device, updated there as those of any arena, and copied back:
+
+    host      |   turn 0   |   turn 1   |   turn 2   | ...
+                   |  ^
+    device      [  stage  ]  <- weights and gradients, which are there
+
+A turn takes up to ``turn_elements``, and parameters are cut where turns are, so the device has one
+stage whatever the sizes of the arena and of its largest parameter.
+
+Invariant: weights and states are bitwise those of an arena on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxzero import _torch
+from fxzero.errors import UsageError
+from fxzero.optim.arenas import SCALE, Arena, Member, flat, local, mark_written
+from fxzero.optim.rule import Control, Group, Update
+
+# Elements of a turn, powers of two: few enough for their stage not to matter, and enough for copies
+# to be long.  Places in arenas and scales divide the least.
+_LEAST, _MOST = 1 << 10, 1 << 22
+# Turns that an arena has at least, but for small ones.
+_TURNS = 16
+
+
+def turn_elements(elements: int) -> int:
+    """The most elements of a turn of an arena that has so many."""
+    part = 1 << (max(elements // _TURNS, 1).bit_length() - 1)
+    return min(max(part, _LEAST), _MOST)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A range of an arena.
+
+    Attributes:
+        start: its first place.
+        update: of an arena that lies in the stage, whose members are parts of the parameters.
+        owners: for each of these the row of its parameter, int64 on the device.
+        rows: the same as numbers.
+        firsts: for each, the first element of the parameter.
+    """
+
+    start: int
+    update: Update
+    owners: Tensor
+    rows: tuple[int, ...]
+    firsts: tuple[int, ...]
+
+
+class HostedUpdate:
+    """Updates an arena in host memory.
+
+    Args:
+        make: the update of an arena on the device, which gets one for each turn.
+    """
+
+    def __init__(self, arena: Arena, make: Callable[[Arena], Update]) -> None:
+        self.arena, self._make = arena, make
+        self._length = turn_elements(sum(member.elements for member in arena.members))
+        self._stage = {
+            name: torch.zeros(
+                self._length // self._divisor(name), dtype=t.dtype, device=arena.device
+            )
+            for name, t in arena.tensors.items()
+        }
+        self._turns: list[_Turn] = []
+        self._addresses: list[int] = []
+
+    def __call__(
+        self,
+        ready: Sequence[Member],
+        gradients: Sequence[Tensor],
+        control: Control,
+        groups: Sequence[Group],
+    ) -> None:
+        if _torch.is_capturing():
+            raise UsageError(
+                "a CUDA graph is being captured, and the optimizer's states are in host memory\n"
+                "  keep them on the device, or run the step outside of the graph"
+            )
+        self._make_turns()
+        given = {m.row: flat(gradient) for m, gradient in zip(ready, gradients, strict=True)}
+        before = self.arena.steps.clone()
+        for turn in self._turns:
+            taken = [i for i, row in enumerate(turn.rows) if row in given]
+            if taken:
+                self._run(turn, taken, given, before, control, groups)
+        mark_written(ready)
+
+    def _run(
+        self,
+        turn: _Turn,
+        taken: Sequence[int],
+        given: Mapping[int, Tensor],
+        before: Tensor,
+        control: Control,
+        groups: Sequence[Group],
+    ) -> None:
+        """One turn, for the members of it that have gradients."""
+        stage = turn.update.arena
+        members = [stage.members[i] for i in taken]
+        parts = [
+            given[turn.rows[i]][turn.firsts[i] : turn.firsts[i] + stage.members[i].elements]
+            for i in taken
+        ]
+        first, last = members[0].place, members[-1].place + members[-1].elements
+        pairs = [
+            (
+                self.arena.tensors[name][(turn.start + first) // d : (turn.start + last) // d],
+                tensor[first // d : last // d],
+            )
+            for name, tensor in self._stage.items()
+            for d in [self._divisor(name)]
+        ]
+        for host, here in pairs:
+            here.copy_(host, non_blocking=True)
+        stage.steps.copy_(before.index_select(0, turn.owners))
+        turn.update(members, parts, control, groups)
+        self.arena.steps.index_copy_(0, turn.owners, stage.steps)
+        for host, here in pairs:
+            host.copy_(here, non_blocking=True)
+
+    def _make_turns(self) -> None:
+        """Again where parameters have moved."""
+        addresses = [member.address for member in self.arena.members]
+        if addresses == self._addresses:
+            return
+        parts: dict[int, list[tuple[Member, int, int]]] = {}
+        for member in self.arena.members:
+            start = 0
+            while start < member.elements:
+                number, offset = divmod(member.place + start, self._length)
+                stop = min(start + self._length - offset, member.elements)
+                parts.setdefault(number, []).append((member, start, stop))
+                start = stop
+        self._turns = [self._turn(number * self._length, own) for number, own in parts.items()]
+        self._addresses = addresses
+
+    def _turn(self, start: int, parts: Sequence[tuple[Member, int, int]]) -> _Turn:
+        arena, members = self.arena, []
+        for row, (member, first, stop) in enumerate(parts):
+            weight = flat(local(member.parameter).detach())[first:stop]
+            place, index = member.place + first - start, member.index + first
+            members.append(Member(weight, member.group, place, stop - first, index, row, True))
+        steps = torch.zeros(len(members), device=arena.device)
+        views = tuple(
+            {name: self._stage[name][m.place : m.place + m.elements] for name in arena.moments}
+            for m in members
+        )
+        staged = Arena(arena.form, arena.moments, tuple(members), self._stage, steps, views)
+        rows = tuple(member.row for member, _, _ in parts)
+        owners = torch.tensor(rows, device=arena.device)
+        return _Turn(start, self._make(staged), owners, rows, tuple(f for _, f, _ in parts))
+
+    def _divisor(self, name: str) -> int:
+        """Elements of the model for one of an arena."""
+        return self.arena.form.quantum if name.endswith(SCALE) else 1
