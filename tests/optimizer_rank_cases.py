@@ -83,9 +83,9 @@ def state_of(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     return found
 
 
-def trained(form: str, kind: str = "adamw", zero: int = 3, clip: str = "") -> Any:
+def trained(form: str, kind: str = "adamw", zero: int = 3, clip: str = "", **options: Any) -> Any:
     """Losses, and whole weights and states, of a few steps over the same batches on all ranks."""
-    model, optimizer = made(form, kind, zero)
+    model, optimizer = made(form, kind, zero, **options)
     return few_steps(model, optimizer, range(4), clip), state_of(model, optimizer)
 
 
@@ -200,6 +200,43 @@ def measured_and_planned(form: str, zero: int) -> tuple[int, int, int]:
     measured = min(fxzero.measure(step).tensor_bytes for _ in range(3))
     scratch = profile_optimizer(chosen, list(model.parameters()), "cpu").scratch_bytes
     return measured, model.plan.peak_bytes, scratch
+
+
+def with_states_away(zero: int) -> tuple[Any, ...]:
+    """Losses with states on the device, and in host memory under the smallest budget.
+
+    Besides, of the latter: the largest measured peak and the planned one; planned and measured
+    bytes of the host.
+    """
+    expected, _, _ = _few_measured_steps(zero)
+    try:
+        _few_measured_steps(zero, offload=True, memory_budget=1)
+    except fxzero.BudgetError as error:
+        budget = error.required_bytes
+    losses, measured, plan = _few_measured_steps(zero, offload=True, memory_budget=budget)
+    peak, host = (max(getattr(m, n) for m in measured) for n in ("tensor_bytes", "host_bytes"))
+    return (expected, losses), (peak, plan.peak_bytes), (plan.host_bytes, host)
+
+
+def _few_measured_steps(zero: int, **options: Any) -> tuple[list[float], list[Any], fxzero.Plan]:
+    torch.manual_seed(0)
+    layers = (nn.Sequential(nn.Linear(256, 256), nn.Tanh()) for _ in range(4))
+    stack = MeanSquare(nn.Sequential(*layers))
+    model = fxzero.compile(stack, zero=zero, inner="eager", optimizer=AdamW, **options)
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    if options:
+        model.update_with(optimizer)
+    losses: list[float] = []
+
+    def step() -> None:
+        loss = model(torch.randn(8, 256))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+
+    torch.manual_seed(1)
+    return losses, [fxzero.measure(step) for _ in range(3)], model.plan
 
 
 def cut_along_columns(columns: int) -> Any:

@@ -133,6 +133,24 @@ def test_the_measured_peak_is_at_most_the_planned(tmp_path):
     assert 0.9 * planned < max(peaks.peaks) <= planned + SCALAR_BYTES
 
 
+def test_states_wait_in_host_memory_where_the_plan_has_them(tmp_path):
+    def trained(**options):
+        module = lightning_module()
+        module.configure_optimizers = lambda: fxzero.optim.AdamW(module.parameters(), lr=1e-2)
+        options = {"inner": "eager", "optimizer": "fxzero.optim.AdamW", **options}
+        strategy = LightningStrategy("model", **options)
+        return train(tmp_path, strategy, module, checkpoints=False)
+
+    losses, weights, _ = trained()
+    with pytest.raises(fxzero.BudgetError) as caught:
+        trained(offload=True, memory_budget=1)
+    budget = caught.value.required_bytes
+    found, found_weights, trainer = trained(offload=True, memory_budget=budget)
+    assert trainer.strategy.compiled.plan.decisions.host_states
+    assert found == losses
+    assert_equal(found_weights, weights)
+
+
 class Plain(lightning.LightningModule):
     def __init__(self):
         super().__init__()

@@ -105,6 +105,25 @@ def test_plans_hold_what_is_measured(pools: Any, form: str, zero: int) -> None:
         assert measured >= 0.75 * (planned - scratch)
 
 
+@pytest.mark.parametrize("form", [RANDOM, "bfloat16 with a whole master"])
+def test_states_in_host_memory_change_no_bit(pools: Any, form: str) -> None:
+    (losses, state), *_ = run(pools[1], "trained", form=form)
+    for world, zero in ((2, 3), (4, 1)):
+        for others, there in run(pools[world], "trained", form=form, zero=zero, offload=True):
+            assert others == losses
+            assert_same(there, state)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_budget_has_states_wait_in_host_memory_on_all_ranks(pools: Any, zero: int) -> None:
+    for (plain, away), (measured, planned), (host, there) in run(
+        pools[2], "with_states_away", zero=zero
+    ):
+        assert away == plain
+        assert 0.75 * planned <= measured <= planned
+        assert host == there > 0
+
+
 def test_scales_are_cut_as_rows_are_or_refused(pools: Any) -> None:
     assert run(pools[2], "cut_along_columns", columns=256) == [[[6, 2], [6, 2]]] * 2
     for text in run(pools[2], "cut_along_columns", columns=128):

@@ -121,6 +121,20 @@ def test_the_measured_peak_is_at_most_the_planned(tmp_path):
     assert max(measuring.peaks) <= trainer.model.plan.peak_bytes + SCALAR_BYTES
 
 
+def test_states_wait_in_host_memory_where_the_plan_has_them(tmp_path):
+    given = {"optimizer_cls_and_kwargs": (fxzero.optim.AdamW, {"lr": 1e-2})}
+    losses, weights, _ = by_trainer(tmp_path, **given)
+    with pytest.raises(fxzero.BudgetError) as caught:
+        by_trainer(tmp_path, offload=True, memory_budget=1, **given)
+    budget = caught.value.required_bytes
+    found, found_weights, trainer = by_trainer(
+        tmp_path, offload=True, memory_budget=budget, **given
+    )
+    assert trainer.model.plan.decisions.host_states
+    assert found == losses
+    assert_equal(found_weights, weights)
+
+
 def test_resumed_training_is_that_of_one_that_was_not_disturbed(tmp_path):
     given = {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0.5}
     losses, weights, _ = by_trainer(tmp_path, given=given)

@@ -37,6 +37,7 @@ from fxzero.compiler import CompiledModule
 from fxzero.documents import naming, read_json
 from fxzero.errors import CheckpointError, UsageError
 from fxzero.integrations.accelerate import check_accelerator, compile_for
+from fxzero.integrations.naming import name_optimizer
 from fxzero.integrations.refusals import PRECISION, check_options
 from fxzero.optim.base import Optimizer
 from fxzero.optim.whole import WholeOptimizer
@@ -128,6 +129,12 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 "optimizers= holds parameters from before the model was sharded\n"
                 "  give optimizer_cls_and_kwargs=, or TrainingArguments(optim=...)"
             )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As transformers'; one of fxzero is told which states the plan has in host memory."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        name_optimizer(self.model, optimizer)
+        return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         return clip_grad_norm_(self.model, self.args.max_grad_norm)

@@ -33,6 +33,7 @@ from fxzero.checkpoint.state import DTYPES
 from fxzero.clipping import clip_grad_norm_
 from fxzero.compiler import CompiledModule
 from fxzero.errors import CheckpointError, UsageError
+from fxzero.integrations.naming import name_optimizer
 from fxzero.integrations.refusals import check_options
 
 _ELSEWHERE = ("state_dict", "optimizer_states")
@@ -108,6 +109,8 @@ class LightningStrategy(DDPStrategy):  # type: ignore[misc]
                     f"{len(self.optimizers)} optimizers, and a step is planned for one\n"
                     "  give one of them several groups of parameters"
                 )
+            for optimizer in self.optimizers:
+                name_optimizer(self.compiled, optimizer)
         self.setup_precision_plugin()
 
     def _check_module(self) -> None:

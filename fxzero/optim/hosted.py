@@ -138,8 +138,8 @@ class HostedUpdate:
             return
         parts: dict[int, list[tuple[Member, int, int]]] = {}
         for member in self.arena.members:
-            start = 0
-            while start < member.elements:
+            start, stop = 0, -1
+            while stop < member.elements:  # a rank's empty part has steps, too
                 number, offset = divmod(member.place + start, self._length)
                 stop = min(start + self._length - offset, member.elements)
                 parts.setdefault(number, []).append((member, start, stop))
