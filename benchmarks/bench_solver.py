@@ -40,6 +40,7 @@ from fxzero.capture import capture
 from fxzero.graph import TrainGraph
 from fxzero.options import check_options
 from fxzero.planner import Planner
+from fxzero.plans import Decisions
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 _BUDGETS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
@@ -170,7 +171,11 @@ def _torch_outcomes(
     for solver in TORCH_SOLVERS:
         for budget in _BUDGETS:
             yield torch_budget(
-                graph, planner.variants[0].surroundings, price, solver=solver, budget=budget
+                graph,
+                planner.variants[0].surroundings(Decisions()),
+                price,
+                solver=solver,
+                budget=budget,
             )
 
 

@@ -60,6 +60,7 @@ _PART_GATHERED = 1 / 8
 _IN_FLIGHT = 2
 # Passes that decide what becomes of gradients: a graph is the same one whatever does.
 _OF_GRADIENTS = ("accumulate", "update")
+_NO_STATES = HostStates()
 
 
 @dataclass(frozen=True)
@@ -245,8 +246,9 @@ class GraphPlanner:
 
     def _emit_within(self, proposal: Proposal, budget: int | None) -> Decided:
         """With the fastest way to run collectives that the budget has room for."""
+        schedule = proposal.solution.schedule
         for bucket, in_flight in self._ways_to_communicate:
-            decisions = self._decisions(proposal, bucket, in_flight)
+            decisions = self._decisions(schedule, bucket, in_flight, proposal.states)
             emitted = self._carry_out(decisions)
             if budget is None or emitted.timeline.peak_bytes <= budget:
                 break
@@ -342,7 +344,7 @@ class GraphPlanner:
         if budget is not None and self.states.all.freed:
             return self.states.propose(self.solver, self._solve, budget, least)
         solution = self._solve(budget)
-        return None if solution is None else Proposal(solution, HostStates())
+        return None if solution is None else Proposal(solution, _NO_STATES)
 
     def _solve(self, budget: int | None) -> Solution | None:
         if self._keeps_all:
@@ -357,15 +359,21 @@ class GraphPlanner:
         return Solution(schedule, "feasible", None) if fits else None
 
     def _emit(self, proposal: Proposal) -> Decided:
-        decisions = self._decisions(proposal)
+        decisions = self._decisions(proposal.solution.schedule, states=proposal.states)
         return self._summarised(proposal.solution, decisions, self._carry_out(decisions))
 
     def _summarised(self, solution: Solution, decisions: Decisions, emitted: Emitted) -> Decided:
         facts = self._facts(emitted, decisions)
         return Decided(summarise(facts, status=solution.status, gap=solution.gap), emitted)
 
-    def _decisions(self, proposal: Proposal, bucket: int = 0, in_flight: int = 0) -> Decisions:
-        problem, schedule = self.solver.problem, proposal.solution.schedule
+    def _decisions(
+        self,
+        schedule: Schedule,
+        bucket: int = 0,
+        in_flight: int = 0,
+        states: HostStates = _NO_STATES,
+    ) -> Decisions:
+        problem = self.solver.problem
         makers = {problem.maker[storage] for storage in schedule.saved}
         runs = [(problem.operators[q], problem.steps[step]) for q, step in schedule.recompute]
         return Decisions(
@@ -374,7 +382,7 @@ class GraphPlanner:
             offload=tuple(Fetch(o.name, at) for o, at in runs if o.fetches),
             bucket_bytes=bucket,
             in_flight=in_flight,
-            host_states=proposal.states.names,
+            host_states=states.names,
         )
 
     def _carry_out(self, decisions: Decisions) -> Emitted:

@@ -154,6 +154,9 @@ class Planner:
         saved = planner.optimizer_of(plan.decisions).state_bytes
         fixed = dict(timeline.fixed)
         gradients = fixed.pop("gradient", 0) + timeline.gradient_bytes
+        freed = planner.states.possible.freed
+        if freed > 0 and not planner.options.offload and required - freed <= budget:
+            alternatives.append(("offload=True", required - freed))
         if saved and required - saved <= budget:
             alternatives.append(('optimizer="sgd"', required - saved))
         return BudgetError(

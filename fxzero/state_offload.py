@@ -2,8 +2,8 @@
 
 State that leaves the device makes room in forward, backward and step alike, and costs two copies in
 each step.  The program that bounds the price of recompute, with the bytes that leave as one more
-variable, says about how many do in the optimum; whole parameters are chosen for them, the largest
-first and the last as small as will do, and recompute is planned for the room that there is then:
+variable, says about how many do in the optimum; whole parameters are chosen that have them, and
+recompute is planned for the room that there is then:
 
     budget 300 MiB    state on the host    recompute    copies    step
                         0 MiB              infeasible
@@ -15,7 +15,8 @@ Invariant: the price is within ``Solution.gap`` of any choice of state and sched
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -69,10 +70,14 @@ class StateOffload:
         self._numbers = {name: number for number, name in enumerate(sizes)}
 
     @cached_property
+    def possible(self) -> HostStates:
+        """All that could leave."""
+        return self._states(frozenset(name for name, size in self.sizes.items() if size))
+
+    @property
     def all(self) -> HostStates:
         """All that may leave."""
-        names = (name for name, size in self.sizes.items() if size and self.allowed)
-        return self._states(frozenset(names))
+        return self.possible if self.allowed else HostStates()
 
     def profile(self, names: tuple[str, ...]) -> OptimizerProfile:
         """The optimizer's memory when the state of these parameters has left."""
@@ -162,15 +167,21 @@ class StateOffload:
         return HostStates(ordered, freed, self.seconds(ordered))
 
     def _chosen(self, least: int) -> frozenset[str]:
-        """Few parameters of ``least`` bytes or more, or all."""
+        """Parameters of ``least`` bytes or more together, and few more; or all.
 
-        def choose() -> Iterator[str]:
-            missing = least
-            rising = sorted((size, name) for name, size in self.sizes.items() if size)
-            while missing > 0 and rising:
-                enough = next((i for i, (size, _) in enumerate(rising) if size >= missing), -1)
-                size, name = rising.pop(enough)
-                missing -= size
-                yield name
-
-        return frozenset(choose())
+        The largest that do not exceed what is missing, and then the smallest that does; where such
+        a last one comes earlier, there are fewer of them.
+        """
+        rising = sorted((size, name) for name, size in self.sizes.items() if size)
+        taken: list[str] = []
+        missing, best, excess = least, [name for _, name in rising], float("inf")
+        while missing > 0 and rising:
+            at = bisect_left(rising, (missing, ""))
+            if at < len(rising) and rising[at][0] - missing < excess:
+                excess, best = rising[at][0] - missing, [*taken, rising[at][1]]
+            if not at:
+                break
+            size, name = rising.pop(at - 1)
+            taken.append(name)
+            missing -= size
+        return frozenset(best)

@@ -452,6 +452,12 @@ def _alternatives(facts: Facts, base: float) -> tuple[Alternative, ...]:
         peak = max(schedule.peak - states.freed, facts.step_bytes(states.names))
         fits = budget is None or peak <= budget
         result.append(Alternative(change, peak, base + schedule.seconds + states.seconds, fits))
+    away = facts.states.possible
+    if away.freed > 0 and not facts.options.offload and not facts.is_stage:
+        peak = max(facts.smallest.peak - away.freed, facts.step_bytes(away.names))
+        fits = budget is None or peak <= budget
+        seconds = base + facts.smallest.seconds + away.seconds
+        result.append(Alternative("offload=True, smallest peak", peak, seconds, fits))
     if state_bytes := facts.states.profile(()).state_bytes:
         peak = max(facts.smallest.peak - state_bytes, 0)
         fits = budget is None or peak <= budget

@@ -41,7 +41,7 @@ DIMENSIONS = ("dp", "dp_replicate", "dp_shard")
 def carried_out(made, **decisions):
     """The graphs of a planner's first plan with other decisions about collectives."""
     variant = made.variants[0]
-    given = replace(variant._decisions(variant.proposed.schedule), **decisions)
+    given = replace(variant._decisions(variant.proposed.solution.schedule), **decisions)
     return variant._carry_out(given).split
 
 

@@ -116,6 +116,8 @@ def test_few_parameters_are_chosen_and_no_larger_ones_than_will_do() -> None:
     states = states_of([10, 80, 40, 20], 0, 1.0)
     assert states.freeing(0).names == ()
     assert states.freeing(15).names == ("p3",)
+    assert states.freeing(41).names == ("p0", "p2")
+    assert states.freeing(55).names == ("p2", "p3")
     assert states.freeing(81).names == ("p0", "p1")
     assert states.freeing(125).names == ("p0", "p1", "p2")
     assert states.freeing(150).names == ("p0", "p1", "p2", "p3")
@@ -125,8 +127,8 @@ def test_few_parameters_are_chosen_and_no_larger_ones_than_will_do() -> None:
 def test_a_stage_is_made_room_for() -> None:
     states = states_of([10, 80, 40, 20], 6, 1.0)
     chosen = states.freeing(15)
-    assert chosen.names == ("p2",)
-    assert chosen.freed == 40 - 6
+    assert chosen.names == ("p0", "p3")
+    assert chosen.freed == 30 - 6
     assert states.freeing(150) is None
 
 

@@ -161,17 +161,18 @@ def _table(
 
 
 def _curve(plan: Plan, width: int) -> Iterator[str]:
-    """Only when points between the ends were asked for."""
+    """Only where there are points between the ends."""
     if len(plan.curve) <= _CURVE_ENDS:
         return
     yield "peak against step time"
+    price = "recompute and copies" if plan.request.offload else "recompute"
     slowest = max(point.step_seconds for point in plan.curve)
     for point in plan.curve:
         bar = "#" * round(_CURVE_WIDTH * point.step_seconds / slowest) if slowest else ""
         recompute = share(point.recompute_seconds, point.step_seconds)
         yield (
             f" {format_bytes(point.peak_bytes):>8}  {format_seconds(point.step_seconds):>8}  "
-            f"{recompute:>6} recompute  {bar}"
+            f"{recompute:>6} {price}  {bar}"
         )
 
 
