@@ -1,11 +1,13 @@
-"""Peak and time of a whole training step: the optimizer in its step, and in the backward.
+"""Peak and time of a whole training step: the optimizer in its step, in the backward, and with its
+states in host memory.
 
     python benchmarks/bench_update.py [--rounds 5]
 
 Models with few activations beside their weights, as when a large model is fine-tuned with a small
 batch, float32 AdamW.  To compare with, eager PyTorch with an optimizer for each parameter in a hook
 on its gradient (PyTorch's tutorial on optimizer steps in the backward).  All variants of a model
-start from the same weights; after the rounds those of fxzero are compared bit for bit.
+start from the same weights; after the rounds those of fxzero are compared bit for bit.  A CPU's
+host memory is its own, and states are copied to a stage and back all the same.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import functools
 import json
 import os
 import statistics
@@ -93,7 +96,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=_RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    heads = ("model", "variant", "planned MiB", "measured MiB", "of eager", "time of eager", "bits")
+    heads = (
+        "model", "variant", "planned MiB", "measured MiB", "of eager", "host MiB", "time of eager",
+        "bits",
+    )  # fmt: skip
     cells, facts = [heads], []
     for name, make in _MODELS.items():
         for row in _measured(make, options.rounds):
@@ -110,7 +116,8 @@ def _texts(row: dict[str, Any]) -> tuple[str, ...]:
     planned = "" if row["planned"] is None else f"{row['planned'] / 2**20:.1f}"
     same = {None: "", True: "equal", False: "DIFFER"}[row["same"]]
     measured, of_eager = f"{row['measured'] / 2**20:.1f}", f"{row['of_eager']:.2f}"
-    return row["variant"], planned, measured, of_eager, f"{row['time_of_eager']:.2f}", same
+    host = f"{row['host'] / 2**20:.1f}" if row["host"] else ""
+    return row["variant"], planned, measured, of_eager, host, f"{row['time_of_eager']:.2f}", same
 
 
 def _measured(make: Callable[[], nn.Module], rounds: int) -> list[dict[str, Any]]:
@@ -121,11 +128,14 @@ def _measured(make: Callable[[], nn.Module], rounds: int) -> list[dict[str, Any]
         "eager, a hook for each gradient": _hooks(copy.deepcopy(model)),
         "fxzero": _ours(copy.deepcopy(model), tokens, "step"),
         "fxzero, update in the backward": _ours(copy.deepcopy(model), tokens, "backward"),
+        "fxzero, states in host memory": _ours(copy.deepcopy(model), tokens, "step", True),
+        "fxzero, both": _ours(copy.deepcopy(model), tokens, "backward", True),
     }
     steps = {name: _seeded(step, tokens) for name, (_, step) in variants.items()}
     for step in steps.values():
         step()
-    peaks = {name: fxzero.measure(step).tensor_bytes for name, step in steps.items()}
+    measured = {name: fxzero.measure(step) for name, step in steps.items()}
+    peaks = {name: each.tensor_bytes for name, each in measured.items()}
     times = harness.seconds_in_turn(steps, rounds)
     medians = {name: statistics.median(each) for name, each in times.items()}
     base: Any = variants["fxzero"][0]
@@ -138,6 +148,7 @@ def _measured(make: Callable[[], nn.Module], rounds: int) -> list[dict[str, Any]
             "planned": trained.plan.peak_bytes if ours else None,
             "measured": peaks[name],
             "of_eager": peaks[name] / peaks["eager"],
+            "host": measured[name].host_bytes,
             "seconds": medians[name],
             "time_of_eager": medians[name] / medians["eager"],
             "same": all(torch.equal(a, b) for a, b in pairs) if ours else None,
@@ -158,8 +169,10 @@ def _eager(model: nn.Module) -> tuple[Any, Callable[[Tensor], None]]:
     return model, _loop(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
 
 
-def _ours(model: Any, tokens: Tensor, update: str) -> tuple[Any, Callable[[Tensor], None]]:
-    kind = fxzero.optim.AdamW
+def _ours(
+    model: Any, tokens: Tensor, update: str, offload: bool = False
+) -> tuple[Any, Callable[[Tensor], None]]:
+    kind = functools.partial(fxzero.optim.AdamW, offload=offload)
     model = fxzero.compile(model, (tokens,), inner="eager", optimizer=kind, update=update)
     optimizer = kind(model.parameters(), lr=1e-4)
     if update == "backward":

@@ -76,8 +76,8 @@ class StateOffload:
 
     @property
     def all(self) -> HostStates:
-        """All that may leave."""
-        return self.possible if self.allowed else HostStates()
+        """All that may leave; nothing where the stage for it would need more."""
+        return self.possible if self.allowed and self.possible.freed > 0 else HostStates()
 
     def profile(self, names: tuple[str, ...]) -> OptimizerProfile:
         """The optimizer's memory when the state of these parameters has left."""
@@ -167,10 +167,10 @@ class StateOffload:
         return HostStates(ordered, freed, self.seconds(ordered))
 
     def _chosen(self, least: int) -> frozenset[str]:
-        """Parameters of ``least`` bytes or more together, and few more; or all.
+        """Parameters of ``least`` bytes together and few more, or all.
 
-        The largest that do not exceed what is missing, and then the smallest that does; where such
-        a last one comes earlier, there are fewer of them.
+        The largest that are less than what is missing, one after the other, then the smallest that
+        is enough; of all places to end so, that with the least excess.
         """
         rising = sorted((size, name) for name, size in self.sizes.items() if size)
         taken: list[str] = []

@@ -429,7 +429,8 @@ def _host_states(facts: Facts) -> list[Value]:
     """State of the optimizer, by parameter; each is copied to the device and back in a step."""
     reason, values = "needed in the optimizer's step only", []
     for name in facts.decisions.host_states:
-        size, seconds = facts.states.sizes[name], facts.states.seconds((name,))
+        size = facts.states.sizes[name]
+        seconds = facts.state_seconds * size / facts.optimizer.host_bytes
         title = f"optimizer state of {name}"
         values.append(Value(title, size, "", "", "", "offloaded", reason, seconds))
     return sorted(values, key=lambda value: -value.bytes)

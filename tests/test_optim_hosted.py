@@ -169,6 +169,22 @@ def test_a_backward_behind_a_step_is_refused_old_values() -> None:
         loss.backward()
 
 
+def test_no_cuda_graph_copies_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = pair(AdamW, "float32")
+    for optimizer in (one, other):
+        cases.give_gradients(cases.owned(optimizer), 0)
+        optimizer.step()
+    with monkeypatch.context() as patch:
+        patch.setattr("fxzero._torch.is_capturing", lambda: True)
+        with pytest.raises(UsageError) as caught:
+            one.step()
+    assert cases.text_of(caught) == (
+        "a CUDA graph is being captured, and the optimizer's states are in host memory\n"
+        "  keep them on the device, or run the step outside of the graph"
+    )
+    assert_equal(one, other)
+
+
 def test_an_option_that_is_none() -> None:
     with pytest.raises(UsageError) as caught:
         AdamW([nn.Parameter(torch.ones(2))], offload="host")  # type: ignore[arg-type]

@@ -74,8 +74,8 @@ class HostedUpdate:
             )
             for name, t in arena.tensors.items()
         }
-        self._turns: list[_Turn] = []
-        self._addresses: list[int] = []
+        self._turns: dict[int, _Turn] = {}
+        self._addresses: dict[int, int] = {}
 
     def __call__(
         self,
@@ -89,39 +89,41 @@ class HostedUpdate:
                 "a CUDA graph is being captured, and the optimizer's states are in host memory\n"
                 "  keep them on the device, or run the step outside of the graph"
             )
-        self._make_turns()
+        if any(self._addresses.get(member.row) != member.address for member in ready):
+            self._make_turns()
         given = {m.row: flat(gradient) for m, gradient in zip(ready, gradients, strict=True)}
         before = self.arena.steps.clone()
-        for turn in self._turns:
-            taken = [i for i, row in enumerate(turn.rows) if row in given]
-            if taken:
-                self._run(turn, taken, given, before, control, groups)
+        for number in sorted({number for member in ready for number in self._numbers(member)}):
+            self._run(self._turns[number], given, before, control, groups)
         mark_written(ready)
 
     def _run(
         self,
         turn: _Turn,
-        taken: Sequence[int],
         given: Mapping[int, Tensor],
         before: Tensor,
         control: Control,
         groups: Sequence[Group],
     ) -> None:
-        """One turn, for the members of it that have gradients."""
+        """One turn, for the members of it that have gradients.
+
+        Args:
+            given: gradients by the rows of their parameters.
+            before: numbers of steps before this one.
+        """
         stage = turn.update.arena
-        members = [stage.members[i] for i in taken]
-        parts = [
-            given[turn.rows[i]][turn.firsts[i] : turn.firsts[i] + stage.members[i].elements]
-            for i in taken
-        ]
+        members = [m for m, row in zip(stage.members, turn.rows, strict=True) if row in given]
+        parts = []
+        for member in members:
+            first = turn.firsts[member.row]
+            parts.append(given[turn.rows[member.row]][first : first + member.elements])
         first, last = members[0].place, members[-1].place + members[-1].elements
         pairs = [
             (
-                self.arena.tensors[name][(turn.start + first) // d : (turn.start + last) // d],
-                tensor[first // d : last // d],
+                self._range(name, turn.start + first, turn.start + last),
+                self._staged(name, first, last),
             )
-            for name, tensor in self._stage.items()
-            for d in [self._divisor(name)]
+            for name in self._stage
         ]
         for host, here in pairs:
             here.copy_(host, non_blocking=True)
@@ -131,24 +133,24 @@ class HostedUpdate:
         for host, here in pairs:
             host.copy_(here, non_blocking=True)
 
+    def _numbers(self, member: Member) -> range:
+        """Of the turns that a parameter is in; an empty part, which has steps too, is in one."""
+        last = member.place + max(member.elements, 1) - 1
+        return range(member.place // self._length, last // self._length + 1)
+
     def _make_turns(self) -> None:
-        """Again where parameters have moved."""
-        addresses = [member.address for member in self.arena.members]
-        if addresses == self._addresses:
-            return
+        """Anew, as parameters have moved."""
         parts: dict[int, list[tuple[Member, int, int]]] = {}
         for member in self.arena.members:
-            start, stop = 0, -1
-            while stop < member.elements:  # a rank's empty part has steps, too
-                number, offset = divmod(member.place + start, self._length)
-                stop = min(start + self._length - offset, member.elements)
-                parts.setdefault(number, []).append((member, start, stop))
-                start = stop
-        self._turns = [self._turn(number * self._length, own) for number, own in parts.items()]
-        self._addresses = addresses
+            for number in self._numbers(member):
+                begin = number * self._length - member.place
+                first, stop = max(begin, 0), min(begin + self._length, member.elements)
+                parts.setdefault(number, []).append((member, first, stop))
+        self._turns = {number: self._turn(number, own) for number, own in parts.items()}
+        self._addresses = {member.row: member.address for member in self.arena.members}
 
-    def _turn(self, start: int, parts: Sequence[tuple[Member, int, int]]) -> _Turn:
-        arena, members = self.arena, []
+    def _turn(self, number: int, parts: Sequence[tuple[Member, int, int]]) -> _Turn:
+        arena, start, members = self.arena, number * self._length, []
         for row, (member, first, stop) in enumerate(parts):
             weight = flat(local(member.parameter).detach())[first:stop]
             place, index = member.place + first - start, member.index + first
@@ -162,6 +164,16 @@ class HostedUpdate:
         rows = tuple(member.row for member, _, _ in parts)
         owners = torch.tensor(rows, device=arena.device)
         return _Turn(start, self._make(staged), owners, rows, tuple(f for _, f, _ in parts))
+
+    def _range(self, name: str, first: int, last: int) -> Tensor:
+        """What the arena keeps by a name between two places."""
+        divisor = self._divisor(name)
+        return self.arena.tensors[name][first // divisor : last // divisor]
+
+    def _staged(self, name: str, first: int, last: int) -> Tensor:
+        """The same of the stage."""
+        divisor = self._divisor(name)
+        return self._stage[name][first // divisor : last // divisor]
 
     def _divisor(self, name: str) -> int:
         """Elements of the model for one of an arena."""
