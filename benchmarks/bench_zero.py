@@ -38,6 +38,7 @@ import fxzero
 from fxzero import _torch
 from fxzero.allocations import peak_of_allocations
 from fxzero.cost import CPU, bucket_bytes
+from fxzero.network import route
 from fxzero.storages import storage_identity
 
 _RESULTS = Path(__file__).resolve().parent / "results"
@@ -53,7 +54,7 @@ _DEEPSPEED_SIZES = (
     "stage3_max_live_parameters",
     "sub_group_size",
 )
-_ELEMENTS = bucket_bytes(CPU) // 1024 * 256
+_ELEMENTS = bucket_bytes(route(CPU, {"dp": 2}, "dp")) // 1024 * 256
 _Held = Callable[[], list[torch.Tensor]]
 
 

@@ -36,6 +36,17 @@ def _row(report: dict[str, Any], name: str, part: str = "rows") -> dict[str, Any
     return row
 
 
+def test_every_benchmark_can_be_imported() -> None:
+    names = sorted(path.stem for path in _COMMAND.parent.glob("*.py"))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    environment["PYTHONPATH"] = str(_COMMAND.parent)
+    code = "import " + ", ".join(names)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_says_where_it_was_measured(report: dict[str, Any]) -> None:
     assert report["model"] == "vit"
     assert report["device"] == "cpu"
