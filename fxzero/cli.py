@@ -113,7 +113,11 @@ def _model_options(command: _Command) -> _Command:
                 show_default=True,
                 help="What to spend least of.",
             ),
-            click.option("--offload", is_flag=True, help="Saved values may wait in host memory."),
+            click.option(
+                "--offload",
+                is_flag=True,
+                help="Saved values and states of fxzero.optim may wait in host memory.",
+            ),
             click.option("--accumulate", is_flag=True, help="The step finds gradients to add to."),
             click.option(
                 "--update",

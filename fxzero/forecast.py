@@ -58,7 +58,8 @@ def plan(
         memory_budget: "22GiB", bytes, "90%" of the device, or None for no limit.
         optimizer: name, class of torch.optim or fxzero.optim (options by ``functools.partial``), or
             bytes of state per parameter.
-        offload: whether saved values may wait for the backward in host memory.
+        offload: whether saved values may wait for the backward in host memory, and states of
+            ``fxzero.optim`` for the optimizer's step.
         zero: the ZeRO stage, 0 to 3, or "auto".
         pipeline: a ``fxzero.Pipeline`` or a number of stages, for which the inputs are the batch of
             one pipeline.  Or "auto": whatever takes the least time and fits, without a pipeline or

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+from pathlib import Path
 from typing import Any
 
 import optimizer_cases as cases
@@ -146,6 +147,29 @@ def test_a_pickled_optimizer_keeps_its_states_where_they_were() -> None:
         optimizer.step()
     assert_equal(loaded, other)
     assert hosted_of(loaded) == set(map(id, owned[:3]))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_checkpoint_goes_on_with_states_here_or_there(tmp_path: Path, offload: bool) -> None:
+    def made(offload: bool) -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(100, 90), nn.Tanh(), nn.Linear(90, 3)).bfloat16()
+        return model, AdamW(model.parameters(), offload=offload)
+
+    def step(number: int, *optimizers: Optimizer) -> None:
+        for optimizer in optimizers:
+            cases.give_gradients(cases.owned(optimizer), number)
+            optimizer.step()
+
+    model, optimizer = made(offload)
+    step(0, optimizer)
+    fxzero.checkpoint.save(tmp_path, model, optimizer, step=1)
+    other, loaded = made(not offload)
+    fxzero.checkpoint.load(tmp_path, other, loaded)
+    assert_equal(loaded, optimizer)
+    step(1, optimizer, loaded)
+    assert_equal(loaded, optimizer)
+    assert bool(hosted_of(loaded)) == (not offload)
 
 
 def test_weights_that_move_are_updated_where_they_are() -> None:
