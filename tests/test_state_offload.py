@@ -176,7 +176,12 @@ def plain(name: str) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], int]:
 
 
 every_model = pytest.mark.parametrize(
-    "name", tiers(("rand_ops", "gpt2", "unet", "mixed_dtype", "tied"), ("rand_ops",), ("gpt2",))
+    "name",
+    tiers(
+        ("rand_ops", "gpt2", "unet", "mixed_dtype", "tied"),
+        quick=(),
+        exhaustive=("gpt2", "mixed_dtype", "tied"),
+    ),
 )
 
 
