@@ -241,7 +241,8 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
         gradients = [p.grad for p in tensors if p.grad is not None]
         # Not flattened with its keys, which are parameters: their paths would print them.
         states = [tensor for state in value.state.values() for tensor in flatten(state)[0]]
-        return [*tensors, *gradients, *states]
+        stages = value.stages if isinstance(value, Optimizer) else []
+        return [*tensors, *gradients, *states, *stages]
     if isinstance(value, types.ModuleType | types.FunctionType | type):
         return []
     return flatten(value)[0]

@@ -184,8 +184,9 @@ class ModelStates:
     Attributes:
         parameters: whole where the step keeps what it gathers for the backward, as stages 1 and 2
             do, else the rank's part.
-        gradients: whole where they are reduced when the backward has ended, else the rank's part.
-        optimizer: its state.
+        gradients: whole where they are reduced when the backward has ended, else the rank's part;
+            with updates in the backward the most that are there at once.
+        optimizer: its state on the device.
     """
 
     parameters: int

@@ -203,6 +203,8 @@ def _states(facts: Facts) -> ModelStates:
             parameters += _size([own])  # kept in another dtype than it is computed in
         if role in graph.trainable:
             gradients += _size([node.meta.get(WHOLE, own) if sharding.zero == 1 else own])
+    if facts.options.updates:  # each is gone when its weight has been updated
+        gradients = max(roles.get("gradient", 0) for roles in facts.timeline.roles)
     return ModelStates(parameters, gradients, facts.optimizer.state_bytes)
 
 

@@ -169,13 +169,15 @@ def test_gradients_never_exist_all_at_once() -> None:
             del self.unused
             self.unused = None
 
-    peaks, inputs = {}, (torch.randn(2, 256),)
+    peaks, gradients, inputs = {}, {}, (torch.randn(2, 256),)
     for update in ("step", "backward"):
         model, optimizer = compiled(Deep(), inputs, update=update)
         peaks[update] = train(model, optimizer, inputs)[-1]
         assert peaks[update] == model.plan.peak_bytes
+        gradients[update] = model.plan.states.gradients
     layers = sum(p.nbytes for p in model.layers.parameters())
     assert peaks["backward"] + 0.8 * layers < peaks["step"]
+    assert gradients["step"] == layers > 8 * gradients["backward"] > 0
     (_, backward, step) = model.plan.phases
     assert step.peak_bytes < backward.peak_bytes
 

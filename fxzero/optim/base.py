@@ -156,6 +156,12 @@ class Optimizer(Uncast):
         arenas = (update.arena for update in self._updates)
         return [t for arena in arenas if arena.on_host for t in arena.tensors.values()]
 
+    @property
+    def stages(self) -> list[Tensor]:
+        """What states from host memory go through, on the device."""
+        hosted = (update for update in self._updates if isinstance(update, HostedUpdate))
+        return [tensor for update in hosted for tensor in update.stage]
+
     def begin(self, parameters: Mapping[str, Tensor]) -> None:
         """Prepares for ``take`` of the gradients of these, by name, while a backward runs.
 

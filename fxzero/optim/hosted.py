@@ -97,6 +97,11 @@ class HostedUpdate:
             self._run(self._turns[number], given, before, control, groups)
         mark_written(ready)
 
+    @property
+    def stage(self) -> list[Tensor]:
+        """What turns go through, on the device."""
+        return list(self._stage.values())
+
     def _run(
         self,
         turn: _Turn,
