@@ -210,8 +210,8 @@ def test_training_is_bitwise_eagers_within_the_plan_on_device_and_host(
         for parameter_name, parameter in model.named_parameters():
             assert torch.equal(parameter, weights[parameter_name]), parameter_name
         assert all(each.peak_bytes <= plan.peak_bytes <= budget < peak for each in measured)
-        # In a backward an update's temporaries are planned at their most.
-        looseness = 1.05 if update == "step" else 1.1
+        # Inside the operator of a backward's update nobody sees scratch of bfloat16 weights.
+        looseness = 1.1 if (name, update) == ("mixed_dtype", "backward") else 1.05
         assert plan.peak_bytes <= looseness * max(each.peak_bytes for each in measured)
         assert measured[-1].host_bytes >= plan.host_bytes > 0
 
