@@ -265,7 +265,8 @@ class CompiledModule(nn.Module):
             UsageError: it can do neither, or has not all of the model's trained parameters.
         """
         state = self._fxzero
-        if not state.options.updates and not state.options.offload_states:
+        followed = state.plan is not None and bool(state.plan.decisions.host_states)
+        if not (state.options.updates or state.options.offload_states or followed):
             raise UsageError(
                 "the model was compiled to return gradients, and to keep states on the device\n"
                 '  give fxzero.compile update="backward" or offload=True'

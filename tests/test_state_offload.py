@@ -152,7 +152,7 @@ def trained(
         model = fxzero.compile(model, **options)
     model.train()
     optimizer = AdamW(model.parameters(), lr=1e-2)
-    if told and options.get("offload"):
+    if told and ("offload" in options or "plan" in options):
         model.update_with(optimizer)
     losses: list[torch.Tensor] = []
 
@@ -286,7 +286,7 @@ def test_a_plan_says_whose_state_is_away_and_is_followed_again() -> None:
         value.seconds for value in plan.offloaded if value.name in names
     ) * (1 - 1e-9)
 
-    again, measured, losses = trained("mixed_dtype", 3, plan=plan, offload=True)
+    again, measured, losses = trained("mixed_dtype", 3, plan=plan)
     assert again.plan.decisions == plan.decisions
     assert torch.equal(torch.stack(losses), torch.stack(plain("mixed_dtype")[1]))
     assert measured[-1].host_bytes == plan.host_bytes

@@ -264,10 +264,11 @@ class Optimizer(Uncast):
                 if id(p) in trained:
                     kind = p.device, self._numerics.form(p), id(p) in hosted
                     kinds.setdefault(kind, []).append((number, p))
-        return [
-            build(kind[1], self.rule.moments, pairs, index, self._alignment(*kind), kind[2])
-            for kind, pairs in kinds.items()
-        ]
+        arenas = []
+        for (device, form, hosts), pairs in kinds.items():
+            alignment = self._alignment(device, form, hosts)
+            arenas.append(build(form, self.rule.moments, pairs, index, alignment, hosts))
+        return arenas
 
     def _alignment(self, device: torch.device, form: Form, on_host: bool) -> int:
         """Elements that a parameter's place in an arena is a multiple of.
