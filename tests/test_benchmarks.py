@@ -47,6 +47,7 @@ def test_every_benchmark_can_be_imported() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.exhaustive
 def test_says_where_it_was_measured(report: dict[str, Any]) -> None:
     assert report["model"] == "vit"
     assert report["device"] == "cpu"
@@ -54,11 +55,13 @@ def test_says_where_it_was_measured(report: dict[str, Any]) -> None:
     assert {"cpu", "cores"} <= report["machine"].keys()
 
 
+@pytest.mark.exhaustive
 def test_keeps_every_repeat(report: dict[str, Any]) -> None:
     for name in ("eager", "eager, checkpoint per block", "fxzero eager, smallest"):
         assert len(_row(report, name)["seconds"]) == 2
 
 
+@pytest.mark.exhaustive
 def test_peaks_of_all_rows_are_measured_alike(report: dict[str, Any]) -> None:
     measured = [row for row in report["rows"] if row["peak"] is not None]
     assert {row["peak"]["method"] for row in measured} == {"allocator"}
@@ -68,6 +71,7 @@ def test_peaks_of_all_rows_are_measured_alike(report: dict[str, Any]) -> None:
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("part", ["rows", "with_dropout"])
 def test_fxzero_is_exact_and_within_its_budget(report: dict[str, Any], part: str) -> None:
     row = _row(report, "fxzero eager, smallest", part)

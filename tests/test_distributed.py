@@ -230,6 +230,7 @@ def test_adding_to_gradients_needs_what_is_planned(pools, zero, syncs):
             assert 0.75 * planned <= measured <= planned
 
 
+@pytest.mark.exhaustive
 def test_generated_code_computes_the_same_within_its_plan(pools):
     given = {"zero": 3, "timeout": 240}
     generated = pools(2).run("rank_cases:measured_peak", inner="inductor", **given)

@@ -23,6 +23,7 @@ def run(directory, *arguments):
     return done.stdout
 
 
+@pytest.mark.exhaustive
 def test_the_trainer_goes_on_alone_from_what_two_processes_saved(tmp_path):
     script = EXAMPLES / "trainer.py"
     first = run(tmp_path, *TORCHRUN, script, *SMALL, "--zero", 3, "--steps", 4)

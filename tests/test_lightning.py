@@ -133,6 +133,7 @@ def test_the_measured_peak_is_at_most_the_planned(tmp_path):
     assert 0.9 * planned < max(peaks.peaks) <= planned + SCALAR_BYTES
 
 
+@pytest.mark.exhaustive
 def test_states_wait_in_host_memory_where_the_plan_has_them(tmp_path):
     def trained(**options):
         module = lightning_module()

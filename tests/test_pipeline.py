@@ -244,9 +244,9 @@ def test_a_stage_without_parameters():
 @pytest.mark.parametrize(
     ("name", "zero"),
     [
-        ("tied", 1),
-        *(pytest.param("tied", zero, marks=pytest.mark.exhaustive) for zero in (2, 3)),
-        *(pytest.param("gpt2", zero, marks=pytest.mark.exhaustive) for zero in (1, 2, 3)),
+        pytest.param(name, zero, marks=pytest.mark.exhaustive)
+        for name in ("tied", "gpt2")
+        for zero in (1, 2, 3)
     ],
 )
 def test_budgets_of_pipelines_that_share_the_work_of_sharding(four, expected, name, zero):

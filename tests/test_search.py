@@ -230,6 +230,8 @@ def test_estimates_are_close_to_plans_in_full(microbatches: int) -> None:
             continue
         if not way.schedule and way.microbatches > 1 and way.zero < 2:
             continue  # a plan of one micro-batch reduces, which the step does once for all
+        if microbatches > 1 and len(tried) == 4:
+            continue  # others where one micro-batch is asked for, in make test-all
         tried.add(kind)
         plan = result.plan(each)
         parts = 1 if way.schedule else way.microbatches

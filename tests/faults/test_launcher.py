@@ -47,6 +47,7 @@ def undisturbed():
         return pool.run("faults.training:run", setup="zero 3", steps=12)
 
 
+@pytest.mark.exhaustive
 def test_a_killed_rank_costs_the_steps_behind_the_last_checkpoint(tmp_path, undisturbed):
     """F5: killed in step 7 of 12, with a checkpoint every three."""
     with start(tmp_path, "kill") as launcher:
