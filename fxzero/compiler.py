@@ -443,7 +443,6 @@ class _State:
         step = self.step_for(
             model, args, kwargs, leaves, structure, reduces=reduces, accumulates=accumulates
         )
-        self.updates.place(step.plan, model)
         if self.ranks is None:
             return step.run(leaves)
         return step.run(leaves, self.ranks.step(reduces=reduces))

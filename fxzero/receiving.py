@@ -51,12 +51,13 @@ class Updates:
         """Has the optimizer keep states where a plan has them.
 
         Where several plans of a model differ, what any of them has in host memory stays there.
+        Where gradients are kept, no optimizer takes a step.
 
         Raises:
             RuntimeStateError: there is no optimizer to tell.
         """
         names = plan.decisions.host_states
-        if self._on_host.issuperset(names):
+        if self._on_host.issuperset(names) or isinstance(self.receiver, _Keeper):
             return
         if self.optimizer is None:
             raise RuntimeStateError(

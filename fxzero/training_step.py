@@ -190,6 +190,7 @@ class TrainingStep:
             self._plan_again()
         if self._wanted is not None:
             self._recapture(self._captured.inputs.fill(leaves), self._wanted)
+        self.updates.place(self._decided.plan, self._model)
         tensors = [source(leaves) for source in self._sources]
         return self._captured.outputs.fill(self._executable(tensors, parameters))
 

@@ -158,6 +158,10 @@ def trained(
 
     def step() -> None:
         found = loss(model(*args, **kwargs))
+        if options.get("offload"):  # a step that plans anew follows the new plan
+            owned = dict(model.named_parameters(remove_duplicate=False))
+            away = {id(parameter) for parameter in optimizer._hosted}
+            assert {id(owned[name]) for name in model.plan.decisions.host_states} <= away
         found.backward()
         optimizer.step()
         optimizer.zero_grad()
