@@ -147,6 +147,8 @@ class GraphPlanner:
         self.outputs_held = outputs_held and not is_stage
         self.is_stage = is_stage
         self.sweep = sweep
+        skipped = skipped_passes()
+        self.offload = options.offload and "offload" not in skipped
         trainable = {role.name: value for role, value in arguments if role in graph.trainable}
         self.states = self._state_offload(trainable)
         self.optimizer = self.states.profile(())
@@ -158,9 +160,7 @@ class GraphPlanner:
         self.fixed_bytes += LOSS_SCALARS if self.loss_bytes else 0
         self.costs = replace(costs, exposed=exposed_share(self.graph, costs))
         self.settled = settled_nodes(self.graph, options.recompute, options.sharding.zero)
-        skipped = skipped_passes()
         self.recompute = "none" if "rematerialize" in skipped else options.recompute
-        self.offload = options.offload and "offload" not in skipped
         self.unapplied = (
             *unapplied,
             *unmet_wishes(self.graph, self.settled),
@@ -197,7 +197,7 @@ class GraphPlanner:
 
         sizes = hostable_bytes(options.optimizer, parameters)
         named = dict(zip(trainable, sizes, strict=True))
-        allowed = options.offload_states and not self.is_stage and "offload" not in skipped_passes()
+        allowed = self.offload and options.offload_states and not self.is_stage
         return StateOffload(named, allowed, profile, self._copy_seconds)
 
     def _copy_seconds(self, size: int) -> float:

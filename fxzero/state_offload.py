@@ -18,7 +18,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from fxzero.optimizers import OptimizerProfile
 from fxzero.solver.bound import Relief
@@ -66,7 +66,7 @@ class StateOffload:
         seconds: Callable[[int], float],
     ) -> None:
         self.sizes, self.allowed = sizes, allowed
-        self._profile, self._seconds = profile, seconds
+        self._profile, self._seconds = cache(profile), seconds
         self._numbers = {name: number for number, name in enumerate(sizes)}
 
     @cached_property
@@ -163,7 +163,7 @@ class StateOffload:
 
     def _states(self, names: frozenset[str]) -> HostStates:
         ordered = tuple(name for name in self.sizes if name in names)
-        freed = self._profile(frozenset()).state_bytes - self.profile(ordered).state_bytes
+        freed = self.profile(()).state_bytes - self.profile(ordered).state_bytes
         return HostStates(ordered, freed, self.seconds(ordered))
 
     def _chosen(self, least: int) -> frozenset[str]:

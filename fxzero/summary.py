@@ -118,6 +118,10 @@ class Facts:
         here = sum(self.optimizer_roles.values()) - self.optimizer.whole_bytes
         return here + self.states.profile(hosted).whole_bytes
 
+    def peak(self, schedule: Schedule, states: HostStates) -> int:
+        """Bytes of the whole step with a schedule, if so much state was in host memory."""
+        return max(schedule.peak - states.freed, self.step_bytes(states.names))
+
     @property
     def state_seconds(self) -> float:
         """Of the optimizer's state to the device and back."""
@@ -450,17 +454,13 @@ def _alternatives(facts: Facts, base: float) -> tuple[Alternative, ...]:
         ("no recompute", facts.everything, HostStates()),
         ("the smallest reachable peak", facts.smallest, facts.states.all),
     ]
-    result = []
+    away, result = facts.states.possible, []
+    if away.freed > 0 and not facts.options.offload and not facts.is_stage:
+        options.append(("offload=True, smallest peak", facts.smallest, away))
     for change, schedule, states in options:
-        peak = max(schedule.peak - states.freed, facts.step_bytes(states.names))
+        peak = facts.peak(schedule, states)
         fits = budget is None or peak <= budget
         result.append(Alternative(change, peak, base + schedule.seconds + states.seconds, fits))
-    away = facts.states.possible
-    if away.freed > 0 and not facts.options.offload and not facts.is_stage:
-        peak = max(facts.smallest.peak - away.freed, facts.step_bytes(away.names))
-        fits = budget is None or peak <= budget
-        seconds = base + facts.smallest.seconds + away.seconds
-        result.append(Alternative("offload=True, smallest peak", peak, seconds, fits))
     if state_bytes := facts.states.profile(()).state_bytes:
         peak = max(facts.smallest.peak - state_bytes, 0)
         fits = budget is None or peak <= budget
@@ -473,7 +473,7 @@ def _alternatives(facts: Facts, base: float) -> tuple[Alternative, ...]:
 def _curve(facts: Facts, base: float) -> tuple[CurvePoint, ...]:
     points = [
         CurvePoint(
-            max(s.peak - states.freed, facts.step_bytes(states.names)),
+            facts.peak(s, states),
             base + s.seconds + states.seconds,
             s.seconds + states.seconds,
             s.flops,

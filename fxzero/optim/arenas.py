@@ -91,6 +91,10 @@ class Arena:
         """That of the parameters."""
         return self.steps.device
 
+    def divisor(self, name: str) -> int:
+        """Elements of the model for one of the tensor of a name."""
+        return self.form.quantum if name.endswith(SCALE) else 1
+
     @property
     def pairs(self) -> Iterator[tuple[Member, State]]:
         """Members with their views."""

@@ -251,7 +251,7 @@ class ChunkedUpdate:
         place, size = pieces[0].place, sum(piece.size for piece in pieces)
         parts = {"weight": [piece.of(local(piece.member.parameter)) for piece in pieces]}
         for name, arena in self.arena.tensors.items():
-            divisor = self._divisor(name)
+            divisor = self.arena.divisor(name)
             parts[name] = [arena[place // divisor : (place + size) // divisor]]
         held, copied = {}, []
         for name, tensors in parts.items():
@@ -261,14 +261,10 @@ class ChunkedUpdate:
                 copied.append((own[: _count(tensors)], tensors))
         return _Chunk(pieces, held, tuple(copied))
 
-    def _divisor(self, name: str) -> int:
-        """Elements of the model for one of an arena."""
-        return self.arena.form.quantum if name.endswith(SCALE) else 1
-
     def _hold(self, name: str, tensors: list[Tensor], kind: Kind, loop: Loop | None) -> Tensor:
         """What a step is given for tensors: the only one itself, or scratch."""
         first, pairs = tensors[0], kind.pairs
-        size = self._length // self._divisor(name) if loop else _count(tensors)
+        size = self._length // self.arena.divisor(name) if loop else _count(tensors)
         widened = first.dtype == torch.int16 and not pairs
         even = not pairs or first.storage_offset() % 2 == 0
         if len(tensors) > 1 or first.numel() != size or widened or not even:

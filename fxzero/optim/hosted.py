@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fxzero import _torch
 from fxzero.errors import UsageError
-from fxzero.optim.arenas import SCALE, Arena, Member, flat, local, mark_written
+from fxzero.optim.arenas import Arena, Member, flat, local, mark_written
 from fxzero.optim.rule import Control, Group, Update
 
 # Elements of a turn, powers of two: few enough for their stage not to matter, and enough for copies
@@ -70,7 +70,7 @@ class HostedUpdate:
         self._length = turn_elements(sum(member.elements for member in arena.members))
         self._stage = {
             name: torch.zeros(
-                self._length // self._divisor(name), dtype=t.dtype, device=arena.device
+                self._length // arena.divisor(name), dtype=t.dtype, device=arena.device
             )
             for name, t in arena.tensors.items()
         }
@@ -123,13 +123,13 @@ class HostedUpdate:
             first = turn.firsts[member.row]
             parts.append(given[turn.rows[member.row]][first : first + member.elements])
         first, last = members[0].place, members[-1].place + members[-1].elements
-        pairs = [
-            (
-                self._range(name, turn.start + first, turn.start + last),
-                self._staged(name, first, last),
-            )
-            for name in self._stage
-        ]
+        pairs = []
+        for name, here in self._stage.items():
+            each = self.arena.divisor(name)
+            kept = self.arena.tensors[name][
+                (turn.start + first) // each : (turn.start + last) // each
+            ]
+            pairs.append((kept, here[first // each : last // each]))
         for host, here in pairs:
             here.copy_(host, non_blocking=True)
         stage.steps.copy_(before.index_select(0, turn.owners))
@@ -169,17 +169,3 @@ class HostedUpdate:
         rows = tuple(member.row for member, _, _ in parts)
         owners = torch.tensor(rows, device=arena.device)
         return _Turn(start, self._make(staged), owners, rows, tuple(f for _, f, _ in parts))
-
-    def _range(self, name: str, first: int, last: int) -> Tensor:
-        """What the arena keeps by a name between two places."""
-        divisor = self._divisor(name)
-        return self.arena.tensors[name][first // divisor : last // divisor]
-
-    def _staged(self, name: str, first: int, last: int) -> Tensor:
-        """The same of the stage."""
-        divisor = self._divisor(name)
-        return self._stage[name][first // divisor : last // divisor]
-
-    def _divisor(self, name: str) -> int:
-        """Elements of the model for one of an arena."""
-        return self.arena.form.quantum if name.endswith(SCALE) else 1
