@@ -19,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -105,9 +105,10 @@ def _run(options: argparse.Namespace) -> None:
         graph = capture(case.module, (), dict(case.inputs)).graph
         calibrate(graph, "cpu")
         planner = _planner(graph, options.objective)
-        found = list(_cells(name, case, graph, options.objective))
+        rivals = [*_torch_outcomes(graph, planner), _checkpointed(case, options.objective)]
+        found = list(_cells(name, planner, rivals))
         cells += found
-        summaries.append(_summary(name, planner, found))
+        summaries.append(_summary(name, planner, found, checkpointed=rivals[-1]))
         console.print(_table(found))
         console.print(summaries[-1])
     depths = [_depth(layers) for layers in _DEPTHS[: 3 if options.quick else None]]
@@ -123,27 +124,30 @@ def _planner(graph: TrainGraph, objective: str = "time") -> Planner:
     return Planner(graph, options, "model")
 
 
-def _cells(name: str, case: Case, graph: TrainGraph, objective: str) -> Iterator[Cell]:
-    planner = _planner(graph, objective)
-    price = _price(planner, objective)
+def _objective(planner: Planner) -> str:
+    return planner.variants[0].options.objective
+
+
+def _cells(name: str, planner: Planner, rivals: Iterable[Outcome]) -> Iterator[Cell]:
+    """The rivals that have a lower peak than a step without recompute, each outcome once."""
     most = min(v.solver.everything.peak for v in planner.variants)
     seen: set[tuple[int, float]] = set()
-    for rival in (*_torch_outcomes(graph, planner, price), _checkpointed(case, objective)):
+    for rival in rivals:
         if rival.peak >= most or (rival.peak, rival.price) in seen:
             continue
         seen.add((rival.peak, rival.price))
         start = time.perf_counter()
-        ours, bound = _solve(planner, rival.peak, objective)
+        ours, bound = _solve(planner, rival.peak)
         seconds = time.perf_counter() - start
         yield Cell(name, rival.name, rival.peak, rival.price, ours, bound, seconds)
 
 
-def _solve(planner: Planner, budget: int, objective: str) -> tuple[float, float]:
+def _solve(planner: Planner, budget: int) -> tuple[float, float]:
     """The price of the better of the planner's variants, over one forward and backward.
 
     And the price that no schedule of any of them undercuts.
     """
-    flops, found = objective == "flops", [(float("inf"), float("inf"))]
+    flops, found = _objective(planner) == "flops", [(float("inf"), float("inf"))]
     once = planner.variants[0].solver.problem
     for variant in planner.variants:
         solution, problem = variant.solver.solve(budget), variant.solver.problem
@@ -158,16 +162,15 @@ def _solve(planner: Planner, budget: int, objective: str) -> tuple[float, float]
     return min(prices), min(bounds)
 
 
-def _price(planner: Planner, objective: str) -> Callable[[fx.Node], float]:
+def _price(planner: Planner) -> Callable[[fx.Node], float]:
     costs = planner.variants[0].costs
-    if objective == "flops":
+    if _objective(planner) == "flops":
         return lambda node: float(costs.price(node).flops)
     return lambda node: costs.price(node).seconds
 
 
-def _torch_outcomes(
-    graph: TrainGraph, planner: Planner, price: Callable[[fx.Node], float]
-) -> Iterator[Outcome]:
+def _torch_outcomes(graph: TrainGraph, planner: Planner) -> Iterator[Outcome]:
+    price = _price(planner)
     for solver in TORCH_SOLVERS:
         for budget in _BUDGETS:
             yield torch_budget(
@@ -191,20 +194,20 @@ def _checkpointed(case: Case, objective: str) -> Outcome:
     return Outcome("checkpoint per block", schedule.peak, price)
 
 
-def _summary(name: str, planner: Planner, cells: list[Cell]) -> dict[str, object]:
+def _summary(
+    name: str, planner: Planner, cells: list[Cell], checkpointed: Outcome
+) -> dict[str, object]:
     solvers = [variant.solver for variant in planner.variants]
     low = min(solver.smallest.peak for solver in solvers)
     high = min(solver.everything.peak for solver in solvers)
     budgets = [low + (high - low) * twentieth // 19 for twentieth in range(20)]
-    objective = planner.variants[0].options.objective
-    prices = [_solve(planner, budget, objective)[0] for budget in budgets]
+    prices = [_solve(planner, budget)[0] for budget in budgets]
     rises = [after / before for before, after in pairwise(prices) if after > before > 0]
-    checkpointing = next((c.peak for c in cells if c.rival.startswith("checkpoint")), None)
     return {
         "model": name,
         "operators": len(solvers[0].problem.operators),
         "smallest_peak_mib": low / _MiB,
-        "checkpoint_peak_mib": checkpointing and checkpointing / _MiB,
+        "checkpoint_peak_mib": checkpointed.peak / _MiB,
         "no_recompute_mib": high / _MiB,
         "cells": len(cells),
         "lost": sum(cell.lost for cell in cells),

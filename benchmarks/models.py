@@ -182,11 +182,13 @@ def _t5(size: Size, dropout: float) -> dict[str, Any]:
 
 
 def _resnet(size: Size, dropout: float) -> dict[str, Any]:
+    """ResNet-50 by its 50 layers (three a bottleneck, a stem, a head), or a shorter one like it."""
+    depths = {14: [1, 1, 1, 1], 26: [2, 2, 2, 2], 50: [3, 4, 6, 3]}[size.layers]
     return {
         "embedding_size": size.width,
-        "hidden_sizes": [size.width, size.width * 2, size.width * 4],
-        "depths": [size.layers] * 3,
-        "layer_type": "basic",
+        "hidden_sizes": [size.width * 4 * 2**stage for stage in range(4)],
+        "depths": depths,
+        "layer_type": "bottleneck",
         "num_labels": size.vocab,
     }
 
@@ -214,7 +216,7 @@ MODELS: dict[str, tuple[Family, Size, Size]] = {
     "llama": (LLAMA, Size(8, 384, 4, 512, 4096), Size(4, 128, 4, 128, 512)),
     "bert": (BERT, Size(8, 384, 8, 256, 4096), Size(4, 128, 4, 128, 512)),
     "vit": (VIT, Size(8, 384, 8, 64, 100), Size(4, 128, 4, 48, 10)),
-    "resnet": (RESNET, Size(2, 48, 16, 128, 100), Size(1, 16, 8, 64, 10)),
+    "resnet": (RESNET, Size(50, 64, 8, 128, 1000), Size(26, 16, 16, 64, 10)),
     "t5": (T5, Size(4, 384, 4, 256, 4096), Size(2, 128, 4, 96, 512)),
     "unet": (_unet, Size(5, 24, 8, 96, 0), Size(4, 8, 4, 64, 0)),
 }

@@ -19,6 +19,7 @@ from fxzero.collectives import arrives_as, is_gather
 from fxzero.errors import UsageError
 from fxzero.graph import TrainGraph
 from fxzero.solver.problem import is_recomputable
+from fxzero.storages import analyse
 
 # Share of all gathered bytes that the smallest parameters may keep in stage 3.
 _SMALL_SHARE = 0.01
@@ -108,20 +109,23 @@ def checkpoint_region(node: fx.Node) -> int | None:
 
 
 def _checkpoint_regions(graph: TrainGraph) -> dict[str, str]:
-    """Nodes inside a checkpoint region whose value no forward node outside of it reads."""
-    settled = {}
-    for node in graph.graph.nodes:
-        region = checkpoint_region(node)
-        if region is None or graph.is_backward(node):
-            continue
-        outside = [
-            user
-            for user in node.users
-            if not graph.is_backward(user) and checkpoint_region(user) != region
-        ]
-        if not outside:
-            settled[node.name] = "recompute"
-    return settled
+    """Nodes whose memory a checkpoint region makes and no forward node outside of it reads.
+
+    A view inside a region of what comes from outside, or an alias of what leaves it, is not among
+    them: that memory is there anyway, and the next region starts from it.
+    """
+    storages = analyse(graph.graph.nodes)
+    regions = [checkpoint_region(maker) for maker in storages.maker]
+    inner = {storage for storage, region in enumerate(regions) if region is not None}
+    forward = [node for node in graph.graph.nodes if not graph.is_backward(node)]
+    for node in forward:
+        read = {s for source in node.all_input_nodes for s in storages.of[source]}
+        inner -= {s for s in read if regions[s] != checkpoint_region(node)}
+    return {
+        node.name: "recompute"
+        for node in forward
+        if (mine := storages.of.get(node)) and inner.issuperset(mine)
+    }
 
 
 def _policy(answer: Any, node: fx.Node) -> str | None:

@@ -1,15 +1,69 @@
-"""What cannot be applied: a note in the Plan, and an error under ``strict=True``."""
+"""Regions of ``torch.utils.checkpoint``, and wishes that cannot be met: a note, or an error."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers import run
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fxzero
 from fxzero.errors import UsageError
+
+
+class EndsInNorm(nn.Module):
+    """What leaves a region is one result of several, and the next one looks at it in a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 128), nn.Linear(128, 32)
+        self.norm = nn.LayerNorm(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, 32)
+        hidden = self.down(torch.nn.functional.gelu(self.up(rows)))
+        return self.norm(x + hidden.view_as(x))
+
+
+class EndsInRelu(nn.Module):
+    """What leaves a region is read by the region's own backward, under another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(16, 64, 1), nn.Conv1d(64, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.down(torch.relu(self.up(x))))
+
+
+class Stack(nn.Module):
+    """Equal blocks, each of them a region."""
+
+    def __init__(self, block: type[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(block() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("block", [EndsInNorm, EndsInRelu])
+def test_regions_keep_no_more_than_they_do_in_eager(block: type[nn.Module]) -> None:
+    model, x = Stack(block), torch.randn(4, 16, 32)
+    expected = run(copy.deepcopy(model), (x,))
+    compiled = fxzero.compile(model, inner="eager", optimizer="sgd")
+    found = run(compiled, (x,))
+    assert found.peak <= compiled.plan.peak_bytes <= expected.peak
+    again = [item.node for item in compiled.plan.decisions.recompute]
+    assert again
+    assert len(again) == len(set(again))
+    assert torch.equal(found.loss, expected.loss)
 
 
 class Halved(nn.Module):

@@ -283,6 +283,10 @@ def test_the_peak_of_checkpointing_every_block_is_met_and_undercut(
     assert model.plan.minimum_budget <= checkpointed.peak
     if name not in NOT_TRACED_AS_RUN:
         assert torch.equal(found.loss, run(model, args, kwargs, loss, seed=1).loss)
+    model, args, kwargs, loss = without_cache(name)
+    checkpoint_every_block(name, model)
+    model = fxzero.compile(model, **options)
+    assert run(model, args, kwargs, loss).peak <= checkpointed.peak
 
 
 @pytest.mark.parametrize("name", tiers(("unet", "gpt2", "rand_ops"), (), ("rand_ops",)))

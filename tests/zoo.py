@@ -435,5 +435,5 @@ BLOCKS: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
     "vit": _listed("vit.layers"),
     "mixtral": _listed("model.layers"),
     "unet": lambda model: [*_listed("down")(model), model.middle, *_listed("up")(model)],
-    "resnet": _listed("resnet.encoder.stages"),
+    "resnet": lambda model: [b for stage in model.resnet.encoder.stages for b in stage.layers],
 } | {case.name: _listed("blocks") for case in _PLAIN}
