@@ -23,7 +23,7 @@ import torch
 from models import MODELS, build
 from variants import REFERENCES, VARIANTS
 
-from fxzero.calibration import calibrate_model
+from fxzero.model_calibration import calibrate_model
 from fxzero.sources import Source
 
 _RESULTS = Path(__file__).resolve().parent / "results"
@@ -63,7 +63,8 @@ def _run(options: argparse.Namespace) -> None:
         dtype=torch.float32,
         device=options.device,
     )
-    calibrate_model(Source(options.model, case.module, (), dict(case.inputs)))
+    inner = "inductor" if any(v.name.startswith("fxzero inductor") for v in wanted) else "eager"
+    calibrate_model(Source(options.model, case.module, (), dict(case.inputs)), inner)
     rows = harness.run(case, wanted, options.rounds)
     torch.compiler.reset()
     # Whether gradients are right does not depend on size; finite differences need float64.

@@ -29,8 +29,8 @@ import torch.multiprocessing as processes
 from torch import nn
 
 import fxzero
-from fxzero.calibration import calibrate
 from fxzero.capture import capture
+from fxzero.model_calibration import calibrate
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 _WARMUP = 2

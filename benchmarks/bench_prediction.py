@@ -24,7 +24,7 @@ import torch
 from models import MODELS, build
 from variants import REFERENCES, VARIANTS
 
-from fxzero.calibration import calibrate_model
+from fxzero.model_calibration import calibrate_model
 from fxzero.sources import Source
 
 _RESULTS = Path(__file__).resolve().parent / "results"
@@ -78,7 +78,7 @@ def _measured(name: str, options: argparse.Namespace) -> list[harness.Row]:
     case = build(
         name, quick=options.quick, dropout=options.dropout, dtype=torch.float32, device="cpu"
     )
-    calibrate_model(Source(name, case.module, (), dict(case.inputs)))
+    calibrate_model(Source(name, case.module, (), dict(case.inputs)), options.inner)
     wanted = [v for v in VARIANTS if v.name in _names(options.inner)]
     # Without its dropout's rate the harness takes no finite differences, as bench_memory.py does.
     return harness.run(replace(case, dropout=0.0), [REFERENCES[0], *wanted], options.rounds)

@@ -35,9 +35,9 @@ from rivals import TORCH_SOLVERS, Outcome, torch_budget
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
-from fxzero.calibration import calibrate
 from fxzero.capture import capture
 from fxzero.graph import TrainGraph
+from fxzero.model_calibration import calibrate
 from fxzero.options import check_options
 from fxzero.planner import Planner
 from fxzero.plans import Decisions

@@ -36,8 +36,9 @@ from fxzero.allocations import peak_of_allocations
 MIB = 2**20
 _SEED = 1234
 _WARM_UP = 3  # fxzero may plan again after the first step, and for other gradients after the second
-# Models of transformers round their loss to float32, so short steps see noise, long ones curvature.
-_DERIVATIVE_STEP, _DERIVATIVE_TOLERANCE = 1e-3, 3e-3
+# How far the loss goes to each side. Models of transformers round it to float32, so short steps see
+# noise, long ones curvature.
+_DERIVATIVE_STEP, _DERIVATIVE_TOLERANCE = 5e-4, 3e-3
 
 Step = Callable[[], Tensor]
 
@@ -292,7 +293,7 @@ def _derivative_error(model: nn.Module, module: nn.Module, case: Case, result: R
     Right for any stream of random numbers, as long as forward and backward see the same one.
     """
     length = math.hypot(*(_norm(gradient) for gradient in result.gradients.values()))
-    reach = _DERIVATIVE_STEP
+    reach = _DERIVATIVE_STEP / length
 
     def loss_at(distance: float) -> float:
         with torch.no_grad():

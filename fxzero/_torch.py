@@ -492,6 +492,9 @@ _IN_ORDER = {"reorder_for_peak_memory": False}
 # A score that no pair of kernels without a value between them reaches: those, far apart in the
 # planned order, would run at once and hold all their results.
 _NEVER_SIDE_BY_SIDE = {"score_fusion_memory_threshold": 10**18}
+# On a CPU it would copy what convolutions read and write into another layout, and back for the
+# other graph: more memory, and no less time.
+_LAYOUTS_AS_TRACED = {"layout_optimization": False}
 
 
 def compile_with_inductor(
@@ -532,6 +535,7 @@ def compile_with_inductor(
     options: dict[str, Any] = dict(_INDUCTOR_OPTIONS)
     options |= {} if side_by_side else _NEVER_SIDE_BY_SIDE
     options |= _IN_ORDER if in_order else {}
+    options |= _LAYOUTS_AS_TRACED if not any(t.is_cuda for t in tensors_in(inputs)) else {}
     with (
         tracing(TracingContext(fake_mode)),
         config.patch(options),

@@ -497,13 +497,20 @@ def replay(directory: Path) -> None:
 @click.option("--seq", type=int, help="Tokens per example.  [default: up to 1024]")
 @click.option("--dtype", type=click.Choice(_DTYPES), help="[default: the configuration's]")
 @click.option(
+    "--inner",
+    type=click.Choice(["inductor", "eager"]),
+    default="inductor",
+    show_default=True,
+    help="Whether to time the code that Inductor generates for a step, too: one compilation.",
+)
+@click.option(
     "--hardware-file",
     metavar="FILE",
     type=click.Path(path_type=Path),
     help="Measure this machine itself, and write a description of it for --hardware; under "
     "torchrun its links, too.",
 )
-def calibrate(model: str | None, hardware_file: Path | None, **options: Any) -> None:
+def calibrate(model: str | None, hardware_file: Path | None, inner: str, **options: Any) -> None:
     """Measure every operator of MODEL on this device; later plans use the times."""
     if model is None and hardware_file is None:
         raise click.UsageError("Missing argument 'MODEL', or --hardware-file.")
@@ -513,10 +520,10 @@ def calibrate(model: str | None, hardware_file: Path | None, **options: Any) -> 
         if said := measure_hardware(hardware_file):
             click.echo(said)
     if model is not None:
-        from fxzero.calibration import calibrate_model
+        from fxzero.model_calibration import calibrate_model
         from fxzero.sources import load_model
 
-        click.echo(str(calibrate_model(load_model(model, **options))))
+        click.echo(str(calibrate_model(load_model(model, **options), inner)))
 
 
 @cli.command()

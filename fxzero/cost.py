@@ -77,6 +77,7 @@ class CostModel:
         measured: seconds by ``operator_key``.
         scale: what modelled seconds are multiplied by.
         fused: whether elementwise operators run inside the kernels of those that read them.
+        generated: what the code takes then, as a share of these prices; None: not measured.
         exposed: share of its time that a gather costs which runs again beside operators.
         mesh: ranks by dimension, as they lie in nodes.
         workspaces: bytes that operators take and give back while they run, by ``operator_key``.
@@ -86,6 +87,7 @@ class CostModel:
     measured: Mapping[str, float] = field(default_factory=dict)
     scale: float = 1.0
     fused: bool = False
+    generated: float | None = None
     exposed: float = 1.0
     mesh: Mapping[str, int] = field(default_factory=dict)
     workspaces: Mapping[str, int] = field(default_factory=dict)
@@ -104,6 +106,8 @@ class CostModel:
             seconds = self.measured.get(operator_key(node), seconds)
         if self.fused and is_elementwise(node) and not _leaves_its_kernel(node):
             seconds = self._inside_a_kernel(node, seconds)
+        if self.fused and self.generated is not None:
+            seconds *= self.generated
         return NodeCost(seconds, modelled.flops)
 
     def price_again(self, node: fx.Node) -> NodeCost:
@@ -141,9 +145,12 @@ class CostModel:
         """Where the times come from, for the notes of a plan."""
         if not self.measured:
             return f"step times come from a roofline model of {self.hardware.name}"
+        code = ""
+        if self.generated is not None:
+            code = f"; code generated for this model takes {self.generated:.3g} of them, measured"
         return (
             f"step times come from {len(self.measured)} measured kinds of operators, others from a "
-            f"roofline model of {self.hardware.name} times {self.scale:.3g}"
+            f"roofline model of {self.hardware.name} times {self.scale:.3g}{code}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Spends what generated code leaves of a budget.
+"""Fits plans to what their generated code needs: spends what it leaves, saves what it lacks.
 
 A plan is made for operators that run one by one.  Code that Inductor generates often needs less: a
 value inside a fused kernel is never written.  So plans for larger budgets are made, and their code
@@ -9,11 +9,11 @@ rehearsed, as long as it fits:
                       570 MiB        480 MiB           3 %
                       590 MiB        510 MiB                         too large: not taken
 
-Code that needs more than operators do (convolutions get copies in another layout) is confined by
-``inner.generate_within``.  Plans for smaller budgets, whose code would fit, were slower.
+Code that needs a little more than operators do, as a fused kernel holds all that it reads, gets a
+plan for a little less.  Only where that recomputes much more is the code confined, operator by
+operator in the worst case (``inner.generate_within``).
 
-Invariant: the code of what is returned stays within the budget, and recomputes no more than that of
-the plan given.
+Invariant: the code of what is returned stays within the budget.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ _ROOM = 0.01
 _RECOMPUTE = 0.005
 # How often code is generated at most besides the first time: it takes most of a compilation.
 _TRIES = 3
+# Beyond a budget by more than this share of it, or for a plan that takes so much longer, code is
+# confined.
+_NEAR = 0.1
+_DEARER = 1.1
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,29 @@ class Generated:
 
 
 def use_headroom(planner: Planner, decided: Decided, budget: int, generate: Generate) -> Generated:
-    """The plan with the least recompute found whose code stays within ``budget`` bytes.
+    """The plan with the least recompute found whose best code stays within ``budget`` bytes.
 
     Args:
         decided: what ``planner`` decided for that budget.
     """
+    code = generate(decided, None)
+    peaks = planner.rehearse(decided, code.forward, code.backward)
+    if peaks.largest <= budget:
+        plan = as_it_runs(decided.plan, peaks)
+        return _spend(
+            planner, Generated(replace(decided, plan=plan), code), peaks, budget, generate
+        )
+    if peaks.known and (saved := _save(planner, decided, peaks, budget, generate)) is not None:
+        return saved
     code = generate(decided, budget)
     peaks = planner.rehearse(decided, code.forward, code.backward)
-    best = Generated(replace(decided, plan=as_it_runs(decided.plan, peaks)), code)
-    if code.confined or not peaks.known:
-        return best
+    return Generated(replace(decided, plan=as_it_runs(decided.plan, peaks)), code)
+
+
+def _spend(
+    planner: Planner, best: Generated, peaks: Peaks, budget: int, generate: Generate
+) -> Generated:
+    """A plan for more than the budget, whose code needs no more than that, or ``best``."""
     # Budgets of operators: the largest whose code is known to fit, and the next one to try.
     fits, target, room = budget, 2 * budget - peaks.largest, budget - peaks.largest
     exceeded = False
@@ -72,9 +89,7 @@ def use_headroom(planner: Planner, decided: Decided, budget: int, generate: Gene
             break
         if larger.plan.recompute_seconds >= recompute:
             break
-        code = generate(larger, None)
-        peaks = planner.rehearse(larger, code.forward, code.backward)
-        log.info("planned for %d bytes, generated code needs %s of %d", target, peaks, budget)
+        code, peaks = _rehearsed(planner, larger, target, budget, generate)
         if peaks.largest > budget:
             less = larger.emitted.timeline.peak_bytes - (peaks.largest - budget)
             target = less if less > fits else (fits + target) // 2
@@ -86,6 +101,36 @@ def use_headroom(planner: Planner, decided: Decided, budget: int, generate: Gene
         fits, room = target, budget - peaks.largest
         target += room
     return best
+
+
+def _save(
+    planner: Planner, decided: Decided, peaks: Peaks, budget: int, generate: Generate
+) -> Generated | None:
+    """A plan for somewhat less than the budget, whose code needs no more than that."""
+    most = _DEARER * decided.plan.step_seconds
+    for _ in range(_TRIES):
+        target = decided.emitted.timeline.peak_bytes - (peaks.largest - budget)
+        if target < (1 - _NEAR) * budget:
+            break
+        try:
+            decided = planner.within(target).decide()
+        except BudgetError:
+            break
+        if decided.plan.step_seconds > most:
+            break
+        code, peaks = _rehearsed(planner, decided, target, budget, generate)
+        if peaks.largest <= budget:
+            return Generated(_restated(planner, decided, peaks), code)
+    return None
+
+
+def _rehearsed(
+    planner: Planner, decided: Decided, target: int, budget: int, generate: Generate
+) -> tuple[Code, Peaks]:
+    code = generate(decided, None)
+    peaks = planner.rehearse(decided, code.forward, code.backward)
+    log.info("planned for %d bytes, generated code needs %s of %d", target, peaks, budget)
+    return code, peaks
 
 
 def _restated(planner: Planner, decided: Decided, peaks: Peaks) -> Decided:

@@ -39,13 +39,11 @@ class Code:
     """The two functions of a step.
 
     Attributes:
-        confined: whether the inner compiler's best exceeds the budget, so that this is other code.
         halves: the backward once more, in two parts; None: it is one.
     """
 
     forward: BoxedFunction
     backward: BoxedFunction
-    confined: bool = False
     halves: Halves | None = None
 
 
@@ -144,7 +142,6 @@ def generate_within(split: Split, limit: int, rehearse: Rehearse) -> Code:
     forward = compile_graph(split.forward, "inductor", backward=False)
     backward = compile_graph(split.backward, "inductor", backward=True)
     peaks = rehearse(forward, backward)
-    confined = peaks.largest > limit
     for inner in ("inductor in order", "eager"):
         if peaks.largest <= limit:
             break
@@ -158,7 +155,7 @@ def generate_within(split: Split, limit: int, rehearse: Rehearse) -> Code:
         # What the forward leaves is larger than planned, so that no backward has room.
         forward = compile_graph(split.forward, "eager", backward=False)
         backward = compile_graph(split.backward, "eager", backward=True)
-    return Code(forward, backward, confined)
+    return Code(forward, backward)
 
 
 def compile_graph(module: fx.GraphModule, inner: str, *, backward: bool) -> BoxedFunction:

@@ -41,6 +41,7 @@ class Planner:
         costs = cost_model(
             device_of([node.meta["val"] for _, node in graph.pairs()]),
             fused=options.inner == "inductor",
+            graph=graph,
             hardware=options.hardware,
             mesh=options.ranks,
         )

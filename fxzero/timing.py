@@ -34,10 +34,10 @@ from fxzero.storages import tensor_leaves
 _RUNS = 5
 _SECONDS = 0.02  # an operator by itself is run more often until it took this long
 _LARGEST = 2 * 2**30  # bytes of arguments and results beyond which an operator is not run
-_ROUNDS, _LONGEST = 5, 30.0  # of a graph; seconds after which no further round begins
+ROUNDS, _LONGEST = 5, 30.0  # of a graph; seconds after which no further round begins
 _SHARE = 0.5  # of the device's memory that a graph may take
 # What operators raise that cannot be run on numbers made up.
-_REFUSALS = (RuntimeError, IndexError, ValueError, TypeError, MemoryError)
+REFUSALS = (RuntimeError, IndexError, ValueError, TypeError, MemoryError)
 
 
 def times_in_place(graph: TrainGraph, device: str) -> dict[str, float]:
@@ -49,21 +49,26 @@ def times_in_place(graph: TrainGraph, device: str) -> dict[str, float]:
     Returns:
         An empty dict if the graph is too large for the device, or one of its operators refuses.
     """
-    memory = device_memory(device)
-    if memory is None or _largest_bytes(graph.graph) > _SHARE * memory:
+    if not fits(graph.graph, device):
         return {}
     rounds: list[dict[fx.Node, float]] = []
     start = time.perf_counter()
     try:
-        _run(graph, device)
-        while len(rounds) < _ROUNDS and (not rounds or time.perf_counter() - start < _LONGEST):
-            rounds.append(_run(graph, device))
-    except _REFUSALS:
+        run_in_order(graph, device)
+        while len(rounds) < ROUNDS and (not rounds or time.perf_counter() - start < _LONGEST):
+            rounds.append(run_in_order(graph, device))
+    except REFUSALS:
         return {}
     found: dict[str, list[float]] = defaultdict(list)
     for node in rounds[0]:
         found[operator_key(node)].append(statistics.median(times[node] for times in rounds))
     return {key: statistics.fmean(times) for key, times in found.items()}
+
+
+def fits(graph: fx.Graph, device: str) -> bool:
+    """Whether the device surely has the memory that a run of a joint graph takes."""
+    memory = device_memory(device)
+    return memory is not None and _largest_bytes(graph) <= _SHARE * memory
 
 
 def times_alone(
@@ -77,7 +82,7 @@ def times_alone(
         assert operator is not None
         try:
             measured[key] = seconds_of(_runner(operator, node, device), device)
-        except _REFUSALS:
+        except REFUSALS:
             failed[str(operator)] = None
     return measured, tuple(failed)
 
@@ -90,7 +95,7 @@ def workspaces_alone(kinds: Mapping[str, fx.Node], device: str) -> dict[str, int
         assert operator is not None
         try:
             size = _workspace(_runner(operator, node, device), device)
-        except _REFUSALS:
+        except REFUSALS:
             continue
         if size > 0:
             found[key] = size
@@ -118,7 +123,7 @@ def seconds_of(run: Callable[[], Any], device: str) -> float:
     run()
     times: list[float] = []
     while len(times) < _RUNS or sum(times) < _SECONDS:
-        watch = _Watch(device)
+        watch = Watch(device)
         result = run()
         watch.stop()
         del result
@@ -143,7 +148,7 @@ def _cpu_name() -> str:
     return found[1] if found else "CPU"
 
 
-class _Watch:
+class Watch:
     """Runs from when it is made until it is stopped, by the device's clock."""
 
     def __init__(self, device: str) -> None:
@@ -165,17 +170,17 @@ class _Watch:
         return float(self.events[0].elapsed_time(self.events[1])) / 1e3
 
 
-def _run(graph: TrainGraph, device: str) -> dict[fx.Node, float]:
+def run_in_order(graph: TrainGraph, device: str) -> dict[fx.Node, float]:
     """Seconds of each operator in one run of the graph."""
     dying, values = last_uses(graph.graph), dict[fx.Node, Any]()
-    watches: list[tuple[fx.Node, _Watch]] = []
+    watches: list[tuple[fx.Node, Watch]] = []
     current: fx.Node | None = None
     for node in graph.graph.nodes:
         if node.op == "call_function":
             if not _is_free(node):
                 current = node
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            watch = _Watch(device)
+            watch = Watch(device)
             values[node] = node.target(*args, **kwargs)
             del args, kwargs
             for dead in dying.get(node, ()):
@@ -184,7 +189,7 @@ def _run(graph: TrainGraph, device: str) -> dict[fx.Node, float]:
             if current is not None:
                 watches.append((current, watch))
         elif node.op != "output":
-            values[node] = _example(node.meta.get("val"), device)
+            values[node] = example(node.meta.get("val"), device)
     times: dict[fx.Node, float] = defaultdict(float)
     for node, watch in watches:
         times[node] += watch.seconds()
@@ -216,12 +221,12 @@ def _runner(operator: Any, node: fx.Node, device: str) -> Callable[[], Any]:
     if _bytes((node, *node.all_input_nodes)) > _LARGEST:
         raise MemoryError
     args, kwargs = fx.map_arg(
-        (node.args, node.kwargs), lambda n: _example(n.meta.get("val"), device)
+        (node.args, node.kwargs), lambda n: example(n.meta.get("val"), device)
     )
     return lambda: operator(*args, **kwargs)
 
 
-def _example(value: Any, device: str) -> Any:
+def example(value: Any, device: str) -> Any:
     """A tensor of the same shape, strides and dtype: random numbers, zeros for indices."""
     if not isinstance(value, torch.Tensor):
         return value

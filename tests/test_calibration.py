@@ -12,19 +12,23 @@ import torch
 from torch import nn
 
 import fxzero
-from fxzero.calibration import calibrate, calibration_path, cost_model
+from fxzero.calibration import calibration_path, cost_model
 from fxzero.capture import capture
 from fxzero.cost import CPU, CostModel, operator_key
+from fxzero.generated_timing import generated_share
 from fxzero.graph import TrainGraph
+from fxzero.model_calibration import calibrate, calibrate_model
+from fxzero.sources import Source
 from fxzero.timing import times_in_place
 
 LINKS = {"processes": 2, "inside": 2, "bandwidth": 1e9, "startup": 1e-4, "overlap": 0.25}
 EMPTY = {
-    "schema_version": 3,
+    "schema_version": 4,
     "device": "",
     "processes": 1,
     "operators": {},
     "workspaces": {},
+    "generated": {},
     "scale": 1.0,
     "links": None,
 }
@@ -91,6 +95,7 @@ def test_a_plan_says_where_its_times_come_from() -> None:
         json.dumps({**EMPTY, "workspaces": {"a": -1}}),
         json.dumps({**EMPTY, "workspaces": {"a": 0.5}}),
         json.dumps({**EMPTY, "operators": {"a": float("nan")}}),
+        json.dumps({**EMPTY, "generated": {"a": 0.0}}),
         json.dumps({**EMPTY, "links": {**LINKS, "overlap": 2.0}}),
         json.dumps({**EMPTY, "links": {**LINKS, "bandwidth": 0.0}}),
     ],
@@ -131,6 +136,42 @@ def test_a_graph_that_the_device_cannot_hold_is_not_run() -> None:
     model = nn.Linear(2**20, 2**20, device="meta")
     graph = capture(model, (torch.zeros(2, 2**20, device="meta"),)).graph
     assert times_in_place(graph, "cpu") == {}
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 32))
+
+
+def test_code_is_timed_once_and_counts_for_plans_of_the_same_graph_alone() -> None:
+    model, x = small(), torch.randn(64, 32)
+    report = calibrate_model(Source("small", model, (x,), {}), inner="eager")
+    assert report.generated is None
+    before = fxzero.plan(model, (x,), inner="inductor")
+    one_by_one = fxzero.plan(model, (x,), inner="eager")
+    report = calibrate_model(Source("small", model, (x,), {}))
+    assert report.measured == 0
+    assert report.generated is not None
+    assert f"code generated for this model takes {report.generated:.3g} of" in str(report)
+    plan = fxzero.plan(model, (x,), inner="inductor")
+    assert plan.step_seconds == pytest.approx(report.generated * before.step_seconds)
+    assert any("code generated for this model takes" in note for note in plan.notes)
+    assert fxzero.plan(model, (x,), inner="eager").step_seconds == one_by_one.step_seconds
+    other = fxzero.plan(small(), (x[:32],), inner="inductor")
+    assert not any("code generated" in note for note in other.notes)
+    assert calibrate_model(Source("small", model, (x,), {})).generated == report.generated
+
+
+def test_the_share_of_generated_code_does_not_depend_on_the_speed_of_the_machine() -> None:
+    model, x = small(), torch.randn(512, 32)
+    graph, decomposed = (capture(model, (x,), inner=i).graph for i in ("eager", "inductor"))
+    costs = calibrate(graph, "cpu").calibration.costs(CPU)
+    slower = CostModel(
+        CPU, {key: 20 * seconds for key, seconds in costs.measured.items()}, 20 * costs.scale
+    )
+    found, again = (generated_share(graph, decomposed, "cpu", c) for c in (costs, slower))
+    assert found is not None
+    assert again is not None
+    assert 1 / 4 < found / again < 4
 
 
 def test_plans_for_several_ranks_are_made_of_what_as_many_processes_measured() -> None:

@@ -132,7 +132,7 @@ def test_the_set_of_commands_and_options_is_this() -> None:
         "passes": set(),
         "verify": {"model", "memory_budget", "inner", "json"},
         "replay": {"directory"},
-        "calibrate": {"model", "batch", "seq", "dtype", "hardware_file"},
+        "calibrate": {"model", "batch", "seq", "dtype", "inner", "hardware_file"},
         "doctor": set(),
         "demo": {"memory_budget", "steps", "out"},
     }

@@ -38,10 +38,9 @@ class Spent:
 
     Args:
         needs: of (the operators' peak, the budget): bytes; None: nobody knows.
-        confined: whether the budget has other code generated than the best.
     """
 
-    def __init__(self, needs: Any, confined: bool = False) -> None:
+    def __init__(self, needs: Any) -> None:
         model, args, kwargs, _ = zoo.build("tied")
         graph = capture(model, args, kwargs, inner="eager").graph
         options = check_options(device="cpu", inner="eager", optimizer="none")
@@ -54,7 +53,7 @@ class Spent:
 
         def generate(decided: Decided, limit: int | None) -> Code:
             self.asked.append(limit)
-            return Code(list, list, confined)
+            return Code(list, list)
 
         made = use_headroom(
             Rehearsed(planner, lambda peak: needs(peak, self.budget)),
@@ -73,8 +72,7 @@ def test_code_that_needs_less_gets_a_plan_with_less_recompute() -> None:
     assert spent.plan.fits
     assert (spent.plan.status, spent.plan.gap) == ("feasible", None)
     assert fxzero.Plan.from_json(spent.plan.to_json()) == spent.plan
-    assert spent.asked[0] == spent.budget
-    assert set(spent.asked[1:]) == {None}
+    assert set(spent.asked) == {None}
 
 
 def test_code_that_needs_suddenly_more_is_not_taken() -> None:
@@ -82,24 +80,33 @@ def test_code_that_needs_suddenly_more_is_not_taken() -> None:
     spent = Spent(lambda peak, b: int(0.8 * peak) if peak < 1.1 * b else 2 * peak)
     assert spent.plan.peak_bytes <= 0.8 * 1.1 * spent.budget
     assert spent.plan.recompute_seconds < spent.before.recompute_seconds
-    assert spent.asked == [spent.budget, None, None]
+    assert spent.asked == [None, None, None]
+
+
+def test_without_room_the_plan_stands() -> None:
+    spent = Spent(lambda peak, _: peak)
+    assert spent.plan.decisions == spent.before.decisions
+    assert spent.asked == [None]
+
+
+@pytest.mark.parametrize("more", [2**10, 2**12])
+def test_code_that_needs_a_little_more_gets_a_plan_for_a_little_less(more: int) -> None:
+    spent = Spent(lambda peak, _: peak + more)
+    assert spent.plan.peak_bytes <= spent.budget
+    assert spent.plan.recompute_seconds >= spent.before.recompute_seconds
+    assert spent.plan.step_seconds <= 1.1 * spent.before.step_seconds
+    assert spent.plan.request.memory_budget == spent.budget
+    assert (spent.plan.status, spent.plan.gap) == ("feasible", None)
+    assert set(spent.asked) == {None}
 
 
 @pytest.mark.parametrize(
-    ("needs", "confined"),
-    [
-        (lambda peak, _: peak, False),
-        (lambda peak, _: None, False),
-        (lambda peak, _: peak // 2, True),
-    ],
-    ids=["no room", "unknown", "confined"],
+    "needs", [lambda peak, _: 2 * peak, lambda peak, _: None], ids=["much more", "unknown"]
 )
-def test_otherwise_the_plan_stands_and_no_more_code_is_generated(
-    needs: Any, confined: bool
-) -> None:
-    spent = Spent(needs, confined)
+def test_code_that_needs_much_more_is_confined(needs: Any) -> None:
+    spent = Spent(needs)
     assert spent.plan.decisions == spent.before.decisions
-    assert spent.asked == [spent.budget]
+    assert spent.asked == [None, spent.budget]
 
 
 class Classifier(nn.Module):

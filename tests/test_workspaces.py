@@ -17,11 +17,12 @@ from torch.profiler import ProfilerActivity, profile
 
 import fxzero
 from fxzero.allocations import peak_of_allocations
-from fxzero.calibration import calibrate, cost_model
+from fxzero.calibration import cost_model
 from fxzero.capture import capture
 from fxzero.cost import operator_key
 from fxzero.execution import compile_to_python
 from fxzero.graph_planner import GraphPlanner
+from fxzero.model_calibration import calibrate
 from fxzero.options import check_options
 
 ROWS, WIDTH, SCRATCH = 256, 64, 3 * 2**17
