@@ -61,10 +61,8 @@ def use_headroom(planner: Planner, decided: Decided, budget: int, generate: Gene
     code = generate(decided, None)
     peaks = planner.rehearse(decided, code.forward, code.backward)
     if peaks.largest <= budget:
-        plan = as_it_runs(decided.plan, peaks)
-        return _spend(
-            planner, Generated(replace(decided, plan=plan), code), peaks, budget, generate
-        )
+        fitting = Generated(replace(decided, plan=as_it_runs(decided.plan, peaks)), code)
+        return _spend(planner, fitting, peaks, budget, generate)
     if peaks.known and (saved := _save(planner, decided, peaks, budget, generate)) is not None:
         return saved
     code = generate(decided, budget)

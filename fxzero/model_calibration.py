@@ -3,10 +3,10 @@
     fxzero calibrate MODEL                                            one process
     torchrun --no-python --nproc-per-node 2 fxzero calibrate MODEL    two, and links between them
 
-Each kind of operator has the time that it takes where it stands in the model's graph (``timing.py``),
-and the memory that it takes and gives back while it runs.  Processes under torchrun run it at the
-same time, as they do when they train.  Code that Inductor generates for the whole step is timed
-against that (``generated_timing.py``).
+Each kind of operator has the time that it takes where it stands in the model's graph
+(``timing.py``), and the memory that it takes and gives back while it runs.  Processes under
+torchrun run it at the same time, as they do when they train.  Code that Inductor generates for the
+whole step is timed against that (``generated_timing.py``).
 """
 
 from __future__ import annotations
