@@ -50,6 +50,8 @@ DATA_DEPENDENT_ERRORS: tuple[type[Exception], ...] = (
     GuardOnDataDependentSymNode,
 )
 
+Strides = tuple[int, ...]
+
 # An operator without a fake implementation, or one that fakes cannot represent.
 NO_FAKE_ERRORS: tuple[type[Exception], ...] = (
     UnsupportedFakeTensorException,
@@ -253,28 +255,14 @@ def fused_adamw(
     seconds: Sequence[torch.Tensor],
     step: torch.Tensor,
     *,
-    lr: float | torch.Tensor,
     betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
+    **settings: Any,
 ) -> None:
-    """One step of AdamW for tensors of one dtype, in place; ``step`` is 1 in the first."""
-    torch._fused_adamw_(
-        list(weights),
-        list(gradients),
-        list(firsts),
-        list(seconds),
-        [],
-        [step] * len(weights),
-        lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=maximize,
-    )
+    """One step of AdamW for tensors of one dtype, in place, by all of its settings; ``step`` is 1
+    in the first."""
+    lists = (list(tensors) for tensors in (weights, gradients, firsts, seconds))
+    given: list[Any] = [*lists, [], [step] * len(weights)]
+    torch._fused_adamw_(*given, beta1=betas[0], beta2=betas[1], amsgrad=False, **settings)
 
 
 def fused_sgd(
@@ -408,11 +396,6 @@ def find_operator(name: str) -> torch._ops.OpOverload | None:
     return None
 
 
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """Tensors among the leaves of nested tuples, lists and dictionaries."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether the tensor owns real memory: not fake, not meta, not a wrapper around another."""
     return (
@@ -492,8 +475,8 @@ _IN_ORDER = {"reorder_for_peak_memory": False}
 # A score that no pair of kernels without a value between them reaches: those, far apart in the
 # planned order, would run at once and hold all their results.
 _NEVER_SIDE_BY_SIDE = {"score_fusion_memory_threshold": 10**18}
-# On a CPU it would copy what convolutions read and write into another layout, and back for the
-# other graph: more memory, and no less time.
+# It would copy what convolutions read and write into another layout, and back where a graph keeps
+# that of its results: on a CPU more memory, and no less time.
 _LAYOUTS_AS_TRACED = {"layout_optimization": False}
 
 
@@ -502,16 +485,19 @@ def compile_with_inductor(
     replace_target: Callable[[Any], Any],
     *,
     backward: bool,
+    kept: int | None = None,
+    given: Sequence[Strides | None] | None = None,
     side_by_side: bool = True,
     in_order: bool = False,
 ) -> Callable[[list[Any]], list[Any]]:
     """A boxed function that Inductor generated for a graph of aten operators.
 
-    Random operators run as eager's do, so that the random stream stays eager's, and every output
-    keeps its stride: other graphs were made for it.
+    Random operators run as eager's do, so that the random stream stays eager's.
 
     Args:
         replace_target: what stands for an operator that Inductor does not know.
+        kept: how many of the first results have the strides of the graph; None: all.
+        given: strides of the first arguments, where they are not those of the graph.
         side_by_side: whether operators that read the same values may be fused; it saves time, and
             takes memory where they are far apart.
         in_order: whether kernels keep the order of the graph.
@@ -528,14 +514,19 @@ def compile_with_inductor(
     copied = fx.GraphModule(module, graph)
     inputs = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
     (output,) = graph.find_nodes(op="output")
-    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
+    visible = list(range(len(output.args[0])))[:kept]
+    output.meta["user_visible_output_idxs"] = visible
+    copied.meta["fxzero_visible"] = visible  # Inductor's cache does not look at nodes' metadata
     record_original_output_strides(copied)
-    values = (node.meta.get("val") for node in graph.nodes)
-    fake_mode = fake_mode_of([v for value in values for v in tensors_in(value)])
+    values = pytree.tree_leaves([node.meta.get("val") for node in graph.nodes])
+    fake_mode = fake_mode_of(values)
+    for position, strides in enumerate(given or ()):
+        inputs[position] = _with_strides(inputs[position], strides, fake_mode)
     options: dict[str, Any] = dict(_INDUCTOR_OPTIONS)
     options |= {} if side_by_side else _NEVER_SIDE_BY_SIDE
     options |= _IN_ORDER if in_order else {}
-    options |= _LAYOUTS_AS_TRACED if not any(t.is_cuda for t in tensors_in(inputs)) else {}
+    if kept is None and given is None and not any(getattr(v, "is_cuda", False) for v in values):
+        options |= _LAYOUTS_AS_TRACED
     with (
         tracing(TracingContext(fake_mode)),
         config.patch(options),
@@ -548,6 +539,20 @@ def compile_with_inductor(
 
     run.__generated__ = compiled  # type: ignore[attr-defined]
     return run
+
+
+def _with_strides(value: Any, strides: Strides | None, fake_mode: Any) -> Any:
+    if strides is None or strides == value.stride():
+        return value
+    with fake_mode:
+        return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
+
+
+def strides_of_results(function: Any) -> list[Strides | None]:
+    """Those of what a function that Inductor generated returns; none of other functions."""
+    compiled = getattr(function, "__generated__", None)
+    strides = (None if compiled is None else compiled.output_strides) or []
+    return [None if found is None else tuple(map(int, found)) for found in strides]
 
 
 def generated_code(function: Any) -> tuple[str, dict[str, Any]] | None:

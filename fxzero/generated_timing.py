@@ -8,6 +8,7 @@ turn with the operators of the same model, so that a change of the machine's spe
     the code generated        by its operators 110     now 104     0.90 of what was calibrated
 
 Plans of the same graph for generated code have so much of their times, whatever they recompute.
+What the code calls, convolutions in a layout of its own say, is measured for its workspace.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -27,13 +28,36 @@ from fxzero.inner import Code, generate
 from fxzero.options import check_options
 from fxzero.passes.partition import Split
 from fxzero.planner import Planner
-from fxzero.timing import REFUSALS, ROUNDS, Watch, example, fits, run_in_order
+from fxzero.timing import (
+    REFUSALS,
+    ROUNDS,
+    Calls,
+    Watch,
+    example,
+    fits,
+    run_in_order,
+    workspaces_alone,
+)
 
 
-def generated_share(
+@dataclass(frozen=True)
+class GeneratedTimes:
+    """What was measured of the code of one step.
+
+    Attributes:
+        share: of the time that its operators' prices come to.
+        workspaces: bytes by ``cost.operator_key`` that operators which it calls take while they
+            run.
+    """
+
+    share: float
+    workspaces: dict[str, int]
+
+
+def time_generated(
     graph: TrainGraph, decomposed: TrainGraph, device: str, costs: CostModel
-) -> float | None:
-    """What a step of generated code takes, as a share of what ``costs`` says of its operators.
+) -> GeneratedTimes | None:
+    """Runs a step of generated code in turn with the operators of the same model.
 
     Args:
         graph, decomposed: one model's, captured for operators one by one and for generated code.
@@ -56,7 +80,8 @@ def generated_share(
     run = functools.partial(_seconds, split, code, _inputs(split, device), device)
     alone, together = [], []
     try:
-        run()
+        with Calls() as calls:
+            run()
         for _ in range(ROUNDS):
             alone.append(sum(run_in_order(graph, device).values()))
             together.append(run())
@@ -64,7 +89,11 @@ def generated_share(
         return None
     speed = statistics.median(alone) / _priced(graph.graph.nodes, costs)
     nodes = (*split.forward.graph.nodes, *split.backward.graph.nodes)
-    return statistics.median(together) / (speed * _priced(nodes, replace(costs, fused=True)))
+    of_code = _priced(nodes, replace(costs, fused=True))
+    unknown = {key: call for key, call in calls.made.items() if key not in costs.measured}
+    return GeneratedTimes(
+        statistics.median(together) / (speed * of_code), workspaces_alone(unknown, device)
+    )
 
 
 def _priced(nodes: Iterable[fx.Node], costs: CostModel) -> float:

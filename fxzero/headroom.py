@@ -40,7 +40,7 @@ _RECOMPUTE = 0.005
 _TRIES = 3
 # Beyond a budget by more than this share of it, or for a plan that takes so much longer, code is
 # confined.
-_NEAR = 0.1
+_NEAR = 0.2
 _DEARER = 1.1
 
 

@@ -1,5 +1,8 @@
 """Turns a forward and a backward graph into functions that run: eagerly or through Inductor.
 
+Where both are generated, what the forward saves has the layout that its kernels like, and the
+backward is generated for that; operators that run one by one get what the graph says.
+
 Under a budget, code that Inductor generated runs only if its rehearsed peak stays within it.  Each
 of the two graphs takes the first of these ways that does:
 
@@ -11,7 +14,7 @@ of the two graphs takes the first of these ways that does:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +74,20 @@ def generate(
         forward = compile_graph(split.forward, inner, backward=False)
         return Code(forward, halves.whole, halves=halves)
     if inner == "eager" or limit is None:
-        return Code(
-            compile_graph(split.forward, inner, backward=False),
-            compile_graph(split.backward, inner, backward=True),
-        )
+        return _pair(split, inner, inner)
     return generate_within(split, limit, rehearse)
+
+
+def _pair(split: Split, forward: str, backward: str) -> Code:
+    """The two functions, each by its inner compiler."""
+    if "eager" in (forward, backward):
+        return Code(
+            compile_graph(split.forward, forward, backward=False),
+            compile_graph(split.backward, backward, backward=True),
+        )
+    first = compile_graph(split.forward, forward, backward=False, kept=split.output_count)
+    strides = _torch.strides_of_results(first)[split.output_count :]
+    return Code(first, compile_graph(split.backward, backward, backward=True, given=strides))
 
 
 def executable(
@@ -139,30 +151,37 @@ def generate_within(split: Split, limit: int, rehearse: Rehearse) -> Code:
         split: graphs whose operators, run one by one, stay within it.
         rehearse: the peaks of two functions.
     """
-    forward = compile_graph(split.forward, "inductor", backward=False)
-    backward = compile_graph(split.backward, "inductor", backward=True)
-    peaks = rehearse(forward, backward)
+    forward = backward = "inductor"
+    code = _pair(split, forward, backward)
+    peaks = rehearse(code.forward, code.backward)
     for inner in ("inductor in order", "eager"):
         if peaks.largest <= limit:
-            break
+            return code
         log.info("generated code needs %s of %d bytes: %s", peaks, limit, inner)
-        if peaks.forward > limit:
-            forward = compile_graph(split.forward, inner, backward=False)
-        if peaks.backward > limit:
-            backward = compile_graph(split.backward, inner, backward=True)
-        peaks = rehearse(forward, backward)
-    if peaks.largest > limit:
-        # What the forward leaves is larger than planned, so that no backward has room.
-        forward = compile_graph(split.forward, "eager", backward=False)
-        backward = compile_graph(split.backward, "eager", backward=True)
-    return Code(forward, backward)
+        forward = inner if peaks.forward > limit else forward
+        backward = inner if peaks.backward > limit else backward
+        code = _pair(split, forward, backward)
+        peaks = rehearse(code.forward, code.backward)
+    if peaks.largest <= limit:
+        return code
+    # What the forward leaves is larger than planned, so that no backward has room.
+    return _pair(split, "eager", "eager")
 
 
-def compile_graph(module: fx.GraphModule, inner: str, *, backward: bool) -> BoxedFunction:
+def compile_graph(
+    module: fx.GraphModule,
+    inner: str,
+    *,
+    backward: bool,
+    kept: int | None = None,
+    given: Sequence[_torch.Strides | None] | None = None,
+) -> BoxedFunction:
     """A function over a list of arguments, which it empties, that runs one graph.
 
     Args:
         inner: "eager", "inductor", or "inductor in order", which fuses neighbours only.
+        kept: how many of the first results have the strides of the graph; None: all.
+        given: strides of the first arguments, where they are not those of the graph.
     """
     if inner == "eager" or all(node.op != "call_function" for node in module.graph.nodes):
         return compile_to_python(module)
@@ -170,6 +189,8 @@ def compile_graph(module: fx.GraphModule, inner: str, *, backward: bool) -> Boxe
         module,
         _inductor_target,
         backward=backward,
+        kept=kept,
+        given=given,
         side_by_side=inner == "inductor",
         in_order=any(starts_transfer(node.target) for node in module.graph.nodes),
     )

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from fxzero import _torch
 from fxzero.allocations import peak_of_allocations
 from fxzero.optim.base import Optimizer
-from fxzero.storages import storage_identity
+from fxzero.storages import storage_identity, tensor_leaves
 from fxzero.structure import flatten
 from fxzero.transfers import HOST_ZEROS, TO_HOST
 
@@ -155,12 +155,12 @@ class StorageCounter(_torch.TransparentDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes back for the operators on the local parts
         kwargs = kwargs or {}
-        for tensor in _torch.tensors_in((args, kwargs)):
+        for tensor in tensor_leaves((args, kwargs)):
             self._count(tensor, existed=True)
         result = func(*args, **kwargs)
         if func in (TO_HOST, HOST_ZEROS):
             self._count_on_host(result)
-        for tensor in _torch.tensors_in(result):
+        for tensor in tensor_leaves(result):
             self._count(tensor)
         return result
 

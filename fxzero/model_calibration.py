@@ -22,14 +22,14 @@ from fxzero.calibration import Calibration, calibration_path, load, save
 from fxzero.capture import capture
 from fxzero.cost import hardware_for, modelled_cost, operator_key
 from fxzero.errors import PlanError
-from fxzero.generated_timing import generated_share
+from fxzero.generated_timing import time_generated
 from fxzero.graph import TrainGraph
 from fxzero.hardware import Hardware
 from fxzero.links import is_first, measure_links
 from fxzero.options import INNERS, model_device
 from fxzero.randomness import RandomState
 from fxzero.sources import Source
-from fxzero.timing import times_alone, times_in_place, workspaces_alone
+from fxzero.timing import call_of, times_alone, times_in_place, workspaces_alone
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,9 @@ def _with_operators(
     besides = {} if decomposed is None else _kinds(decomposed, hardware)
     unknown = kinds.keys() - before.operators.keys()
     measured = times_in_place(graph, device) if unknown else {}
-    missing = {k: node for k, node in kinds.items() if k in unknown and k not in measured}
+    missing = {k: call_of(n) for k, n in kinds.items() if k in unknown and k not in measured}
     alone, failed = times_alone(missing, device)
-    new = {k: node for k, node in {**besides, **kinds}.items() if k not in before.operators}
+    new = {k: call_of(n) for k, n in {**besides, **kinds}.items() if k not in before.operators}
     workspaces = {**workspaces_alone(new, device), **before.workspaces}
     operators = {**measured, **alone, **before.operators}
     timed = [key for key in kinds if key in operators]
@@ -155,14 +155,18 @@ def _with_operators(
 def _with_code(
     before: Calibration, graph: TrainGraph, decomposed: TrainGraph, device: str
 ) -> Calibration:
-    """With the time of generated code, where it was not known and can be taken."""
+    """With what was measured of generated code, unless that was known."""
     digest = decomposed.digest()
     if digest in before.generated:
         return before
-    share = generated_share(graph, decomposed, device, before.costs(hardware_for(device)))
-    if share is None:
+    found = time_generated(graph, decomposed, device, before.costs(hardware_for(device)))
+    if found is None:
         return before
-    return replace(before, generated={**before.generated, digest: share})
+    return replace(
+        before,
+        generated={**before.generated, digest: found.share},
+        workspaces={**found.workspaces, **before.workspaces},
+    )
 
 
 def _kinds(graph: TrainGraph, hardware: Hardware) -> dict[str, fx.Node]:

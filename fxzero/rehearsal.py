@@ -28,7 +28,7 @@ from fxzero.execution import BoxedFunction
 from fxzero.generated import without_kernels
 from fxzero.passes.partition import Split
 from fxzero.plans import Peak, Plan, Value
-from fxzero.storages import is_scalar, storage_identity
+from fxzero.storages import is_scalar, storage_identity, tensor_leaves
 from fxzero.timeline import Surroundings
 from fxzero.transfers import TO_HOST
 from fxzero.units import format_bytes
@@ -176,7 +176,7 @@ class Counter(_torch.TransparentDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in _torch.tensors_in(result) if func is not TO_HOST else ():
+        for tensor in tensor_leaves(result) if func is not TO_HOST else ():
             self._count(tensor)
         if self.workspaces:
             size = self.workspaces.get(call_key(func, args, kwargs or {}), 0)
@@ -190,7 +190,7 @@ class Counter(_torch.TransparentDispatchMode):
 
     def _follow_transfer(self, func: Any, args: Any, result: Any) -> None:
         """Holds what a collective reads until its last wait, and its workspace until the first."""
-        sent, made = _torch.tensors_in(args), _torch.tensors_in(result)
+        sent, made = tensor_leaves(args), tensor_leaves(result)
         size = workspace_bytes(func, sent, made) if self.device == "cpu" else 0
         workspace = torch.empty(size, dtype=torch.uint8)
         self._count(workspace)

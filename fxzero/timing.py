@@ -12,20 +12,24 @@ not depend on what runs beside it.
 
 from __future__ import annotations
 
+import functools
 import re
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 from torch.profiler import ProfilerActivity, profile
 
+from fxzero import _torch
 from fxzero.allocations import given_back
-from fxzero.cost import drawn_operator, makes_view, operator_key
+from fxzero.cost import call_key, drawn_operator, makes_view, operator_key
 from fxzero.execution import last_uses
 from fxzero.graph import TrainGraph
 from fxzero.options import device_memory
@@ -71,30 +75,72 @@ def fits(graph: fx.Graph, device: str) -> bool:
     return memory is not None and _largest_bytes(graph) <= _SHARE * memory
 
 
-def times_alone(
-    kinds: Mapping[str, fx.Node], device: str
-) -> tuple[dict[str, float], tuple[str, ...]]:
+@dataclass(frozen=True)
+class Call:
+    """An operator with arguments whose tensors need no memory.
+
+    Attributes:
+        bytes: of all tensors among arguments and results.
+    """
+
+    operator: Any
+    args: Any
+    kwargs: Any
+    bytes: int
+
+
+def call_of(node: fx.Node) -> Call:
+    """The call that a node of a captured graph stands for."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    return Call(drawn_operator(node), args, kwargs, _bytes((node, *node.all_input_nodes)))
+
+
+class Calls(_torch.TransparentDispatchMode):
+    """Records the operators that are called inside the ``with`` block.
+
+    Attributes:
+        made: by ``cost.operator_key``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: dict[str, Call] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        key, kwargs = call_key(func, args, kwargs or {}), kwargs or {}
+        if key in self.made:
+            return func(*args, **kwargs)
+        alike = pytree.tree_map_only(torch.Tensor, _without_memory, (args, kwargs))
+        result = func(*args, **kwargs)
+        size = sum(leaf.nbytes for leaf in tensor_leaves((args, kwargs, result)))
+        self.made[key] = Call(func, alike[0], alike[1], size)
+        return result
+
+
+def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def times_alone(calls: Mapping[str, Call], device: str) -> tuple[dict[str, float], tuple[str, ...]]:
     """Seconds by key of operators run by themselves, and the names of those that cannot be."""
     measured: dict[str, float] = {}
     failed: dict[str, None] = {}
-    for key, node in kinds.items():
-        operator = drawn_operator(node)
-        assert operator is not None
+    for key, call in calls.items():
         try:
-            measured[key] = seconds_of(_runner(operator, node, device), device)
+            measured[key] = seconds_of(_runner(call, device), device)
         except REFUSALS:
-            failed[str(operator)] = None
+            failed[str(call.operator)] = None
     return measured, tuple(failed)
 
 
-def workspaces_alone(kinds: Mapping[str, fx.Node], device: str) -> dict[str, int]:
+def workspaces_alone(calls: Mapping[str, Call], device: str) -> dict[str, int]:
     """Bytes by key that operators take and give back while they run, of those that do."""
     found: dict[str, int] = {}
-    for key, node in kinds.items():
-        operator = drawn_operator(node)
-        assert operator is not None
+    for key, call in calls.items():
         try:
-            size = _workspace(_runner(operator, node, device), device)
+            size = _workspace(_runner(call, device), device)
         except REFUSALS:
             continue
         if size > 0:
@@ -217,13 +263,13 @@ def _bytes(nodes: Iterable[fx.Node]) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
 
 
-def _runner(operator: Any, node: fx.Node, device: str) -> Callable[[], Any]:
-    if _bytes((node, *node.all_input_nodes)) > _LARGEST:
+def _runner(call: Call, device: str) -> Callable[[], Any]:
+    if call.bytes > _LARGEST:
         raise MemoryError
-    args, kwargs = fx.map_arg(
-        (node.args, node.kwargs), lambda n: example(n.meta.get("val"), device)
+    args, kwargs = pytree.tree_map_only(
+        torch.Tensor, functools.partial(example, device=device), (call.args, call.kwargs)
     )
-    return lambda: operator(*args, **kwargs)
+    return lambda: call.operator(*args, **kwargs)
 
 
 def example(value: Any, device: str) -> Any:

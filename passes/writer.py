@@ -69,7 +69,7 @@ def derived(node: fx.Node) -> Any:
     """The node's fake value, from those of its arguments."""
     given: Any = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
     args, kwargs = given
-    mode = _torch.fake_mode_of(_torch.tensors_in(given))
+    mode = _torch.fake_mode_of(tensor_leaves(given))
     assert mode is not None, f"{node} reads no fake value"
     assert callable(node.target)
     with mode, torch.no_grad():

@@ -386,11 +386,6 @@ def test_find_operator_knows_the_dispatchers_operators_alone(name: str, known: b
     assert (found is None) is not known
 
 
-def test_tensors_in_walks_nested_containers() -> None:
-    a, b = torch.ones(1), torch.ones(2)
-    assert _torch.tensors_in([a, {"x": (b, None, 3)}]) == [a, b]
-
-
 def test_is_plain_refuses_what_owns_no_memory() -> None:
     with _torch.FakeTensorMode():
         fake = torch.empty(2)

@@ -15,6 +15,7 @@ from fxzero.graph import TrainGraph, describe
 from fxzero.passes.listing import format_call, module_of
 from fxzero.passes.offload import FETCH_OF
 from fxzero.passes.rematerialize import CLONE_OF
+from fxzero.storages import tensor_leaves
 from fxzero.verification.playing import Outcome, Situation, name_of, play
 from fxzero.verification.values import (
     fingerprint,
@@ -126,7 +127,7 @@ class _FirstDifferent:
             return
         known = self.prints.get(_original(node))
         if known is not None and known[0] == describe(value) and known != _summary(value):
-            self.node, self.value = node, _torch.tensors_in(value)
+            self.node, self.value = node, tensor_leaves(value)
             self.value = [tensor.clone() for tensor in self.value]
 
 
@@ -141,7 +142,7 @@ class _Value:
     def __call__(self, node: fx.Node, value: Any) -> None:
         if node.name == self.name:
             self.node = node
-            self.value = [tensor.clone() for tensor in _torch.tensors_in(value)]
+            self.value = [tensor.clone() for tensor in tensor_leaves(value)]
 
 
 def _difference(
@@ -268,7 +269,7 @@ class _Finiteness:
     ranges: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, node: fx.Node, value: Any) -> None:
-        for tensor in _torch.tensors_in(value):
+        for tensor in tensor_leaves(value):
             if node.name not in self.marks:
                 self.note(node.name, tensor)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fxzero import _torch
+from fxzero.storages import tensor_leaves
 
 
 def same(found: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
@@ -51,7 +52,7 @@ def _differences(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 def fingerprint(value: Any) -> bytes:
     """A hash of all tensors in a value: dtypes, shapes and every bit but the sign of zero."""
     text = hashlib.blake2b(digest_size=16)
-    for tensor in _torch.tensors_in(value):
+    for tensor in tensor_leaves(value):
         local = _torch.local_tensor(tensor).detach()
         text.update(f"{local.dtype} {tuple(local.shape)}".encode())
         flat = (local + 0 if local.is_floating_point() else local).cpu().contiguous().flatten()
