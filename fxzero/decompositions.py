@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxzero import _torch
+from fxzero import _inductor, _torch
 
 aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ def decompositions_for(inner: str) -> dict[Any, Callable[..., Any]]:
     if inner == "eager":
         return eager_exact()
     return {
-        **_torch.inductor_decompositions(),
+        **_inductor.inductor_decompositions(),
         aten.bernoulli.default: _bernoulli,
         aten.nll_loss_backward.default: _nll_loss_backward,
         aten.nll_loss2d_backward.default: _nll_loss_backward,

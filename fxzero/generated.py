@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fxzero import _torch
+from fxzero import _inductor
 from fxzero.execution import BoxedFunction
 
 
@@ -25,7 +25,7 @@ def without_kernels(function: BoxedFunction) -> BoxedFunction:
     It allocates, calls operators of torch and frees as the generated code does; generated kernels,
     which write into what is allocated, do nothing.  Other functions come back as they are.
     """
-    code = _torch.generated_code(function)
+    code = _inductor.generated_code(function)
     if code is None:
         return function
     source, constants = code
@@ -43,7 +43,7 @@ def without_kernels(function: BoxedFunction) -> BoxedFunction:
         device=torch.device,
         inf=math.inf,
         nan=math.nan,
-        extern_kernels=_torch.extern_kernels(),
+        extern_kernels=_inductor.extern_kernels(),
         empty_strided=torch.empty_strided,
         reinterpret_tensor=_reinterpret,
     )

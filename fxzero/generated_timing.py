@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import fx
 
-from fxzero import _torch
+from fxzero import _inductor
 from fxzero.cost import CostModel
 from fxzero.graph import TrainGraph
 from fxzero.inner import Code, generate
@@ -68,7 +68,7 @@ def time_generated(
         None without a compiler, where the graph is too large for the device, or where one of its
         operators refuses.
     """
-    if not _torch.has_compiler(device) or not fits(decomposed.graph, device):
+    if not _inductor.has_compiler(device) or not fits(decomposed.graph, device):
         return None
     options = check_options(device=device, optimizer="none", inner="inductor")
     planner = Planner(decomposed, options, "calibration")

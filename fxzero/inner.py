@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from fxzero import _torch, randomness
+from fxzero import _inductor, _torch, randomness
 from fxzero.accumulation import Accumulated, Layout
 from fxzero.collectives import bind, starts_transfer
 from fxzero.execution import BoxedFunction, compile_to_python
@@ -86,7 +86,7 @@ def _pair(split: Split, forward: str, backward: str) -> Code:
             compile_graph(split.backward, backward, backward=True),
         )
     first = compile_graph(split.forward, forward, backward=False, kept=split.output_count)
-    strides = _torch.strides_of_results(first)[split.output_count :]
+    strides = _inductor.strides_of_results(first)[split.output_count :]
     return Code(first, compile_graph(split.backward, backward, backward=True, given=strides))
 
 
@@ -174,7 +174,7 @@ def compile_graph(
     *,
     backward: bool,
     kept: int | None = None,
-    given: Sequence[_torch.Strides | None] | None = None,
+    given: Sequence[_inductor.Strides | None] | None = None,
 ) -> BoxedFunction:
     """A function over a list of arguments, which it empties, that runs one graph.
 
@@ -185,7 +185,7 @@ def compile_graph(
     """
     if inner == "eager" or all(node.op != "call_function" for node in module.graph.nodes):
         return compile_to_python(module)
-    return _torch.compile_with_inductor(
+    return _inductor.compile_with_inductor(
         module,
         _inductor_target,
         backward=backward,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxzero import _torch
+from fxzero import _inductor
 from fxzero.errors import UsageError, unknown_option
 from fxzero.hardware import Hardware
 from fxzero.mesh import Mesh, Sharding, check_zero
@@ -173,7 +173,7 @@ def choose_inner(inner: str | None, device: str, present: bool = False) -> str:
     """
     if inner is not None and inner not in INNERS:
         raise unknown_option(str(inner), INNERS, where="inner")
-    present = present or _torch.has_compiler(device)
+    present = present or _inductor.has_compiler(device)
     if inner == "inductor" and not present:
         needed = "triton" if device == "cuda" else "a C++ compiler (set CXX)"
         raise UsageError(f'inner="inductor" needs {needed}, which was not found; use inner="eager"')

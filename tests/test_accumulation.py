@@ -13,7 +13,7 @@ from helpers import tiers
 from torch import Tensor, nn
 
 import fxzero
-from fxzero import _torch, training_step
+from fxzero import _inductor, training_step
 from fxzero.errors import BudgetError, RecompileLimitError
 
 X = torch.randn(32, 24)
@@ -362,7 +362,7 @@ def test_without_the_pass_autograd_adds(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.exhaustive
-@pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="needs a C++ compiler")
+@pytest.mark.skipif(not _inductor.has_compiler("cpu"), reason="needs a C++ compiler")
 def test_generated_code_adds_within_its_plan() -> None:
     model, twin = pair(Net(), inner="inductor")
     for seed in range(3):

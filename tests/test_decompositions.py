@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxzero
-from fxzero import _torch
+from fxzero import _inductor
 from fxzero.decompositions import decompositions_for
 
 
@@ -101,7 +101,7 @@ class Gate(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="needs a C++ compiler")
+@pytest.mark.skipif(not _inductor.has_compiler("cpu"), reason="needs a C++ compiler")
 def test_a_draw_that_inductor_refuses_to_call_is_eagers() -> None:
     model, x = Gate(), torch.randn(8, 16)
     found = []

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxzero import _torch
+from fxzero import _inductor, _torch
 from fxzero.generated import without_kernels
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="needs a C++ compiler")
+@pytest.mark.skipif(not _inductor.has_compiler("cpu"), reason="needs a C++ compiler")
 def test_generated_code_without_kernels_allocates_and_frees_the_same_storages() -> None:
     def function(x: Tensor) -> list[Tensor]:
         return [torch.mm(x.tanh(), x.permute(1, 0)).exp()]
 
     x = torch.randn(4, 4)
     module = make_fx(function, tracing_mode="fake")(x)
-    run = _torch.compile_with_inductor(
+    run = _inductor.compile_with_inductor(
         module, lambda target: target, backward=False, side_by_side=False
     )
     rehearsal = without_kernels(run)

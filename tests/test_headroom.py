@@ -11,7 +11,7 @@ import zoo
 from torch import Tensor, nn
 
 import fxzero
-from fxzero import _torch
+from fxzero import _inductor
 from fxzero.capture import capture
 from fxzero.graph_planner import Decided
 from fxzero.headroom import use_headroom
@@ -124,7 +124,7 @@ class Classifier(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="needs a C++ compiler")
+@pytest.mark.skipif(not _inductor.has_compiler("cpu"), reason="needs a C++ compiler")
 def test_generated_code_recomputes_less_than_operators_must_within_the_same_budget() -> None:
     model, inputs = Classifier(), (torch.randn(512, 32), torch.randint(256, (512,)))
     given: dict[str, Any] = {"optimizer": "none", "inner": "inductor"}

@@ -20,7 +20,7 @@ from torch import nn
 from torch.testing import FileCheck
 
 import fxzero
-from fxzero import BudgetError, Plan, UsageError, _torch
+from fxzero import BudgetError, Plan, UsageError, _inductor
 from fxzero.capture import capture
 from fxzero.explanation import explain_plan
 from fxzero.graph_planner import GraphPlanner
@@ -280,7 +280,7 @@ def test_the_backend_offloads_too(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="needs a C++ compiler")
+@pytest.mark.skipif(not _inductor.has_compiler("cpu"), reason="needs a C++ compiler")
 def test_generated_code_offloads_too() -> None:
     x = torch.randn(256, 32)
     original = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(4)))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from fxzero import _torch
+from fxzero import _inductor
 from fxzero.kernels import eager_numerics
 from fxzero.optim import AdamW, chunks
 
@@ -42,7 +42,7 @@ def _compile_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="generates code with a C++ compiler")
+@pytest.mark.skipif(not _inductor.has_compiler("cpu"), reason="generates code with a C++ compiler")
 @pytest.mark.parametrize(("name", "form"), _COMPILED)
 def test_a_step_by_generated_code_is_that_of_numpy_to_the_bit(
     name: str, form: str, monkeypatch: pytest.MonkeyPatch
@@ -71,7 +71,7 @@ def test_autograd_notices_weights_that_a_step_has_written(form: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="generates code with a C++ compiler")
+@pytest.mark.skipif(not _inductor.has_compiler("cpu"), reason="generates code with a C++ compiler")
 @pytest.mark.parametrize(
     "form", ["bfloat16 with a whole master", "bfloat16 with 24 bits and int8 moments"]
 )

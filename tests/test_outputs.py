@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxzero
-from fxzero import _torch
+from fxzero import _inductor
 from fxzero.structure import flatten
 
 
@@ -79,7 +79,7 @@ def test_constants_come_back_as_they_were() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="needs a C++ compiler")
+@pytest.mark.skipif(not _inductor.has_compiler("cpu"), reason="needs a C++ compiler")
 @pytest.mark.parametrize("loss", [torch.sum, lambda y: y.t().contiguous().square().mean()])
 def test_generated_code_takes_gradients_with_any_strides(loss: Any) -> None:
     x, original = torch.randn(16, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))

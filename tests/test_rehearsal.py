@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxzero
-from fxzero import _torch, rehearsal
+from fxzero import _inductor, rehearsal
 from fxzero.generated import without_kernels
 from fxzero.rehearsal import Peaks, as_it_runs
 
@@ -22,7 +22,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not _torch.has_compiler("cpu"), reason="needs a C++ compiler"),
+    pytest.mark.skipif(not _inductor.has_compiler("cpu"), reason="needs a C++ compiler"),
 ]
 
 

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fxzero
+from fxzero import _inductor
 from fxzero.allocations import peak_of_allocations
 from fxzero.calibration import cost_model
 from fxzero.capture import capture
 from fxzero.cost import operator_key
 from fxzero.execution import compile_to_python
 from fxzero.graph_planner import GraphPlanner
-from fxzero.model_calibration import calibrate
+from fxzero.model_calibration import calibrate, calibrate_model
 from fxzero.options import check_options
+from fxzero.sources import Source
 
 ROWS, WIDTH, SCRATCH = 256, 64, 3 * 2**17
 
@@ -114,6 +116,24 @@ def test_plans_and_budgets_are_of_what_the_allocator_gives_out(name: str) -> Non
     for budget in (None, free.minimum_budget + room // 3, free.minimum_budget):
         model = fxzero.compile(
             copy.deepcopy(original), (x,), memory_budget=budget, inner="eager", **given
+        )
+        measured = peak_by_the_allocator(model, x)
+        assert measured == pytest.approx(model.plan.peak_bytes, rel=0.02)
+        assert budget is None or model.plan.peak_bytes <= budget
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _inductor.has_compiler("cpu"), reason="needs a C++ compiler")
+def test_so_are_those_of_generated_code_which_calls_convolutions_in_other_layouts() -> None:
+    original, x = Pooled(), torch.randn(4, 3, 32, 32)
+    report = calibrate_model(Source("pooled", original, (x,), {}))
+    channels_last = [key for key in report.calibration.workspaces if ":1:768:24" in key]
+    assert any("convolution_backward" in key for key in channels_last)
+    free = fxzero.plan(original, (x,), optimizer="none", inner="inductor")
+    middle = (free.peak_bytes + free.minimum_budget) // 2
+    for budget in (None, middle):
+        model = fxzero.compile(
+            copy.deepcopy(original), (x,), memory_budget=budget, inner="inductor", optimizer="none"
         )
         measured = peak_by_the_allocator(model, x)
         assert measured == pytest.approx(model.plan.peak_bytes, rel=0.02)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxzero import _torch
+from fxzero import _inductor, _torch
 from fxzero.kernels import eager_numerics
 from fxzero.kernels.eager_update import Kind, exact_root, update
 from fxzero.optim.arenas import LOW, SCALE, Arena, Member, flat, local, mark_written
@@ -33,7 +33,7 @@ _WORTH_COMPILING = 1 << 20
 
 def compiles(elements: int) -> bool:
     """Whether chunks of an arena of so many elements go through generated code."""
-    return elements >= _WORTH_COMPILING and _torch.has_compiler("cpu")
+    return elements >= _WORTH_COMPILING and _inductor.has_compiler("cpu")
 
 
 def chunk_elements(elements: int) -> int:

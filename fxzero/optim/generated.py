@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxzero import _torch
+from fxzero import _inductor
 from fxzero.kernels import eager_numerics
 from fxzero.kernels.eager_update import Kind, update
 
@@ -38,10 +38,10 @@ def generate(kind: Kind, dtypes: tuple[torch.dtype, ...], size: int) -> Loop:
         _update(kind, given)
         return ()
 
-    table = _torch.inductor_decompositions()
+    table = _inductor.inductor_decompositions()
     traced = make_fx(run, decomposition_table=table, tracing_mode="fake")
     module = traced([*tensors, *scales, *fixed, *index])
-    return _torch.compile_with_inductor(module, lambda target: target, backward=False)
+    return _inductor.compile_with_inductor(module, lambda target: target, backward=False)
 
 
 def arguments(
