@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -29,7 +29,7 @@ from torch import nn
 from fxzero import checkpoint, hardware
 from fxzero.budget_file import BudgetFile
 from fxzero.calibration import Calibration, calibration_path, cost_model
-from fxzero.calibration import _load as read_calibration
+from fxzero.calibration import load as read_calibration
 from fxzero.capture import capture
 from fxzero.checking import read_file
 from fxzero.cli import _planning
@@ -44,7 +44,6 @@ from fxzero.passes.runner import replay
 from fxzero.planner import Planner
 from fxzero.plans import Plan
 from fxzero.report import diff, diff_page
-from fxzero.timing import device_description
 
 Files = dict[str, bytes]
 
@@ -182,9 +181,12 @@ def _calibrations() -> list[Files]:
     name = calibration_path("cpu").name
     workspaces = {"aten.mm float32[8, 8] float32[8, 8]": 4096}
     links = Links(2, 2, 1e9, 1e-4, 0.5)
+    measured = replace(
+        Calibration.empty("cpu", 1), operators=times, workspaces=workspaces, scale=1.5
+    )
     made = [
-        Calibration(3, device_description("cpu"), 1, times, workspaces, 1.5, None),
-        Calibration(3, device_description("cpu"), 2, times, workspaces, 1.5, links),
+        replace(measured, generated={"ab" * 32: 0.8}),
+        replace(measured, processes=2, links=links),
     ]
     return [{name: json.dumps(asdict(each)).encode()} for each in made]
 
