@@ -5,8 +5,8 @@
 For each model: every peak that ``activation_memory_budget`` (with each of torch's solvers) or
 ``torch.utils.checkpoint`` around each block reaches is given to fxzero as its budget.  Both sides
 are priced by the same times per operator, measured here, or by FLOPs.  Then: the smallest
-peaks, twenty budgets in a row, and the time to solve at growing depth.  Nothing is trained here;
-``bench_memory.py`` runs the plans.
+peaks, twenty budgets in a row, and the time to solve at growing depth, Llama-3-70B's last.  Nothing
+is trained here; ``bench_memory.py`` runs the plans.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from fxzero.model_calibration import calibrate
 from fxzero.options import check_options
 from fxzero.planner import Planner
 from fxzero.plans import Decisions
+from fxzero.sources import load_model
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 _BUDGETS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
@@ -111,9 +112,10 @@ def _run(options: argparse.Namespace) -> None:
         summaries.append(_summary(name, planner, found, checkpointed=rivals[-1]))
         console.print(_table(found))
         console.print(summaries[-1])
-    depths = [_depth(layers) for layers in _DEPTHS[: 3 if options.quick else None]]
-    for row in depths:
-        console.print(row)
+    depths = []
+    for name, graph in _deep(_DEPTHS[: 3 if options.quick else None], whole=not options.quick):
+        depths.append(_depth(name, graph))
+        console.print(depths[-1])
     lost = [cell for cell in cells if cell.lost]
     console.print(f"{len(cells)} cells, {len(lost)} lost: {lost}")
     _write(options, cells, summaries, depths)
@@ -217,12 +219,20 @@ def _summary(
     }
 
 
-def _depth(layers: int) -> dict[str, float]:
-    """Time to solve GPT-2 of a depth for half of the way down to its smallest peak."""
+def _deep(depths: Iterable[int], *, whole: bool) -> Iterator[tuple[str, TrainGraph]]:
+    """GPT-2 of growing depth, and Llama-3-70B."""
     family, size, _ = MODELS["gpt2"]
-    with torch.device("meta"):
-        model, inputs = family(replace(size, layers=layers), 0.0)
-    graph = capture(Loss(model), (), inputs).graph
+    for layers in depths:
+        with torch.device("meta"):
+            model, inputs = family(replace(size, layers=layers), 0.0)
+        yield f"gpt2, {layers} layers", capture(Loss(model), (), inputs).graph
+    if whole:
+        source = load_model("llama-3-70b", batch=1, seq=4096)
+        yield "llama-3-70b", capture(source.model, source.args, source.kwargs).graph
+
+
+def _depth(name: str, graph: TrainGraph) -> dict[str, object]:
+    """Time to solve for half of the way down to the smallest peak."""
     start = time.perf_counter()
     solver = _planner(graph).variants[0].solver
     middle = (min(cut.peak for cut in solver.cuts) + solver.everything.peak) // 2
@@ -230,7 +240,8 @@ def _depth(layers: int) -> dict[str, float]:
     seconds = time.perf_counter() - start
     assert solution is not None
     return {
-        "layers": layers,
+        "model": name,
+        "nodes": len(graph.graph.nodes),
         "operators": len(solver.problem.operators),
         "seconds": seconds,
         "gap": solution.gap or 0.0,
@@ -263,7 +274,7 @@ def _write(
     options: argparse.Namespace,
     cells: list[Cell],
     summaries: list[dict[str, object]],
-    depths: list[dict[str, float]],
+    depths: list[dict[str, object]],
 ) -> None:
     quick = "-quick" if options.quick else ""
     stem = f"{datetime.date.today().isoformat()}-solver-{options.objective}{quick}"

@@ -37,6 +37,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; the console script's entry point."""
     if args is None:
         atexit.register(gc.freeze)  # what is left ends with the process: nobody looks through it
+        # torch's profiler, which measures memory, would write two lines for every recording.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
         return cli.main(args, prog_name="fxzero", standalone_mode=False) or _OK
     except click.ClickException as error:

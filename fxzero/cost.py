@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from fxzero import _torch
 from fxzero.collectives import (
     ALL_TO_ALL,
     group_of,
@@ -35,8 +36,13 @@ from fxzero.utilisation import is_attention, speed
 
 # Share of its own time that an elementwise operator costs inside a kernel, so that none is free.
 _TIE = 0.02
-# Where the wrapped operator stands among the arguments.
-_WRAPPED: dict[Any, int] = {draw: 0, draw_again: 1}
+# Where the wrapped operator stands among the arguments, in graphs and in generated code.
+_WRAPPED: dict[Any, int] = {
+    draw: 0,
+    draw_again: 1,
+    _torch.run_and_save_rng_state: 0,
+    _torch.run_with_rng_state: 1,
+}
 # Ranks of a collective that does not say how many take part, along no known dimension.
 _MANY = 2**16
 
@@ -243,9 +249,16 @@ def operator_key(node: fx.Node) -> str:
 
 def call_key(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """``operator_key`` of a call; arguments are values, or nodes that stand for them."""
+    operator, args = unwrapped(operator, args)
     parts = [_describe_argument(a) for a in args]
     parts += [f"{name}={_describe_argument(a)}" for name, a in sorted(kwargs.items())]
     return f"{operator}({', '.join(parts)})"
+
+
+def unwrapped(operator: Any, args: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    """The call inside one that keeps or replays randomness; any other call as it is."""
+    at = _WRAPPED.get(operator)
+    return (operator, args) if at is None else (args[at], args[at + 1 :])
 
 
 def _describe_argument(argument: Any) -> str:

@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fxzero import _torch
 from fxzero.allocations import given_back
-from fxzero.cost import call_key, drawn_operator, makes_view, operator_key
+from fxzero.cost import call_key, drawn_operator, makes_view, operator_key, unwrapped
 from fxzero.execution import last_uses
 from fxzero.graph import TrainGraph
 from fxzero.options import device_memory
@@ -112,10 +112,11 @@ class Calls(_torch.TransparentDispatchMode):
         key, kwargs = call_key(func, args, kwargs or {}), kwargs or {}
         if key in self.made:
             return func(*args, **kwargs)
-        alike = pytree.tree_map_only(torch.Tensor, _without_memory, (args, kwargs))
+        operator, given = unwrapped(func, args)
+        alike = pytree.tree_map_only(torch.Tensor, _without_memory, (tuple(given), kwargs))
         result = func(*args, **kwargs)
         size = sum(leaf.nbytes for leaf in tensor_leaves((args, kwargs, result)))
-        self.made[key] = Call(func, alike[0], alike[1], size)
+        self.made[key] = Call(operator, alike[0], alike[1], size)
         return result
 
 

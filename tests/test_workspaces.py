@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fxzero
-from fxzero import _inductor
+from fxzero import _inductor, _torch
 from fxzero.allocations import peak_of_allocations
 from fxzero.calibration import cost_model
 from fxzero.capture import capture
-from fxzero.cost import operator_key
+from fxzero.cost import call_key, operator_key
 from fxzero.execution import compile_to_python
 from fxzero.graph_planner import GraphPlanner
 from fxzero.model_calibration import calibrate, calibrate_model
 from fxzero.options import check_options
+from fxzero.rehearsal import Counter
 from fxzero.sources import Source
+from fxzero.timing import Calls, workspaces_alone
 
 ROWS, WIDTH, SCRATCH = 256, 64, 3 * 2**17
 
@@ -182,3 +184,22 @@ def test_rehearsals_count_what_the_timeline_counts() -> None:
     )
     timeline = decided.emitted.timeline
     assert (peaks.forward, peaks.backward) == tuple(map(timeline.peak_of, ("forward", "backward")))
+
+
+def test_a_random_operator_that_generated_code_wraps_has_its_own_workspace() -> None:
+    """Plans choose which draws are kept and replayed, after calibration has measured them."""
+    x = torch.rand(ROWS, WIDTH)
+    dropout = torch.ops.aten.native_dropout.default
+    state, _ = _torch.run_and_save_rng_state(dropout, x, 0.5, True)
+    with Calls() as calls:
+        _torch.run_and_save_rng_state(dropout, x, 0.5, True)
+        _torch.run_with_rng_state(state, dropout, x, 0.5, True)
+        dropout(x, 0.5, True)
+    (key,) = calls.made
+    assert key == call_key(dropout, (x, 0.5, True), {})
+    found = workspaces_alone(calls.made, "cpu")
+    counter = Counter(1, workspaces=found)
+    with counter:
+        result, mask = _torch.run_with_rng_state(state, dropout, x, 0.5, True)
+    assert found[key] == x.nbytes
+    assert counter.peak == result.nbytes + mask.nbytes + found[key]
