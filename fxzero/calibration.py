@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from fxzero.cost import CostModel, hardware_for
+from fxzero.cost import CostModel, Shares, hardware_for
 from fxzero.documents import naming, read_json
 from fxzero.errors import PlanError
 from fxzero.graph import TrainGraph
@@ -33,7 +33,7 @@ from fxzero.typed_data import read_value
 
 log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 4
+_SCHEMA_VERSION = 5
 _MAX_FILE_BYTES = 2**24  # room for 50,000 kinds of operators; a model has some hundreds
 
 
@@ -46,8 +46,7 @@ class Calibration:
         processes: how many ran at the same time.
         operators: seconds by ``cost.operator_key``.
         workspaces: bytes by the same keys that an operator takes and gives back while it runs.
-        generated: what generated code takes, as a share of the times of its operators, by the
-            digest of the captured graph.
+        generated: what graphs for generated code take, by the digest of the captured graph.
         scale: measured by modelled seconds, over all kinds of the last model.
         links: between the processes; None: there is one.
     """
@@ -57,7 +56,7 @@ class Calibration:
     processes: int
     operators: dict[str, float]
     workspaces: dict[str, int]
-    generated: dict[str, float]
+    generated: dict[str, Shares]
     scale: float
     links: Links | None
 
@@ -140,7 +139,8 @@ def _checked(data: object) -> Calibration:
         0 <= seconds < 1e6 for seconds in (calibration.scale, *calibration.operators.values())
     ):
         raise PlanError("times must be seconds")
-    if not all(0 < share < 1e6 for share in calibration.generated.values()):
+    shares = [n for found in calibration.generated.values() for n in (found.code, found.apart)]
+    if not all(0 < share < 1e6 for share in shares):
         raise PlanError("generated code must take a share of the times of operators")
     if not all(0 <= size < 2**50 for size in calibration.workspaces.values()):
         raise PlanError("workspaces must be bytes")

@@ -75,6 +75,19 @@ class NodeCost:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """What a graph for generated code was measured to take, by what its operators' prices come to.
+
+    Attributes:
+        code: its code takes of prices that are ``fused``.
+        apart: its operators, run one by one, take of prices that are not.
+    """
+
+    code: float
+    apart: float
+
+
+@dataclass(frozen=True)
 class CostModel:
     """Prices of operators on one device.
 
@@ -83,7 +96,7 @@ class CostModel:
         measured: seconds by ``operator_key``.
         scale: what modelled seconds are multiplied by.
         fused: whether elementwise operators run inside the kernels of those that read them.
-        generated: what the code takes then, as a share of these prices; None: not measured.
+        generated: what such a graph takes, as shares of these prices; None: not measured.
         exposed: share of its time that a gather costs which runs again beside operators.
         mesh: ranks by dimension, as they lie in nodes.
         workspaces: bytes that operators take and give back while they run, by ``operator_key``.
@@ -93,7 +106,7 @@ class CostModel:
     measured: Mapping[str, float] = field(default_factory=dict)
     scale: float = 1.0
     fused: bool = False
-    generated: float | None = None
+    generated: Shares | None = None
     exposed: float = 1.0
     mesh: Mapping[str, int] = field(default_factory=dict)
     workspaces: Mapping[str, int] = field(default_factory=dict)
@@ -112,8 +125,8 @@ class CostModel:
             seconds = self.measured.get(operator_key(node), seconds)
         if self.fused and is_elementwise(node) and not _leaves_its_kernel(node):
             seconds = self._inside_a_kernel(node, seconds)
-        if self.fused and self.generated is not None:
-            seconds *= self.generated
+        if self.generated is not None:
+            seconds *= self.generated.code if self.fused else self.generated.apart
         return NodeCost(seconds, modelled.flops)
 
     def price_again(self, node: fx.Node) -> NodeCost:
@@ -153,7 +166,8 @@ class CostModel:
             return f"step times come from a roofline model of {self.hardware.name}"
         code = ""
         if self.generated is not None:
-            code = f"; code generated for this model takes {self.generated:.3g} of them, measured"
+            share = self.generated.code
+            code = f"; code generated for this model takes {share:.3g} of them, measured"
         return (
             f"step times come from {len(self.measured)} measured kinds of operators, others from a "
             f"roofline model of {self.hardware.name} times {self.scale:.3g}{code}"

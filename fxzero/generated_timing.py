@@ -6,8 +6,10 @@ turn with the operators of the same model, so that a change of the machine's spe
 
     operators one by one      as calibrated 120 ms     now 126 ms
     the code generated        by its operators 110     now 104     0.90 of what was calibrated
+    its operators apart       by roofline      150     now 189     1.20
 
-Plans of the same graph for generated code have so much of their times, whatever they recompute.
+Plans of the same graph for generated code have so much of their times, whatever they recompute:
+the first share where they run code, the second where a budget has its operators run one by one.
 What the code calls, convolutions in a layout of its own say, is measured for its workspace.
 """
 
@@ -22,7 +24,7 @@ from typing import Any
 from torch import fx
 
 from fxzero import _inductor
-from fxzero.cost import CostModel
+from fxzero.cost import CostModel, Shares
 from fxzero.graph import TrainGraph
 from fxzero.inner import Code, generate
 from fxzero.options import check_options
@@ -45,12 +47,12 @@ class GeneratedTimes:
     """What was measured of the code of one step.
 
     Attributes:
-        share: of the time that its operators' prices come to.
+        shares: of the times that its operators' prices come to.
         workspaces: bytes by ``cost.operator_key`` that operators which it calls take while they
             run.
     """
 
-    share: float
+    shares: Shares
     workspaces: dict[str, int]
 
 
@@ -78,22 +80,24 @@ def time_generated(
         split, "inductor", limit=None, rehearse=functools.partial(planner.rehearse, decided)
     )
     run = functools.partial(_seconds, split, code, _inputs(split, device), device)
-    alone, together = [], []
+    alone, together, apart = [], [], []
     try:
         with Calls() as calls:
             run()
         for _ in range(ROUNDS):
             alone.append(sum(run_in_order(graph, device).values()))
             together.append(run())
+            apart.append(sum(run_in_order(decomposed, device).values()))
     except REFUSALS:
         return None
     speed = statistics.median(alone) / _priced(graph.graph.nodes, costs)
     nodes = (*split.forward.graph.nodes, *split.backward.graph.nodes)
-    of_code = _priced(nodes, replace(costs, fused=True))
-    unknown = {key: call for key, call in calls.made.items() if key not in costs.measured}
-    return GeneratedTimes(
-        statistics.median(together) / (speed * of_code), workspaces_alone(unknown, device)
+    shares = Shares(
+        statistics.median(together) / (speed * _priced(nodes, replace(costs, fused=True))),
+        statistics.median(apart) / (speed * _priced(decomposed.graph.nodes, costs)),
     )
+    unknown = {key: call for key, call in calls.made.items() if key not in costs.measured}
+    return GeneratedTimes(shares, workspaces_alone(unknown, device))
 
 
 def _priced(nodes: Iterable[fx.Node], costs: CostModel) -> float:

@@ -320,13 +320,20 @@ class GraphPlanner:
         vars(other).pop("proposed", None)
         return other
 
-    def restate(self, decided: Decided) -> Decided:
-        """What another planner's decisions come to under this one's assumptions."""
+    def restate(self, decided: Decided, apart: frozenset[str] = frozenset()) -> Decided:
+        """What another planner's decisions come to under this one's assumptions.
+
+        Args:
+            apart: "forward", "backward": which run operator by operator, generated code or not.
+        """
         emitted = decided.emitted
         around = self.surroundings(decided.plan.decisions)
         emitted = replace(emitted, timeline=simulate(emitted.split, around))
-        facts = self._facts(emitted, decided.plan.decisions)
-        return Decided(summarise(facts, status=decided.plan.status, gap=decided.plan.gap), emitted)
+        facts = self._facts(emitted, decided.plan.decisions, apart)
+        status, gap = decided.plan.status, decided.plan.gap
+        if apart:  # what was proven was so of generated code
+            status, gap = "feasible", None
+        return Decided(summarise(facts, status=status, gap=gap), emitted)
 
     def rehearse(self, decided: Decided, forward: BoxedFunction, backward: BoxedFunction) -> Peaks:
         """The peaks of functions that run the graphs of ``decided``."""
@@ -439,7 +446,9 @@ class GraphPlanner:
             self.costs.workspaces,
         )
 
-    def _facts(self, emitted: Emitted, decisions: Decisions) -> Facts:
+    def _facts(
+        self, emitted: Emitted, decisions: Decisions, apart: frozenset[str] = frozenset()
+    ) -> Facts:
         return Facts(
             graph=self.graph,
             digest=self.digest,
@@ -460,6 +469,7 @@ class GraphPlanner:
             loss_bytes=self.loss_bytes,
             is_stage=self.is_stage,
             unapplied=self.unapplied,
+            apart=apart,
         )
 
 

@@ -67,6 +67,8 @@ def use_headroom(planner: Planner, decided: Decided, budget: int, generate: Gene
         return saved
     code = generate(decided, budget)
     peaks = planner.rehearse(decided, code.forward, code.backward)
+    if code.apart:
+        decided = planner.restate(decided, code.apart)
     return Generated(replace(decided, plan=as_it_runs(decided.plan, peaks)), code)
 
 

@@ -43,11 +43,13 @@ class Code:
 
     Attributes:
         halves: the backward once more, in two parts; None: it is one.
+        apart: "forward", "backward": which run operator by operator though code was asked for.
     """
 
     forward: BoxedFunction
     backward: BoxedFunction
     halves: Halves | None = None
+    apart: frozenset[str] = frozenset()
 
 
 def generate(
@@ -73,17 +75,22 @@ def generate(
         halves = _compile_halves(split, inner)
         forward = compile_graph(split.forward, inner, backward=False)
         return Code(forward, halves.whole, halves=halves)
-    if inner == "eager" or limit is None:
+    if inner == "eager":
+        return replace(_pair(split, inner, inner), apart=frozenset())
+    if limit is None:
         return _pair(split, inner, inner)
     return generate_within(split, limit, rehearse)
 
 
 def _pair(split: Split, forward: str, backward: str) -> Code:
     """The two functions, each by its inner compiler."""
-    if "eager" in (forward, backward):
+    inners = {"forward": forward, "backward": backward}
+    apart = frozenset(name for name, inner in inners.items() if inner == "eager")
+    if apart:
         return Code(
             compile_graph(split.forward, forward, backward=False),
             compile_graph(split.backward, backward, backward=True),
+            apart=apart,
         )
     first = compile_graph(split.forward, forward, backward=False, kept=split.output_count)
     strides = _inductor.strides_of_results(first)[split.output_count :]

@@ -20,7 +20,7 @@ from torch import fx
 
 from fxzero.calibration import Calibration, calibration_path, load, save
 from fxzero.capture import capture
-from fxzero.cost import hardware_for, modelled_cost, operator_key
+from fxzero.cost import Shares, hardware_for, modelled_cost, operator_key
 from fxzero.errors import PlanError
 from fxzero.generated_timing import time_generated
 from fxzero.graph import TrainGraph
@@ -37,8 +37,7 @@ class CalibrationReport:
     """What a calibration did: kinds measured now, known before, and not runnable by themselves.
 
     Attributes:
-        generated: what code generated for the model takes, as a share of the times of its
-            operators; None: not timed.
+        generated: what the model's graph for generated code takes; None: not timed.
     """
 
     calibration: Calibration
@@ -46,7 +45,7 @@ class CalibrationReport:
     measured: int
     known: int
     failed: tuple[str, ...]
-    generated: float | None
+    generated: Shares | None
     seconds: float
 
     def __str__(self) -> str:
@@ -59,8 +58,8 @@ class CalibrationReport:
         ]
         if self.generated is not None:
             lines.append(
-                f"code generated for this model takes {self.generated:.3g} of what its operators, "
-                "fused where they can be, would"
+                f"code generated for this model takes {self.generated.code:.3g} of what its "
+                "operators, fused where they can be, would"
             )
         if found.links is not None:
             lines.append(f"links between processes: {found.links}")
@@ -164,7 +163,7 @@ def _with_code(
         return before
     return replace(
         before,
-        generated={**before.generated, digest: found.share},
+        generated={**before.generated, digest: found.shares},
         workspaces={**found.workspaces, **before.workspaces},
     )
 

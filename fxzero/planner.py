@@ -99,9 +99,13 @@ class Planner:
         other.variants = tuple(v.within(budget) for v in self.variants)
         return other
 
-    def restate(self, decided: Decided) -> Decided:
-        """What another planner's decisions come to under this one's assumptions."""
-        return self._complete(self._variant(decided.plan).restate(decided))
+    def restate(self, decided: Decided, apart: frozenset[str] = frozenset()) -> Decided:
+        """What another planner's decisions come to under this one's assumptions.
+
+        Args:
+            apart: "forward", "backward": which run operator by operator, generated code or not.
+        """
+        return self._complete(self._variant(decided.plan).restate(decided, apart))
 
     def peak_of_graphs(self, decided: Decided) -> int:
         """Peak of forward and backward without the optimizer's state, in bytes."""

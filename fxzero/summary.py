@@ -79,11 +79,21 @@ class Facts:
     loss_bytes: int
     is_stage: bool
     unapplied: tuple[str, ...]
+    apart: frozenset[str]
+
+    def price(self, node: fx.Node) -> NodeCost:
+        """Of a node where it runs: in a kernel with others, or apart from them."""
+        phase = "forward" if node.graph is self.split.forward.graph else "backward"
+        return (self._costs_apart if phase in self.apart else self.costs).price(node)
+
+    @cached_property
+    def _costs_apart(self) -> CostModel:
+        return replace(self.costs, fused=False)
 
     @cached_property
     def prices(self) -> dict[fx.Node, NodeCost]:
         """Of everything that runs."""
-        return {node: self.costs.price(node) for node in _steps(self.split)}
+        return {node: self.price(node) for node in _steps(self.split)}
 
     @cached_property
     def time(self) -> Elapsed:
@@ -348,7 +358,7 @@ def _saved(facts: Facts) -> tuple[Value, ...]:
     values = []
     for entry in sorted(facts.timeline.saved, key=lambda item: -item.bytes):
         assert entry.node is not None
-        cost = facts.costs.price(entry.node)
+        cost = facts.price(entry.node)
         reason = _why_saved(entry, cost.seconds, facts)
         values.append(_value(entry, facts, reason, cost.seconds))
     return tuple(values)
@@ -378,7 +388,7 @@ def _recomputed(facts: Facts) -> tuple[Value, ...]:
         for node in clones[name]:
             if is_gather(node):
                 continue
-            cost = facts.costs.price(node)
+            cost = facts.price(node)
             size = sum(_own_bytes(node))
             entry = Alive(size, "recomputed", called[name] or name, node, *_lived(node, facts))
             reason = f"not kept: {format_bytes(size)} for {format_seconds(cost.seconds)}"
@@ -528,6 +538,11 @@ def _notes(facts: Facts) -> tuple[str, ...]:
         notes.append(
             "memory is planned as if every operator ran alone; code that Inductor generates may "
             "need less, and runs under a budget only if its rehearsed peak is within it"
+        )
+    if facts.apart:
+        graphs = " and ".join(sorted(facts.apart, reverse=True))
+        notes.append(
+            f"operators of the {graphs} run one by one: code that Inductor generates does not fit"
         )
     notes.append(facts.costs.source)
     if facts.options.hardware is not None:

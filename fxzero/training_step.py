@@ -111,6 +111,7 @@ class TrainingStep:
         self._captured: Capture
         self._planner: Planner
         self._decided: Decided
+        self._code: Code
         self._ready: tuple[Split, Code] | None = None  # code of a rehearsed plan to adopt
         if sibling is None:
             self._recapture((args, kwargs), None)
@@ -312,7 +313,7 @@ class TrainingStep:
         if self._planner.outputs_held == self._outputs_held:
             return
         self._planner = self._planner.observing(outputs_held=self._outputs_held)
-        self._decided = self._as_it_runs(self._planner.restate(self._decided))
+        self._decided = self._as_it_runs(self._planner.restate(self._decided), self._code)
         self._stale = self.given is None and self._worth_planning_again()
 
     def _plan_again(self) -> None:
@@ -337,12 +338,11 @@ class TrainingStep:
         ready, self._ready = self._ready, None
         attached = self._captured.attached
         if ready and ready[0] is split:
-            self._executable = executable(split, ready[1], inner, attached=attached, owner=self)
-            self._decided = decided
+            self._decided, self._code = decided, ready[1]
         else:
-            code = self._generate(decided, limit)
-            self._executable = executable(split, code, inner, attached=attached, owner=self)
-            self._decided = self._as_it_runs(decided)
+            self._code = self._generate(decided, limit)
+            self._decided = self._as_it_runs(decided, self._code)
+        self._executable = executable(split, self._code, inner, attached=attached, owner=self)
         self._sources = [self._source(role) for role in decided.emitted.split.inputs]
         log.info("planned %s: peak %d bytes", self.shapes, self._decided.plan.peak_bytes)
 
@@ -356,12 +356,13 @@ class TrainingStep:
             in_halves=self._in_halves,
         )
 
-    def _as_it_runs(self, decided: Decided) -> Decided:
+    def _as_it_runs(self, decided: Decided, code: Code) -> Decided:
         """The same with a plan that says what generated code needs."""
         if self.options.inner == "eager" or self._in_halves:
             return decided
-        run = self._executable
-        peaks = self._planner.rehearse(decided, run.forward, run.backward)
+        if code.apart:
+            decided = self._planner.restate(decided, code.apart)
+        peaks = self._planner.rehearse(decided, code.forward, code.backward)
         return replace(decided, plan=as_it_runs(decided.plan, peaks))
 
     def _source(self, role: InputRole) -> Source:

@@ -18,12 +18,14 @@ from fxzero.cost import CPU, CostModel, operator_key
 from fxzero.generated_timing import time_generated
 from fxzero.graph import TrainGraph
 from fxzero.model_calibration import calibrate, calibrate_model
+from fxzero.options import check_options
+from fxzero.planner import Planner
 from fxzero.sources import Source
 from fxzero.timing import times_in_place
 
 LINKS = {"processes": 2, "inside": 2, "bandwidth": 1e9, "startup": 1e-4, "overlap": 0.25}
 EMPTY = {
-    "schema_version": 4,
+    "schema_version": 5,
     "device": "",
     "processes": 1,
     "operators": {},
@@ -95,7 +97,7 @@ def test_a_plan_says_where_its_times_come_from() -> None:
         json.dumps({**EMPTY, "workspaces": {"a": -1}}),
         json.dumps({**EMPTY, "workspaces": {"a": 0.5}}),
         json.dumps({**EMPTY, "operators": {"a": float("nan")}}),
-        json.dumps({**EMPTY, "generated": {"a": 0.0}}),
+        json.dumps({**EMPTY, "generated": {"a": {"code": 0.9, "apart": 0.0}}}),
         json.dumps({**EMPTY, "links": {**LINKS, "overlap": 2.0}}),
         json.dumps({**EMPTY, "links": {**LINKS, "bandwidth": 0.0}}),
     ],
@@ -151,14 +153,41 @@ def test_code_is_timed_once_and_counts_for_plans_of_the_same_graph_alone() -> No
     report = calibrate_model(Source("small", model, (x,), {}))
     assert report.measured == 0
     assert report.generated is not None
-    assert f"code generated for this model takes {report.generated:.3g} of" in str(report)
+    assert f"code generated for this model takes {report.generated.code:.3g} of" in str(report)
     plan = fxzero.plan(model, (x,), inner="inductor")
-    assert plan.step_seconds == pytest.approx(report.generated * before.step_seconds)
+    assert plan.step_seconds == pytest.approx(report.generated.code * before.step_seconds)
     assert any("code generated for this model takes" in note for note in plan.notes)
     assert fxzero.plan(model, (x,), inner="eager").step_seconds == one_by_one.step_seconds
     other = fxzero.plan(small(), (x[:32],), inner="inductor")
     assert not any("code generated" in note for note in other.notes)
     assert calibrate_model(Source("small", model, (x,), {})).generated == report.generated
+
+
+def test_what_runs_one_by_one_for_a_budgets_sake_has_times_of_its_own() -> None:
+    model, x = small(), torch.randn(64, 32)
+    shares = calibrate_model(Source("small", model, (x,), {})).generated
+    assert shares is not None
+    graph = capture(model, (x,), inner="inductor").graph
+    planner = Planner(graph, check_options(device="cpu", inner="inductor", optimizer="none"), "")
+    decided = planner.decide()
+    seconds = {}
+    for phases in ((), ("backward",), ("forward", "backward")):
+        plan = planner.restate(decided, frozenset(phases)).plan
+        assert plan.decisions == decided.plan.decisions
+        notes = [note for note in plan.notes if "run one by one: code" in note]
+        assert [" and ".join(phases) in note for note in notes] == [True] * bool(phases)
+        seconds[phases] = plan.step_seconds
+    assert seconds[()] == decided.plan.step_seconds
+    split, prices = decided.emitted.split, cost_model("cpu")
+    apart = {
+        phase: shares.apart * sum(prices.price(node).seconds for node in module.graph.nodes)
+        for phase, module in (("forward", split.forward), ("backward", split.backward))
+    }
+    whole = seconds["forward", "backward"]
+    assert whole == pytest.approx(apart["forward"] + apart["backward"])
+    fused = planner.variants[0].costs
+    forward = sum(fused.price(node).seconds for node in split.forward.graph.nodes)
+    assert seconds["backward",] == pytest.approx(forward + apart["backward"])
 
 
 def test_the_share_of_generated_code_does_not_depend_on_the_speed_of_the_machine() -> None:
@@ -171,7 +200,8 @@ def test_the_share_of_generated_code_does_not_depend_on_the_speed_of_the_machine
     found, again = (time_generated(graph, decomposed, "cpu", c) for c in (costs, slower))
     assert found is not None
     assert again is not None
-    assert 1 / 4 < found.share / again.share < 4
+    assert 1 / 4 < found.shares.code / again.shares.code < 4
+    assert 1 / 4 < found.shares.apart / again.shares.apart < 4
 
 
 def test_plans_for_several_ranks_are_made_of_what_as_many_processes_measured() -> None:

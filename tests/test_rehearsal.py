@@ -187,6 +187,8 @@ def test_generated_code_that_cannot_be_rehearsed_runs_only_without_a_budget(
     assert "cannot be rehearsed: NotImplementedError: a kernel nobody knows" in caplog.text
     noted = "the generated code could not be rehearsed" in model.plan.notes
     assert noted == (budget is None)
+    apart = "operators of the forward and backward run one by one: code that Inductor generates"
+    assert any(note.startswith(apart) for note in model.plan.notes) == (budget is not None)
     losses = []
     for subject in (original, model):
         torch.manual_seed(0)

@@ -35,6 +35,7 @@ from fxzero.checking import read_file
 from fxzero.cli import _planning
 from fxzero.cli import plan as plan_command
 from fxzero.configurations import build_configuration
+from fxzero.cost import Shares
 from fxzero.errors import UsageError
 from fxzero.links import Links
 from fxzero.options import Options
@@ -185,7 +186,7 @@ def _calibrations() -> list[Files]:
         Calibration.empty("cpu", 1), operators=times, workspaces=workspaces, scale=1.5
     )
     made = [
-        replace(measured, generated={"ab" * 32: 0.8}),
+        replace(measured, generated={"ab" * 32: Shares(0.8, 1.2)}),
         replace(measured, processes=2, links=links),
     ]
     return [{name: json.dumps(asdict(each)).encode()} for each in made]
