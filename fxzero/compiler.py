@@ -37,10 +37,10 @@ from fxzero.pipelining.request import AUTO, Pipeline, check_pipeline, ranks_alon
 from fxzero.pipelining.training import PipelinedModel
 from fxzero.planner import Planner
 from fxzero.plans import Plan
-from fxzero.precision import autocast_state
 from fxzero.ranks import Ranks, connect
 from fxzero.receiving import Updates, check_updater
 from fxzero.sharding import agree_on_values, ids_elsewhere, is_spread
+from fxzero.signature import Signature
 from fxzero.structure import Structure, flatten
 from fxzero.ties import Ties, ties_of
 from fxzero.training_step import TrainingStep
@@ -350,9 +350,10 @@ def _run_planned(model: CompiledModule, args: tuple[Any, ...], kwargs: dict[str,
     """What the model returns, by planned graphs; a ``torch.compile`` around it breaks here."""
     state = model._fxzero
     leaves, structure = flatten((args, kwargs))
-    if not any(t.requires_grad for t in (*model.parameters(), *leaves)):
+    signature = Signature.of(model)
+    if not (signature.trained or any(t.requires_grad for t in leaves)):
         return state.run_eagerly(model, args, kwargs)
-    return state.run(model, args, kwargs, leaves, structure)
+    return state.run(model, args, kwargs, leaves, structure, signature)
 
 
 def _compiled_class(original: type[nn.Module]) -> type[CompiledModule]:
@@ -432,16 +433,24 @@ class _State:
         kwargs: dict[str, Any],
         leaves: Sequence[torch.Tensor],
         structure: Structure,
+        signature: Signature,
     ) -> Any:
         """The model's return value from planned graphs, attached to autograd."""
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = signature.trained
         exist = any(p.grad is not None for p in trained)
         accumulates = exist and not self.options.updates
         reduces = True
         if self.ranks is not None:
             reduces = self.ranks.syncing and not self.ranks.any_pending(trained)
         step = self.step_for(
-            model, args, kwargs, leaves, structure, reduces=reduces, accumulates=accumulates
+            model,
+            args,
+            kwargs,
+            leaves,
+            structure,
+            signature,
+            reduces=reduces,
+            accumulates=accumulates,
         )
         if self.ranks is None:
             return step.run(leaves)
@@ -451,7 +460,7 @@ class _State:
         """Into how many micro-batches a batch is cut."""
         if isinstance(self.options.microbatches, int):
             return self.options.microbatches
-        key = _key(model, batch.leaves, batch.structure)
+        key = Signature.of(model).key(batch.leaves, batch.structure)
         known = key in self.counts
 
         def choose() -> str:
@@ -504,7 +513,7 @@ class _State:
 
     def has_trained(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether there is a graph for such inputs."""
-        key = _key(model, *flatten((args, kwargs)))
+        key = Signature.of(model).key(*flatten((args, kwargs)))
         return any(traced[0] == key for traced, _ in self.steps)
 
     def step_for(
@@ -514,16 +523,18 @@ class _State:
         kwargs: dict[str, Any],
         leaves: Sequence[torch.Tensor] | None = None,
         structure: Structure | None = None,
+        signature: Signature | None = None,
         *,
         reduces: bool = True,
         accumulates: bool = False,
     ) -> TrainingStep:
         if leaves is None or structure is None:
             leaves, structure = flatten((args, kwargs))
-        traced = (_key(model, leaves, structure), reduces)
+        signature = signature or Signature.of(model)
+        traced = (signature.key(leaves, structure), reduces)
         known = [self.steps.get((traced, key)) for key in (False, True)]
         if self.ranks is not None:
-            described = _describe_step(model, leaves, reduces)
+            described = _describe_step(model, signature, leaves, reduces)
             facts = [accumulates, *(step is not None for step in known)]
             when = f"step {self.ranks.steps + 1}"
             wanted, *knows = self.ranks.agreement.on_step(described, facts, when)
@@ -568,28 +579,11 @@ class _State:
             )
 
 
-def _describe_step(model: nn.Module, leaves: Sequence[torch.Tensor], reduces: bool) -> str:
+def _describe_step(
+    model: nn.Module, signature: Signature, leaves: Sequence[torch.Tensor], reduces: bool
+) -> str:
     """What all ranks have to have in common, in words."""
     mode = "training" if model.training else "evaluation"
-    frozen = sum(not p.requires_grad for p in model.parameters())
     accumulating = "" if reduces else ", accumulating"
-    return f"inputs {describe_all(leaves)}, {mode}, {frozen} frozen parameters{accumulating}"
-
-
-def _tied_places(model: nn.Module) -> tuple[int, ...]:
-    """For each place of a parameter, the number of the tensor that stands there."""
-    numbers: dict[int, int] = {}
-    places = (p for m in model.modules() for p in m._parameters.values() if p is not None)
-    return tuple(numbers.setdefault(id(p), len(numbers)) for p in places)
-
-
-def _key(model: nn.Module, leaves: Sequence[torch.Tensor], structure: Structure) -> Hashable:
-    """All that a captured graph depends on."""
-    return (
-        structure.key,
-        tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in leaves),
-        tuple(module.training for module in model.modules()),
-        tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in model.parameters()),
-        _tied_places(model),
-        autocast_state(),
-    )
+    frozen = f"{signature.frozen} frozen parameters"
+    return f"inputs {describe_all(leaves)}, {mode}, {frozen}{accumulating}"
