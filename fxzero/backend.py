@@ -25,6 +25,7 @@ from fxzero import _torch
 from fxzero.decompositions import decompositions_for
 from fxzero.errors import BackendOptionError, UsageError, unknown_option
 from fxzero.execution import BoxedFunction
+from fxzero.fallback import or_as_eager
 from fxzero.graph import InputRole, OutputRole, TrainGraph
 from fxzero.graph_planner import Decided
 from fxzero.headroom import use_headroom
@@ -46,6 +47,7 @@ _KNOWN = (
     "plan_dir",
 )
 _WHOLE_MODEL = ("mesh", "zero", "pipeline", "precision", "loss_fn", "plan")
+_A_PIECE = "one piece of a model with graph breaks: the budget is this piece's alone"
 
 
 def fxzero(
@@ -69,15 +71,20 @@ def fxzero(
         raise UsageError(f"mode={mode!r}: this backend has no modes; pass options={{...}}")
     checked, plan_dir = _check(dict(options or {}), device_of(list(example_inputs)))
     parameters = [isinstance(value, nn.Parameter) for value in example_inputs]
-    piece = _Piece(checked, parameters, _torch.is_partial_graph(gm), plan_dir)
-    return _torch.aot_backend(
-        gm,
-        example_inputs,
-        partition=piece.partition,
-        forward_compiler=lambda graph, _: piece.function_of(graph, backward=False),
-        backward_compiler=lambda graph, _: piece.function_of(graph, backward=True),
-        decompositions=decompositions_for(checked.inner),
-    )
+    partial = (_A_PIECE,) if _torch.is_partial_graph(gm) else ()
+
+    def compiled(options: Options, unapplied: tuple[str, ...]) -> Callable[..., Any]:
+        piece = _Piece(options, parameters, (*partial, *unapplied), plan_dir)
+        return _torch.aot_backend(
+            gm,
+            example_inputs,
+            partition=piece.partition,
+            forward_compiler=lambda graph, _: piece.function_of(graph, backward=False),
+            backward_compiler=lambda graph, _: piece.function_of(graph, backward=True),
+            decompositions=decompositions_for(options.inner),
+        )
+
+    return or_as_eager(checked, compiled)
 
 
 def _check(options: dict[str, Any], device: str) -> tuple[Options, Path | None]:
@@ -100,11 +107,15 @@ class _Piece:
     """One Dynamo graph on its way through AOTAutograd."""
 
     def __init__(
-        self, options: Options, parameters: list[bool], partial: bool, plan_dir: Path | None
+        self,
+        options: Options,
+        parameters: list[bool],
+        unapplied: tuple[str, ...],
+        plan_dir: Path | None,
     ) -> None:
         self.options = options
         self.parameters = parameters
-        self.partial = partial
+        self.unapplied = unapplied
         self.plan_dir = plan_dir
         self.made: list[tuple[list[str], BoxedFunction]] = []
 
@@ -120,13 +131,12 @@ class _Piece:
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Called by AOTAutograd with the joint graph; returns forward and backward."""
         graph = self._with_roles(joint, num_fwd_outputs)
-        unapplied = (
-            ("one piece of a model with graph breaks: the budget is this piece's alone",)
-            if self.partial
-            else ()
-        )
         planner = Planner(
-            graph, self.options, "torch.compile graph", writes_buffers=False, unapplied=unapplied
+            graph,
+            self.options,
+            "torch.compile graph",
+            writes_buffers=False,
+            unapplied=self.unapplied,
         )
         decided = self._within_budget(planner, planner.decide(), graph)
         log.info("%s", decided.plan)

@@ -105,7 +105,9 @@ def compile(
         update: where the optimizer updates weights: in its "step", or in the "backward", each as
             soon as its gradient is there, so that gradients never exist all at once; then the
             optimizer is of ``fxzero.optim``, and ``model.update_with`` names it.
-        inner: "inductor" or "eager"; None: inductor where a compiler is present.
+        inner: "inductor" or "eager"; None: what a given plan was made for, else inductor where a
+            compiler is present.  Where no code that Inductor generates fits the budget, operators
+            run as eager's do, unless ``strict``.
         plan: a Plan or a path to one, replayed without a solver for the graph it was made for.
         strict: what cannot be applied (a pass that is switched off, a value that was to be
             recomputed but may not) is an error, not a note in the plan.
@@ -128,6 +130,8 @@ def compile(
     example = None if example_inputs is None else call_arguments(example_inputs)
     if asked == AUTO and example is None:
         raise UsageError('pipeline="auto" is chosen before the first step: give example_inputs')
+    if isinstance(plan, (str, Path)):
+        plan = Plan.load(plan)
     device = model_device(model)
     ranks = resolve_mesh(mesh, device, ranks_along(asked))
     options = check_options(
@@ -136,7 +140,7 @@ def compile(
         optimizer=optimizer,
         recompute=recompute,
         objective=objective,
-        inner=inner,
+        inner=plan.request.inner if inner is None and plan is not None else inner,
         strict=strict,
         offload=offload,
         precision=precision,
@@ -146,8 +150,6 @@ def compile(
         update=update,
         pipeline=asked,
     )
-    if isinstance(plan, (str, Path)):
-        plan = Plan.load(plan)
     if plan is not None and asked is not None:
         raise UsageError("a pipeline cannot follow a given plan: each of its stages has its own")
     options.precision.keep(model)

@@ -130,11 +130,13 @@ class Planner:
         for variant in self.variants:
             if plan.graph_digest == variant.digest:
                 return variant
+        ours, theirs = self.variants[0].options.inner, plan.request.inner
+        made_for = f"{plan.model.name} with inputs {', '.join(plan.model.inputs)}"
+        differs = "" if ours == theirs else f', for inner="{theirs}" where this is "{ours}"'
         raise PlanError(
             f"the plan belongs to graph {plan.graph_digest}, this model traces to "
-            f"{self.variants[0].digest}\n  it was made for {plan.model.name} with inputs "
-            f"{', '.join(plan.model.inputs)}\n  plan again for this model, these inputs and "
-            "this version of torch"
+            f"{self.variants[0].digest}\n  it was made for {made_for}{differs}\n"
+            "  plan again for this model, these inputs and this version of torch"
         )
 
     def _complete(self, decided: Decided) -> Decided:

@@ -25,6 +25,7 @@ from torch import nn
 from fxzero.capture import Capture, capture
 from fxzero.errors import BudgetError, RuntimeStateError
 from fxzero.failures import named
+from fxzero.fallback import or_as_eager
 from fxzero.graph import InputRole, TrainGraph, describe_all
 from fxzero.graph_planner import Decided, Emitted
 from fxzero.halves import run_in_halves
@@ -113,13 +114,14 @@ class TrainingStep:
         self._decided: Decided
         self._code: Code
         self._ready: tuple[Split, Code] | None = None  # code of a rehearsed plan to adopt
+        self._unapplied: tuple[str, ...] = ()  # notes on options that are not followed
         if sibling is None:
             self._recapture((args, kwargs), None)
         else:
             self._outputs_held = sibling._outputs_held
             self._outputs_seen = sibling._outputs_seen
             self._gradients_settled = sibling._gradients_settled
-            self._follow(sibling)
+            self._follow(sibling, (args, kwargs))
 
     @property
     def plan(self) -> Plan:
@@ -220,10 +222,13 @@ class TrainingStep:
         self._prepare(lambda: self._traced(call, differentiable))
         if differentiable is not None:
             self.given = None  # it was made for another graph
-        self._adopt(self._decide() if self.given is None else self._planner.replay(self.given))
+        given = self.given
+        self._adopt(self._decide_for(call) if given is None else self._planner.replay(given))
 
-    def _follow(self, sibling: TrainingStep) -> None:
+    def _follow(self, sibling: TrainingStep, call: Call) -> None:
         """Does what another step does, but for what becomes of gradients."""
+        self.options = replace(self.options, inner=sibling.options.inner)
+        self._unapplied = sibling._unapplied
         self._prepare(lambda: sibling._captured)
         self._wanted = sibling._wanted
         self.given = sibling.given
@@ -236,7 +241,7 @@ class TrainingStep:
             fits = decided is not None and (decided.plan.fits or plan is self.given)
             return decided if decided is not None and fits else self._within_budget()
 
-        self._adopt(self._decide(follow))
+        self._adopt(self._decide_for(call, follow))
 
     def _prepare(self, trace: Callable[[], Capture]) -> None:
         """Traces, and prepares to plan."""
@@ -251,6 +256,7 @@ class TrainingStep:
                 reduces=self.reduces,
                 accumulates=self.accumulates,
                 is_stage=self._is_stage,
+                unapplied=self._unapplied,
             )
             return captured, planner
 
@@ -260,6 +266,22 @@ class TrainingStep:
         else:
             made = self.ranks.agreement.on_result(prepare, lambda made: made[1].digest)
             self._captured, self._planner = made
+
+    def _decide_for(self, call: Call, make: Callable[[], Decided] | None = None) -> Decided:
+        """``_decide``; where no generated code fits, for the call as it is traced for eager."""
+        if self._is_stage:
+            return self._decide(make)
+
+        def decide(options: Options, unapplied: tuple[str, ...]) -> Decided:
+            if options is self.options:
+                return self._decide(make)
+            self.options, self._unapplied = options, unapplied
+            wanted, differentiable = self._wanted, self._captured.differentiable
+            self._prepare(lambda: self._traced(call, differentiable))
+            self._wanted = wanted
+            return self._decide()
+
+        return or_as_eager(self.options, decide)
 
     def _decide(self, make: Callable[[], Decided] | None = None) -> Decided:
         """What this process plans, or the first rank does."""

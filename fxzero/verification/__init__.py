@@ -59,14 +59,14 @@ def verify(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verific
         ties = tuple(changed_ties(compilation.ties, ties_of(model)))
         stale = () if compilation.ranks is None else stale_ranks(model, compilation.ranks)
         first = compared(model, pair)
-        guilt = _guilt(model, situation, pair, first)
+        guilt = _guilt(situation, pair, first)
         second = None
         if on_any_rank(agreement, runner.accumulation_in_use):
             added = _added(runner, pair)
             second = compared(model, added)
             if guilt is None or guilt.allowed:
                 adding = replace(situation, step=added.step, existing=pair.eager.spread)
-                guilt = _guilt(model, adding, added, second, accumulates=True) or guilt
+                guilt = _guilt(adding, added, second, accumulates=True) or guilt
         origins: tuple[NonFinite, ...] = ()
         if on_any_rank(agreement, bool(first.non_finite)):
             origins = first_non_finite(situation)
@@ -85,7 +85,7 @@ def verify(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verific
 
 
 def _guilt(
-    model: Any, situation: Situation, pair: Pair, found: Comparison, accumulates: bool = False
+    situation: Situation, pair: Pair, found: Comparison, accumulates: bool = False
 ) -> Guilt | None:
     """What makes a pair of steps differ, if they do on any rank."""
     if not on_any_rank(agreement_of(situation), not found.exact):
@@ -94,7 +94,7 @@ def _guilt(
         situation,
         pair.compiled.outcome,
         pair.eager.outcome,
-        inner=vars(model)["_fxzero"].options.inner,
+        inner=pair.step.options.inner,
         tolerance=found.tolerance,
         accumulates=accumulates,
     )
