@@ -25,7 +25,7 @@ from fxzero import _torch
 from fxzero.decompositions import decompositions_for
 from fxzero.errors import BackendOptionError, UsageError, unknown_option
 from fxzero.execution import BoxedFunction
-from fxzero.fallback import or_as_eager
+from fxzero.fallback import Attempt, or_as_eager
 from fxzero.graph import InputRole, OutputRole, TrainGraph
 from fxzero.graph_planner import Decided
 from fxzero.headroom import use_headroom
@@ -35,6 +35,8 @@ from fxzero.passes.partition import Split
 from fxzero.planner import Planner
 
 log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
 
 _KNOWN = (
     "memory_budget",
@@ -56,7 +58,7 @@ def fxzero(
     *,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
-) -> Callable[..., Any]:
+) -> Compiled:
     """The backend that ``torch.compile`` looks up by name.
 
     Args:
@@ -73,9 +75,9 @@ def fxzero(
     parameters = [isinstance(value, nn.Parameter) for value in example_inputs]
     partial = (_A_PIECE,) if _torch.is_partial_graph(gm) else ()
 
-    def compiled(options: Options, unapplied: tuple[str, ...]) -> Callable[..., Any]:
-        piece = _Piece(options, parameters, (*partial, *unapplied), plan_dir)
-        return _torch.aot_backend(
+    def attempt(options: Options, unapplied: tuple[str, ...]) -> Attempt[tuple[_Piece, Compiled]]:
+        piece = _Piece(options, parameters, (*partial, *unapplied))
+        compiled = _torch.aot_backend(
             gm,
             example_inputs,
             partition=piece.partition,
@@ -83,8 +85,18 @@ def fxzero(
             backward_compiler=lambda graph, _: piece.function_of(graph, backward=True),
             decompositions=decompositions_for(options.inner),
         )
+        decided = piece.decided
+        seconds = 0.0 if decided is None else decided.plan.step_seconds
+        confined = decided is not None and bool(decided.apart)
+        return Attempt((piece, compiled), seconds, confined)
 
-    return or_as_eager(checked, compiled)
+    piece, compiled = or_as_eager(checked, attempt)
+    if piece.decided is not None:
+        log.info("%s", piece.decided.plan)
+        if plan_dir is not None:
+            plan_dir.mkdir(parents=True, exist_ok=True)
+            piece.decided.plan.save(_first_free(plan_dir))
+    return compiled
 
 
 def _check(options: dict[str, Any], device: str) -> tuple[Options, Path | None]:
@@ -104,19 +116,19 @@ def _check(options: dict[str, Any], device: str) -> tuple[Options, Path | None]:
 
 
 class _Piece:
-    """One Dynamo graph on its way through AOTAutograd."""
+    """One Dynamo graph on its way through AOTAutograd.
+
+    Attributes:
+        decided: what was planned; None of a graph without a backward.
+    """
 
     def __init__(
-        self,
-        options: Options,
-        parameters: list[bool],
-        unapplied: tuple[str, ...],
-        plan_dir: Path | None,
+        self, options: Options, parameters: list[bool], unapplied: tuple[str, ...]
     ) -> None:
         self.options = options
         self.parameters = parameters
         self.unapplied = unapplied
-        self.plan_dir = plan_dir
+        self.decided: Decided | None = None
         self.made: list[tuple[list[str], BoxedFunction]] = []
 
     def function_of(self, graph: fx.GraphModule, *, backward: bool) -> BoxedFunction:
@@ -138,12 +150,8 @@ class _Piece:
             writes_buffers=False,
             unapplied=self.unapplied,
         )
-        decided = self._within_budget(planner, planner.decide(), graph)
-        log.info("%s", decided.plan)
-        if self.plan_dir is not None:
-            self.plan_dir.mkdir(parents=True, exist_ok=True)
-            decided.plan.save(_first_free(self.plan_dir))
-        split = _with_absent_gradients(decided.emitted.split, graph)
+        self.decided = self._within_budget(planner, planner.decide(), graph)
+        split = _with_absent_gradients(self.decided.emitted.split, graph)
         return split.forward, split.backward
 
     def _within_budget(self, planner: Planner, decided: Decided, graph: TrainGraph) -> Decided:

@@ -75,10 +75,15 @@ class Emitted:
 
 @dataclass(frozen=True)
 class Decided:
-    """A Plan and the graphs that carry it out."""
+    """A Plan and the graphs that carry it out.
+
+    Attributes:
+        apart: "forward", "backward": which run operator by operator though code was asked for.
+    """
 
     plan: Plan
     emitted: Emitted
+    apart: frozenset[str] = frozenset()
 
 
 class GraphPlanner:
@@ -333,7 +338,7 @@ class GraphPlanner:
         status, gap = decided.plan.status, decided.plan.gap
         if apart:  # what was proven was so of generated code
             status, gap = "feasible", None
-        return Decided(summarise(facts, status=status, gap=gap), emitted)
+        return Decided(summarise(facts, status=status, gap=gap), emitted, apart)
 
     def rehearse(self, decided: Decided, forward: BoxedFunction, backward: BoxedFunction) -> Peaks:
         """The peaks of functions that run the graphs of ``decided``."""

@@ -16,7 +16,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import nn
 from fxzero.capture import Capture, capture
 from fxzero.errors import BudgetError, RuntimeStateError
 from fxzero.failures import named
-from fxzero.fallback import or_as_eager
+from fxzero.fallback import Attempt, or_as_eager
 from fxzero.graph import InputRole, TrainGraph, describe_all
 from fxzero.graph_planner import Decided, Emitted
 from fxzero.halves import run_in_halves
@@ -51,6 +51,18 @@ _SLACK = 0.02
 
 Source = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 Trace = Callable[[Sequence[int] | None], Capture]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to run a step: how it was traced, what was decided, and code if there is any yet."""
+
+    options: Options
+    unapplied: tuple[str, ...]
+    captured: Capture
+    planner: Planner
+    decided: Decided
+    ready: tuple[Split, Code] | None
 
 
 class TrainingStep:
@@ -268,20 +280,28 @@ class TrainingStep:
             self._captured, self._planner = made
 
     def _decide_for(self, call: Call, make: Callable[[], Decided] | None = None) -> Decided:
-        """``_decide``; where no generated code fits, for the call as it is traced for eager."""
+        """``_decide``; where generated code does not do, for the call as it is traced for eager."""
         if self._is_stage:
             return self._decide(make)
 
-        def decide(options: Options, unapplied: tuple[str, ...]) -> Decided:
+        def decide(options: Options, unapplied: tuple[str, ...]) -> Attempt[_Way]:
             if options is self.options:
-                return self._decide(make)
-            self.options, self._unapplied = options, unapplied
-            wanted, differentiable = self._wanted, self._captured.differentiable
-            self._prepare(lambda: self._traced(call, differentiable))
-            self._wanted = wanted
-            return self._decide()
+                decided = self._decide(make)
+            else:
+                self.options, self._unapplied, self._ready = options, unapplied, None
+                wanted, differentiable = self._wanted, self._captured.differentiable
+                self._prepare(lambda: self._traced(call, differentiable))
+                self._wanted = wanted
+                decided = self._decide()
+            way = _Way(options, unapplied, self._captured, self._planner, decided, self._ready)
+            # Only the first rank knows what its code needs.
+            confined = bool(decided.apart) and self.ranks is None
+            return Attempt(way, decided.plan.step_seconds, confined)
 
-        return or_as_eager(self.options, decide)
+        way = or_as_eager(self.options, decide)
+        self.options, self._unapplied = way.options, way.unapplied
+        self._captured, self._planner, self._ready = way.captured, way.planner, way.ready
+        return way.decided
 
     def _decide(self, make: Callable[[], Decided] | None = None) -> Decided:
         """What this process plans, or the first rank does."""
@@ -311,10 +331,13 @@ class TrainingStep:
             smallest = self._planner.smallest()
             code = self._generate(smallest, smallest.plan.peak_bytes)
             peaks = self._planner.rehearse(smallest, code.forward, code.backward)
-            plan = as_it_runs(replace(smallest.plan, status="feasible"), peaks)
-            if not peaks.known or plan.peak_bytes >= smallest.plan.peak_bytes:
+            if not peaks.known or peaks.largest >= smallest.plan.peak_bytes:
                 raise
+            if code.apart:
+                smallest = self._planner.restate(smallest, code.apart)
+            plan = as_it_runs(replace(smallest.plan, status="feasible"), peaks)
             if plan.fits:
+                self._ready = smallest.emitted.split, code
                 return replace(smallest, plan=plan)
             raise self._planner.refusal(plan.peak_bytes) from None
         return self._with_headroom_used(decided)
