@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from test_eviction import everything, one_value, seconds
 from test_solver import budget_at, peak_by_hand, problems
 
-from fxzero.solver.dropping import drop_recompute, trade_recompute, without
+from fxzero.solver.dropping import (
+    drop_recompute,
+    trade_recompute,
+    trade_together,
+    without,
+)
 from fxzero.solver.eviction import evict
 from fxzero.solver.exact import ExactProgram
 from fxzero.solver.problem import Operator, Problem
@@ -57,6 +62,8 @@ def test_what_tags_ask_for_is_not_dropped() -> None:
     schedule = drop_recompute(problem, evaluate(problem, [(0, 1), (0, 2)]), 1000, seconds)
     assert schedule.recompute == ((0, 1),)
     assert trade_recompute(problem, schedule, 1000, seconds, tries=9) == schedule
+    together = trade_together(problem, schedule, 1000, seconds, tries=20, patience=20)
+    assert together.recompute == schedule.recompute
 
 
 @given(problems(), st.data())
@@ -70,11 +77,15 @@ def test_what_is_left_fits_and_costs_no_more(problem: Problem, data: st.DataObje
         return
     dropped = drop_recompute(problem, evicted, budget, seconds)
     traded = trade_recompute(problem, dropped, budget, seconds, tries=5)
-    prices = [schedule.seconds for schedule in (evicted, dropped, traded)]
+    several = {"tries": 10, "patience": 5}
+    together = trade_together(problem, traded, budget, seconds, **several)
+    again_together = trade_together(problem, traded, budget, seconds, **several)
+    assert together.recompute == again_together.recompute
+    prices = [schedule.seconds for schedule in (evicted, dropped, traded, together)]
     assert prices == sorted(prices, reverse=True)
-    for schedule in (dropped, traded):
+    assert set(dropped.recompute) <= set(evicted.recompute)
+    for schedule in (dropped, traded, together):
         assert peak_by_hand(problem, schedule) <= schedule.peak <= budget
-        assert set(schedule.recompute) <= set(evicted.recompute) or schedule is traded
         again = problem.must_recompute - problem.must_save
         assert not {s for s in schedule.saved & again if s not in start.saved}
 
@@ -90,6 +101,7 @@ def test_no_trade_undercuts_brute_force(problem: Problem, share: float) -> None:
     if start is None:
         return
     traded = trade_recompute(problem, start, budget, seconds, tries=20)
+    traded = trade_together(problem, traded, budget, seconds, tries=20, patience=20)
     best = cheapest(problem, budget)
     assert best is not None
     assert traded.seconds >= best - 1e-6

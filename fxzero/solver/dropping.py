@@ -8,11 +8,12 @@ more.  Eviction, which looks at one full instant after the other, leaves such re
               (room for x meanwhile)
 
 Where there is no room, a recompute can be *traded*: without it, eviction looks for something
-cheaper to run again.
+cheaper to run again.  So can several at once, which leads out of what single trades end in.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -23,6 +24,9 @@ from fxzero.solver.schedule import Life, Schedule, evaluate
 
 Price = Callable[[Operator], float]
 Run = tuple[int, int]  # (operator, backward step it runs before)
+
+_GAIN = 1e-9  # of a price, below which it is not another one
+_TOGETHER = (1, 2, 3, 4, 6, 8)  # how many recomputes, or neighbours on either side, are traded
 
 
 def drop_recompute(problem: Problem, schedule: Schedule, budget: int, price: Price) -> Schedule:
@@ -45,18 +49,61 @@ def trade_recompute(
     Args:
         tries: how many recomputes are looked at, the dearest first.
     """
-    paid, pending = total_price(problem, schedule, price), _dearest(problem, schedule, price)
-    for run in pending[:tries]:
-        if run not in schedule.recompute or _is_settled(problem, schedule, run):
-            continue
-        start = without(problem, schedule, [run])
-        found = evict(problem, start, budget, price, at_most=paid)
-        if found is None:
-            continue
-        found = drop_recompute(problem, found, budget, price)
-        if total_price(problem, found, price) < paid:
-            schedule, paid = found, total_price(problem, found, price)
+    for run in _dearest(problem, schedule, price)[:tries]:
+        if run in schedule.recompute:
+            schedule = _traded(problem, schedule, [run], budget, price) or schedule
     return schedule
+
+
+def trade_together(
+    problem: Problem,
+    schedule: Schedule,
+    budget: int,
+    price: Price,
+    *,
+    tries: int,
+    patience: int,
+) -> Schedule:
+    """The same with several recomputes at once, drawn among all or among neighbours in time.
+
+    This is large neighbourhood search (Shaw, CP 1998), with eviction in the place of the search.
+
+    Args:
+        tries: how many draws there are at most; each call draws the same.
+        patience: how many of them in a row may find nothing cheaper.
+    """
+    draw, last = random.Random(0), 0
+    for attempt in range(tries):
+        if attempt - last > patience or not schedule.recompute:
+            break
+        runs = _drawn(draw, schedule.recompute)
+        if (found := _traded(problem, schedule, runs, budget, price)) is not None:
+            schedule, last = found, attempt
+    return schedule
+
+
+def _drawn(draw: random.Random, runs: Sequence[Run]) -> list[Run]:
+    count = draw.choice(_TOGETHER)
+    if draw.random() < 0.5:
+        return draw.sample(runs, min(count, len(runs)))
+    at = draw.randrange(len(runs))
+    near = runs[max(at - count, 0) : at + count]
+    return [run for run in near if draw.random() < 0.5] or [runs[at]]
+
+
+def _traded(
+    problem: Problem, schedule: Schedule, runs: Iterable[Run], budget: int, price: Price
+) -> Schedule | None:
+    """A cheaper schedule that is found without these recomputes."""
+    dropped = [run for run in runs if not _is_settled(problem, schedule, run)]
+    if not dropped:
+        return None
+    paid = total_price(problem, schedule, price)
+    found = evict(problem, without(problem, schedule, dropped), budget, price, at_most=paid)
+    if found is None:
+        return None
+    found = drop_recompute(problem, found, budget, price)
+    return found if total_price(problem, found, price) < paid * (1 - _GAIN) else None
 
 
 def without(problem: Problem, schedule: Schedule, runs: Iterable[Run]) -> Schedule:

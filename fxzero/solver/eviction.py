@@ -21,6 +21,7 @@ from fxzero.solver.schedule import Schedule
 
 _TRIES = 20  # evictions in a row that may bring the peak no lower
 _NEVER = float("inf")
+_ROUNDING = 1e-9  # of sums in another order
 
 Price = Callable[[Operator], float]
 
@@ -85,7 +86,7 @@ class Chains:
         for bound, at in sorted(least):
             if bound > best[0]:
                 break
-            found = self.chain(gaps[at])
+            found = self.chain(gaps[at], best[0] * min(gaps[at].bytes, excess))
             if found is None or not found[0]:
                 continue
             chain, cost = found
@@ -98,22 +99,25 @@ class Chains:
         operators = self.problem.operators
         return min(self.price(operators[way]) for way in self.problem.ways(gap.storage))
 
-    def chain(self, gap: Gap) -> tuple[set[int], float] | None:
+    def chain(self, gap: Gap, at_most: float = _NEVER) -> tuple[set[int], float] | None:
         """Operators to run besides at the end of the gap and their price; None if one cannot.
 
         What the value is made from, if that is not there, is fetched if this is cheaper than its
         maker alone; the value itself, if this is cheaper than all of that.
+
+        Args:
+            at_most: a price above which nobody asks for the chain.
         """
         operators = self.problem.operators
-        chain = self._recompute(gap)
+        chain = self._recompute(gap, at_most)
         cost = sum(self.price(operators[index]) for index in chain) if chain is not None else _NEVER
         fetch = self.problem.fetch.get(gap.storage)
         if fetch is not None and self.price(operators[fetch]) < cost:
             return {fetch}, self.price(operators[fetch])
         return None if chain is None else (chain, cost)
 
-    def _recompute(self, gap: Gap) -> set[int] | None:
-        step = self.ledger.step_of(gap.until)
+    def _recompute(self, gap: Gap, at_most: float) -> set[int] | None:
+        step, limit, spent = self.ledger.step_of(gap.until), at_most * (1 + _ROUNDING), 0.0
         chain: set[int] = set()
         pending = [gap.storage]
         while pending:
@@ -122,10 +126,11 @@ class Chains:
             if any((way, step) in self.ledger.again or way in chain for way in ways):
                 continue
             index = ways[0]
-            if storage != gap.storage:
+            if len(ways) > 1 and storage != gap.storage:
                 index = min(ways, key=self._price_if_possible)
             operator = self.problem.operators[index]
-            if not operator.recomputable:
+            spent += self.price(operator)
+            if not operator.recomputable or spent > limit:
                 return None
             chain.add(index)
             pending.extend(s for s in operator.reads if not self.ledger.is_there(s, gap.until))

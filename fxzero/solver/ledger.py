@@ -152,7 +152,7 @@ class Ledger:
             self._last_run[index] = instant
 
     def _at(self, instant: int) -> int:
-        return int(np.searchsorted(self._instants, instant))
+        return int(self._instants.searchsorted(instant))
 
     def _stays(self, storage: int) -> Iterator[tuple[int, list[int]]]:
         """Where each instance of a value begins, and the instants that read it."""

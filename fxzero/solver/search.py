@@ -17,7 +17,7 @@ from functools import cached_property
 
 from fxzero.solver.bound import Relief, price_bound, relieved_bound
 from fxzero.solver.cuts import CutGraph
-from fxzero.solver.dropping import drop_recompute, trade_recompute
+from fxzero.solver.dropping import drop_recompute, trade_recompute, trade_together
 from fxzero.solver.eviction import evict
 from fxzero.solver.exact import ExactProgram
 from fxzero.solver.frames import Frame, frame_around, fullest_steps, open_frame
@@ -33,6 +33,8 @@ _FEW = 100  # operators up to which tighter budgets are tried too
 _TIGHTER = (0.02, 0.04)  # of what lies between the smallest peak and no recompute
 _PROVEN = 1e-6
 _TRADES = 100  # recomputes that may be traded for cheaper ones, where the gap is wide
+_DRAWS, _PATIENCE = 200, 80  # of several that are traded at once,
+_DRAWN = 40_000  # less where so many operators were looked at
 _LOOKS = 4  # steps at which the bound looks at what is there
 _HALVINGS = 6  # of the distance between the smallest peak and no recompute
 _STRIDE, _LEAST_STRIDE = 0.02, 0.004
@@ -121,7 +123,7 @@ class Solver:
         solution = self._judge(best, bound)
         if not self.close or solution.gap is None or solution.gap <= _WORTHWHILE:
             return solution
-        best = trade_recompute(self.problem, best, budget, self.operator_price, _TRADES)
+        best = self._traded(best, budget)
         if ExactProgram.serves(self.problem, _TRIED):
             program = ExactProgram(self.problem, self.operator_price)
             if (tried := program.solve(budget, nodes=1)) is not None:
@@ -190,6 +192,12 @@ class Solver:
 
     def _dropped(self, schedule: Schedule, budget: int) -> Schedule:
         return drop_recompute(self.problem, schedule, budget, self.operator_price)
+
+    def _traded(self, schedule: Schedule, budget: int) -> Schedule:
+        problem, price = self.problem, self.operator_price
+        draws = min(_DRAWS, _DRAWN // len(problem.operators))
+        schedule = trade_recompute(problem, schedule, budget, price, _TRADES)
+        return trade_together(problem, schedule, budget, price, tries=draws, patience=_PATIENCE)
 
     def _tighter(self, budget: int) -> list[Schedule]:
         """Answers for a little less: where few values matter, the best may be there."""
