@@ -32,11 +32,11 @@ from fxzero.passes.partition import Split
 from fxzero.planner import Planner
 from fxzero.timing import (
     REFUSALS,
-    ROUNDS,
     Calls,
     Watch,
     example,
     fits,
+    rounds_of_a_graph,
     run_in_order,
     workspaces_alone,
 )
@@ -80,21 +80,21 @@ def time_generated(
         split, "inductor", limit=None, rehearse=functools.partial(planner.rehearse, decided)
     )
     run = functools.partial(_seconds, split, code, _inputs(split, device), device)
-    alone, together, apart = [], [], []
+    code_ratios, apart_ratios = [], []
     try:
         with Calls() as calls:
             run()
-        for _ in range(ROUNDS):
-            alone.append(sum(run_in_order(graph, device).values()))
-            together.append(run())
-            apart.append(sum(run_in_order(decomposed, device).values()))
+        for _ in rounds_of_a_graph():
+            alone = sum(run_in_order(graph, device).values())
+            code_ratios.append(run() / alone)
+            apart_ratios.append(sum(run_in_order(decomposed, device).values()) / alone)
     except REFUSALS:
         return None
-    speed = statistics.median(alone) / _priced(graph.graph.nodes, costs)
+    by_operators = _priced(graph.graph.nodes, costs)
     nodes = (*split.forward.graph.nodes, *split.backward.graph.nodes)
     shares = Shares(
-        statistics.median(together) / (speed * _priced(nodes, replace(costs, fused=True))),
-        statistics.median(apart) / (speed * _priced(decomposed.graph.nodes, costs)),
+        statistics.median(code_ratios) * by_operators / _priced(nodes, replace(costs, fused=True)),
+        statistics.median(apart_ratios) * by_operators / _priced(decomposed.graph.nodes, costs),
     )
     unknown = {key: call for key, call in calls.made.items() if key not in costs.measured}
     return GeneratedTimes(shares, workspaces_alone(unknown, device))

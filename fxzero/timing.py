@@ -17,7 +17,7 @@ import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ from fxzero.storages import tensor_leaves
 _RUNS = 5
 _SECONDS = 0.02  # an operator by itself is run more often until it took this long
 _LARGEST = 2 * 2**30  # bytes of arguments and results beyond which an operator is not run
-ROUNDS, _LONGEST = 5, 30.0  # of a graph; seconds after which no further round begins
+_ROUNDS = range(5, 40)  # of a graph: so many at least, and no more than
+_LEAST, _LONGEST = 2.0, 30.0  # seconds until which, and after which no further round begins
 _SHARE = 0.5  # of the device's memory that a graph may take
 # What operators raise that cannot be run on numbers made up.
 REFUSALS = (RuntimeError, IndexError, ValueError, TypeError, MemoryError)
@@ -55,18 +56,25 @@ def times_in_place(graph: TrainGraph, device: str) -> dict[str, float]:
     """
     if not fits(graph.graph, device):
         return {}
-    rounds: list[dict[fx.Node, float]] = []
-    start = time.perf_counter()
     try:
         run_in_order(graph, device)
-        while len(rounds) < ROUNDS and (not rounds or time.perf_counter() - start < _LONGEST):
-            rounds.append(run_in_order(graph, device))
+        rounds = [run_in_order(graph, device) for _ in rounds_of_a_graph()]
     except REFUSALS:
         return {}
     found: dict[str, list[float]] = defaultdict(list)
     for node in rounds[0]:
         found[operator_key(node)].append(statistics.median(times[node] for times in rounds))
     return {key: statistics.fmean(times) for key, times in found.items()}
+
+
+def rounds_of_a_graph() -> Iterator[int]:
+    """Counts runs of a graph: more of a short one, as the machine's speed changes meanwhile."""
+    start = time.perf_counter()
+    for done in range(_ROUNDS.stop):
+        taken = time.perf_counter() - start
+        if done and (taken > _LONGEST or (done >= _ROUNDS.start and taken > _LEAST)):
+            return
+        yield done
 
 
 def fits(graph: fx.Graph, device: str) -> bool:
