@@ -128,7 +128,7 @@ def run(case: Case, variants: Sequence[Variant], rounds: int) -> list[Row]:
         _progress(variant.name)
         reference = prepared[EAGER].result if prepared else None
         try:
-            ready = _prepare(case, variant, peaks, reference)
+            ready = prepare(case, variant, peaks, reference)
         except Exception as error:
             if variant.name == EAGER:
                 raise
@@ -143,10 +143,7 @@ def run(case: Case, variants: Sequence[Variant], rounds: int) -> list[Row]:
     for number in range(rounds):
         _progress(f"round {number + 1} of {rounds}")
         for name in _shuffled(prepared, number):
-            ready = prepared[name]
-            ready.module.zero_grad(set_to_none=True)
-            times[name].append(_seconds(ready.step, _device(case)))
-            ready.module.zero_grad(set_to_none=True)
+            times[name] += seconds(prepared[name], 1)
     rows = failed | {n: replace(p.row, seconds=tuple(times[n])) for n, p in prepared.items()}
     return [rows[variant.name] for variant in variants]
 
@@ -174,9 +171,14 @@ def seconds_in_turn(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict
     return times
 
 
-def _prepare(
+def prepare(
     case: Case, variant: Variant, peaks: dict[str, int], reference: Result | None
 ) -> Prepared:
+    """Compiles, warms up and measures a variant, and compares its step with a result, if any.
+
+    Args:
+        peaks: measured bytes of the variants that its budget is made of.
+    """
     module = copy.deepcopy(case.module)
     start = time.perf_counter()
     model = variant.build(Setting(module, case.inputs, case.blocks, peaks))
@@ -214,8 +216,14 @@ def _step(model: nn.Module, case: Case) -> Step:
     return step
 
 
-def _device(case: Case) -> str:
-    return next(case.module.parameters()).device.type
+def seconds(ready: Prepared, steps: int) -> list[float]:
+    """What steps take, one after the other."""
+    device, times = next(ready.module.parameters()).device.type, []
+    for _ in range(steps):
+        ready.module.zero_grad(set_to_none=True)
+        times.append(_seconds(ready.step, device))
+    ready.module.zero_grad(set_to_none=True)
+    return times
 
 
 def _seconds(step: Step, device: str) -> float:
