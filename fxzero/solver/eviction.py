@@ -77,20 +77,17 @@ class Chains:
         No chain costs less than the cheapest way to make the value itself.  Gaps are asked in the
         order of that, and those that cannot be cheaper than one that was found are not asked.
         """
-
-        def share(cost: float, gap: Gap) -> float:
-            return cost / min(gap.bytes, excess)
-
-        least = [(share(self._least(gap), gap), at) for at, gap in enumerate(gaps)]
+        freed = [min(gap.bytes, excess) for gap in gaps]
+        least = [(self._least(gap) / freed[at], at) for at, gap in enumerate(gaps)]
         best, answer = (_NEVER, 0), None
         for bound, at in sorted(least):
             if bound > best[0]:
                 break
-            found = self.chain(gaps[at], best[0] * min(gaps[at].bytes, excess))
+            found = self.chain(gaps[at], best[0] * freed[at])
             if found is None or not found[0]:
                 continue
             chain, cost = found
-            rank = share(cost, gaps[at]), at
+            rank = cost / freed[at], at
             if rank < best:
                 best, answer = rank, (gaps[at], chain, cost)
         return answer
