@@ -84,7 +84,9 @@ def _step(model: Any, x: Tensor) -> Callable[[], None]:
 
 def _smallest(model: nn.Module, x: Tensor) -> int:
     with pytest.raises(fxzero.BudgetError) as caught:
-        fxzero.compile(model, (x,), memory_budget=1, optimizer="none", inner="inductor")
+        fxzero.compile(
+            model, (x,), memory_budget=1, optimizer="none", inner="inductor", strict=True
+        )
     return caught.value.required_bytes
 
 
@@ -122,7 +124,9 @@ def test_the_measured_peak_is_the_rehearsed_one_and_within_plan_and_budget(
         smallest = _smallest(copy.deepcopy(original), x)
         free = fxzero.plan(copy.deepcopy(original), (x,), optimizer="none", inner="inductor")
         budget = int(smallest + share * (free.peak_bytes - smallest))
-    model = fxzero.compile(original, memory_budget=budget, optimizer="none", inner="inductor")
+    model = fxzero.compile(
+        original, memory_budget=budget, optimizer="none", inner="inductor", strict=True
+    )
     step = _step(model, x)
     for _ in range(2):
         step()
