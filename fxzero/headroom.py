@@ -61,15 +61,20 @@ def use_headroom(planner: Planner, decided: Decided, budget: int, generate: Gene
     code = generate(decided, None)
     peaks = planner.rehearse(decided, code.forward, code.backward)
     if peaks.largest <= budget:
-        fitting = Generated(replace(decided, plan=as_it_runs(decided.plan, peaks)), code)
+        fitting = Generated(as_code_runs(planner, decided, code, peaks), code)
         return _spend(planner, fitting, peaks, budget, generate)
     if peaks.known and (saved := _save(planner, decided, peaks, budget, generate)) is not None:
         return saved
     code = generate(decided, budget)
     peaks = planner.rehearse(decided, code.forward, code.backward)
+    return Generated(as_code_runs(planner, decided, code, peaks), code)
+
+
+def as_code_runs(planner: Planner, decided: Decided, code: Code, peaks: Peaks) -> Decided:
+    """The same with what its code, once rehearsed, is known to need, and where it takes longer."""
     if code.apart:
         decided = planner.restate(decided, code.apart)
-    return Generated(replace(decided, plan=as_it_runs(decided.plan, peaks)), code)
+    return replace(decided, plan=as_it_runs(decided.plan, peaks))
 
 
 def _spend(

@@ -29,7 +29,7 @@ from fxzero.fallback import Attempt, or_as_eager
 from fxzero.graph import InputRole, TrainGraph, describe_all
 from fxzero.graph_planner import Decided, Emitted
 from fxzero.halves import run_in_halves
-from fxzero.headroom import use_headroom
+from fxzero.headroom import as_code_runs, use_headroom
 from fxzero.inner import Code, executable, generate
 from fxzero.microbatches import Call
 from fxzero.options import Options
@@ -40,7 +40,6 @@ from fxzero.plans import Plan
 from fxzero.randomness import RandomState
 from fxzero.ranks import Ranks
 from fxzero.receiving import Updates
-from fxzero.rehearsal import as_it_runs
 from fxzero.runtime import IN_PLACE, Executable, Parameters
 from fxzero.structure import flatten
 
@@ -333,9 +332,8 @@ class TrainingStep:
             peaks = self._planner.rehearse(smallest, code.forward, code.backward)
             if not peaks.known or peaks.largest >= smallest.plan.peak_bytes:
                 raise
-            if code.apart:
-                smallest = self._planner.restate(smallest, code.apart)
-            plan = as_it_runs(replace(smallest.plan, status="feasible"), peaks)
+            smallest = as_code_runs(self._planner, smallest, code, peaks)
+            plan = replace(smallest.plan, status="feasible")
             if plan.fits:
                 self._ready = smallest.emitted.split, code
                 return replace(smallest, plan=plan)
@@ -405,10 +403,8 @@ class TrainingStep:
         """The same with a plan that says what generated code needs."""
         if self.options.inner == "eager" or self._in_halves:
             return decided
-        if code.apart:
-            decided = self._planner.restate(decided, code.apart)
         peaks = self._planner.rehearse(decided, code.forward, code.backward)
-        return replace(decided, plan=as_it_runs(decided.plan, peaks))
+        return as_code_runs(self._planner, decided, code, peaks)
 
     def _source(self, role: InputRole) -> Source:
         """How the tensor behind a placeholder is found at each call; weights may be replaced."""
