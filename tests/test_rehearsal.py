@@ -75,6 +75,10 @@ MODELS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
 }
 
 
+# "strict" keeps a step from running operators where generated code does not fit.
+GENERATED: dict[str, Any] = {"optimizer": "none", "inner": "inductor", "strict": True}
+
+
 def _step(model: Any, x: Tensor) -> Callable[[], None]:
     def step() -> None:
         model(x).backward()
@@ -84,9 +88,7 @@ def _step(model: Any, x: Tensor) -> Callable[[], None]:
 
 def _smallest(model: nn.Module, x: Tensor) -> int:
     with pytest.raises(fxzero.BudgetError) as caught:
-        fxzero.compile(
-            model, (x,), memory_budget=1, optimizer="none", inner="inductor", strict=True
-        )
+        fxzero.compile(model, (x,), memory_budget=1, **GENERATED)
     return caught.value.required_bytes
 
 
@@ -124,9 +126,7 @@ def test_the_measured_peak_is_the_rehearsed_one_and_within_plan_and_budget(
         smallest = _smallest(copy.deepcopy(original), x)
         free = fxzero.plan(copy.deepcopy(original), (x,), optimizer="none", inner="inductor")
         budget = int(smallest + share * (free.peak_bytes - smallest))
-    model = fxzero.compile(
-        original, memory_budget=budget, optimizer="none", inner="inductor", strict=True
-    )
+    model = fxzero.compile(original, memory_budget=budget, **GENERATED)
     step = _step(model, x)
     for _ in range(2):
         step()
@@ -140,13 +140,14 @@ def test_the_measured_peak_is_the_rehearsed_one_and_within_plan_and_budget(
 
 def test_a_budget_that_only_generated_code_meets_is_met() -> None:
     x, original = torch.randn(512, 8), Wide()
-    given: dict[str, Any] = {"optimizer": "none", "inner": "inductor"}
-    by_operators = fxzero.plan(Wide(), (x,), memory_budget=1, **given).minimum_budget
+    by_operators = fxzero.plan(
+        Wide(), (x,), memory_budget=1, optimizer="none", inner="inductor"
+    ).minimum_budget
     budget = _smallest(copy.deepcopy(original), x)
     assert budget < 0.8 * by_operators
     with pytest.raises(fxzero.BudgetError):
-        fxzero.compile(Wide(), (x,), memory_budget=budget - 1, **given)
-    model = fxzero.compile(original, (x,), memory_budget=budget, **given)
+        fxzero.compile(Wide(), (x,), memory_budget=budget - 1, **GENERATED)
+    model = fxzero.compile(original, (x,), memory_budget=budget, **GENERATED)
     assert model.plan.peak_bytes == budget
     step = _step(model, x)
     step()
