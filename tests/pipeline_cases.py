@@ -108,7 +108,7 @@ def by_pipeline(name, clip=None, steps=STEPS, sizes=None, options=None, first=Fa
 
 
 def refused_budget(budget, sizes=None, first=True, **options):
-    """What a rank is told of a budget that not all of them can meet."""
+    """What a rank is told of a budget that not all of them can meet, and how much it needs."""
     model, args, _, _ = build("mlp")
     mesh = sizes and init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     given = {"pipeline": fxzero.Pipeline(microbatches=4), "inner": "eager", "mesh": mesh, **options}
@@ -116,8 +116,8 @@ def refused_budget(budget, sizes=None, first=True, **options):
     try:
         fxzero.compile(model, **given).step(*args)
     except fxzero.FxzeroError as error:
-        return type(error).__name__, str(error)
-    return "trained", ""
+        return type(error).__name__, str(error), getattr(error, "required_bytes", None)
+    return "trained", "", None
 
 
 def pieces_that_run(name, **pipeline):
