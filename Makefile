@@ -34,11 +34,11 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --max-worker-restart=0
 FXZERO := $(PY) \
   -c "import sys; from fxzero.cli import main; sys.argv[0] = 'fxzero'; sys.exit(main())"
 
-.PHONY: help demo demo-distributed test test-kernels test-quick test-all faults fuzz lint bench bench-gpu clean
+.PHONY: help demo demo-distributed test test-kernels test-quick test-exhaustive test-all faults fuzz lint bench bench-gpu clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) \
-	  | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+	  | awk -F'|' '{ printf "%-24s %s\n", $$1, $$2 }'
 
 demo: $(READY)  ## plan and train a small model under a byte budget
 	$(FXZERO) demo
@@ -56,6 +56,9 @@ test-kernels: $(READY)  ## run kernels in Triton's interpreter
 
 test-quick: $(READY)  ## the same without the slow ones
 	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not cuda and not exhaustive and not interpreter" $(PYTEST_ARGS)
+
+test-exhaustive: $(READY)  ## those that `make test` leaves out: more seeds, models, ranks and sizes, in about 45 minutes
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "exhaustive and not cuda and not interpreter" $(PYTEST_ARGS)
 
 test-all: $(READY) test-kernels  ## run every test, one at a time; those marked cuda are skipped without a device
 	$(PYTEST) $(PYTEST_ARGS)
