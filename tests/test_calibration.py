@@ -144,6 +144,7 @@ def small() -> nn.Module:
     return nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 32))
 
 
+@pytest.mark.slow
 def test_code_is_timed_once_and_counts_for_plans_of_the_same_graph_alone() -> None:
     model, x = small(), torch.randn(64, 32)
     report = calibrate_model(Source("small", model, (x,), {}), inner="eager")
@@ -163,6 +164,7 @@ def test_code_is_timed_once_and_counts_for_plans_of_the_same_graph_alone() -> No
     assert calibrate_model(Source("small", model, (x,), {})).generated == report.generated
 
 
+@pytest.mark.slow
 def test_what_runs_one_by_one_for_a_budgets_sake_has_times_of_its_own() -> None:
     model, x = small(), torch.randn(64, 32)
     shares = calibrate_model(Source("small", model, (x,), {})).generated
@@ -190,6 +192,7 @@ def test_what_runs_one_by_one_for_a_budgets_sake_has_times_of_its_own() -> None:
     assert seconds["backward",] == pytest.approx(forward + apart["backward"])
 
 
+@pytest.mark.slow
 def test_the_share_of_generated_code_does_not_depend_on_the_speed_of_the_machine() -> None:
     model, x = small(), torch.randn(512, 32)
     graph, decomposed = (capture(model, (x,), inner=i).graph for i in ("eager", "inductor"))

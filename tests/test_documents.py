@@ -212,7 +212,11 @@ UNET = {
         ({"quantization_config": {}}, "quantized weights cannot be planned"),
         ({"max_position_embeddings": "x"}, "cannot build the model"),
         ({"hidden_size": -32}, "cannot build the model"),
-        ({**UNET, "blocks": 60_000}, f"has more than {MAX_MODULES} modules"),
+        pytest.param(
+            {**UNET, "blocks": 60_000},
+            f"has more than {MAX_MODULES} modules",
+            marks=pytest.mark.slow,
+        ),
         ({**UNET, "channels": [32] * 30}, "image_size=16 cannot be halved 29 times"),
     ],
 )

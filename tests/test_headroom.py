@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -33,22 +34,29 @@ class Rehearsed(Planner):
         return UNKNOWN if needed is None else Peaks(0, needed)
 
 
+@functools.cache
+def a_tenth_of_the_way() -> tuple[Planner, int, Decided]:
+    """From the smallest peak to no recompute: a planner under that budget, and what it decides."""
+    model, args, kwargs, _ = zoo.build("tied")
+    graph = capture(model, args, kwargs, inner="eager").graph
+    options = check_options(device="cpu", inner="eager", optimizer="none")
+    free = Planner(graph, options, "model")
+    low, high = free.smallest().plan.peak_bytes, free.decide().plan.peak_bytes
+    budget = low + (high - low) // 10
+    planner = free.within(budget)
+    return planner, budget, planner.decide()
+
+
 class Spent:
-    """A tenth of the way from the smallest peak to no recompute, under code that needs so much.
+    """What use_headroom makes of a budget, under code that needs so much.
 
     Args:
         needs: of (the operators' peak, the budget): bytes; None: nobody knows.
     """
 
     def __init__(self, needs: Any) -> None:
-        model, args, kwargs, _ = zoo.build("tied")
-        graph = capture(model, args, kwargs, inner="eager").graph
-        options = check_options(device="cpu", inner="eager", optimizer="none")
-        free = Planner(graph, options, "model")
-        low, self.high = free.smallest().plan.peak_bytes, free.decide().plan.peak_bytes
-        self.budget = low + (self.high - low) // 10
-        planner = free.within(self.budget)
-        self.before = planner.decide().plan
+        planner, self.budget, decided = a_tenth_of_the_way()
+        self.before = decided.plan
         self.asked: list[int | None] = []
 
         def generate(decided: Decided, limit: int | None) -> Code:
@@ -57,13 +65,14 @@ class Spent:
 
         made = use_headroom(
             Rehearsed(planner, lambda peak: needs(peak, self.budget)),
-            planner.decide(),
+            decided,
             self.budget,
             generate,
         )
         self.plan = made.decided.plan
 
 
+@pytest.mark.slow
 def test_code_that_needs_less_gets_a_plan_with_less_recompute() -> None:
     spent = Spent(lambda peak, budget: int(0.8 * peak))
     assert spent.plan.recompute_seconds < 0.8 * spent.before.recompute_seconds
@@ -75,6 +84,7 @@ def test_code_that_needs_less_gets_a_plan_with_less_recompute() -> None:
     assert set(spent.asked) == {None}
 
 
+@pytest.mark.slow
 def test_code_that_needs_suddenly_more_is_not_taken() -> None:
     """As where another operator's working memory becomes the peak."""
     spent = Spent(lambda peak, b: int(0.8 * peak) if peak < 1.1 * b else 2 * peak)
