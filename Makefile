@@ -57,7 +57,7 @@ test-kernels: $(READY)  ## run kernels in Triton's interpreter
 test-quick: $(READY)  ## the same without the slow ones
 	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not cuda and not exhaustive and not interpreter" $(PYTEST_ARGS)
 
-test-exhaustive: $(READY)  ## those that `make test` leaves out: more seeds, models, ranks and sizes, in about 45 minutes
+test-exhaustive: $(READY)  ## those that `make test` leaves out: more seeds, models, ranks and sizes, within an hour
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "exhaustive and not cuda and not interpreter" $(PYTEST_ARGS)
 
 test-all: $(READY) test-kernels  ## run every test, one at a time; those marked cuda are skipped without a device

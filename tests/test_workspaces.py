@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import tiers
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -106,7 +107,7 @@ def peak_by_the_allocator(model: Any, x: Tensor) -> int:
     return allocated(step) + sum(t.nbytes for t in (*model.parameters(), x))
 
 
-@pytest.mark.parametrize("name", ["negated", pytest.param("convolutions", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", tiers(CASES, quick=("negated",)))
 def test_plans_and_budgets_are_of_what_the_allocator_gives_out(name: str) -> None:
     kind, shape = CASES[name]
     original, x = kind(), torch.randn(shape)
